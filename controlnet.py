@@ -1,0 +1,78 @@
+"""The pose ControlNet: a copy of the UNet's encoder that reads the control image and corrects the UNet's skips.
+
+Inflated like the UNet, key-frame attention and clip-wide norms included, but without temporal attention.
+"""
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from unet import DownBlock, MidBlock, TimestepEmbedding, UNetConfig, prepare_inputs
+
+
+class HintEmbedding(nn.Module):
+    """Brings the control image down to the latents' size and the UNet's width: (N, 3, s*H, s*W) -> (N, C, H, W).
+
+    Each width but the first halves the resolution, so `hint_widths` also says the factor s: 8 for SD 1.5.
+    """
+
+    def __init__(self, hint_widths: tuple[int, ...], out_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, hint_widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for width, next_width in zip(hint_widths, hint_widths[1:]):
+            self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
+            self.blocks.append(nn.Conv2d(width, next_width, 3, padding=1, stride=2))
+        self.conv_out = nn.Conv2d(hint_widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, hint: Tensor) -> Tensor:
+        x = F.silu(self.conv_in(hint))
+        for block in self.blocks:
+            x = F.silu(block(x))
+        return self.conv_out(x)
+
+
+class ControlNet(nn.Module):
+    """Residuals that make the UNet follow the control images.
+
+    `ControlNet(config, hint_widths)(latents, timestep, context, hint, scale=1)`: the UNet's own inputs, and
+    - hint: (F, 3, s*H, s*W), the drawn poses, RGB in [0, 1];
+    - scale: the control scale, a factor on every residual.
+
+    Returns one residual for each of the UNet's skips, fine to coarse (12 in SD 1.5), and the middle's last.
+    Attribute names are the public checkpoint's.
+    """
+
+    def __init__(self, config: UNetConfig, hint_widths: tuple[int, ...] = (16, 32, 96, 256)):
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.controlnet_cond_embedding = HintEmbedding(hint_widths, widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0])
+        self.down_blocks = nn.ModuleList(
+            DownBlock(config, level, temporal=False) for level in range(len(widths))
+        )
+        self.mid_block = MidBlock(config)
+
+        skip_widths = [widths[0]]
+        for level, width in enumerate(widths):
+            is_last = level == len(widths) - 1
+            skip_widths += [width] * (config.layers_per_block + (0 if is_last else 1))
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skip_widths)
+        self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
+
+    def forward(
+        self, latents: Tensor, timestep: int | Tensor, context: Tensor, hint: Tensor, scale: float = 1.0
+    ) -> list[Tensor]:
+        x, timestep, context = prepare_inputs(latents, timestep, context)
+        time = self.time_embedding(timestep)
+
+        x = self.conv_in(x) + self.controlnet_cond_embedding(hint)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
+
+        residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        residuals.append(self.controlnet_mid_block(x))
+        return [residual * scale for residual in residuals]
