@@ -1,0 +1,307 @@
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
+
+Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
+width, trained in four stages, each of which resumes where it stopped:
+
+1. render a pool of puppets, each identity in several poses, with control images and captions;
+2. train the VAE on crops of the frames;
+3. encode the pool once;
+4. train UNet, ControlNet and text encoder together, on short clips of one identity.
+
+What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
+frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
+
+The temporal layers are absent here, as in a 2-D public checkpoint; they come with inflation at loading.
+Everything goes to `--work`; the finished weights go to `--out` as a folder in the diffusers layout.
+"""
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clip import TextConfig, TextEncoder, Tokenizer  # noqa: E402
+from controlnet import ControlNet  # noqa: E402
+from demo.puppet import caption, motion, random_puppet, render  # noqa: E402
+from demo.vocabulary import learn_merges  # noqa: E402
+from pose import draw_pose  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
+
+SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
+FIRST_IDENTITY = 10_000  # training identities are numbered from here; the lower seeds are held out
+POSES = 8  # per identity, drawn from ten seconds of motion
+HINT_WIDTHS = (16, 32, 96)
+UNET = UNetConfig(widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8)
+VAE_CONFIG = VAEConfig(widths=(32, 64, 128), layers_per_block=1, norm_groups=8, scale=1.0)
+TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ALPHAS = torch.cumprod(1 - BETAS, 0).float()  # Stable Diffusion 1.5's schedule
+
+
+# ---- 1. The pool of puppets -------------------------------------------------------------------------
+
+
+def render_identity(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Frames (POSES, SIZE, SIZE, 3) uint8, control images alike, masks (POSES, SIZE/4, SIZE/4) uint8, caption."""
+    puppet = random_puppet(seed)
+    states = motion(seed, POSES * 15)[::15]  # 1.25 s apart
+    frames, hints, masks = [], [], []
+    for state in states:
+        frame, pose, mask = render(puppet, state, SIZE)
+        frames.append(frame)
+        hints.append(draw_pose(pose, SIZE, SIZE))
+        masks.append(mask.reshape(SIZE // 4, 4, SIZE // 4, 4).any((1, 3)))
+    return np.stack(frames), np.stack(hints), np.stack(masks).astype(np.uint8), caption(puppet)
+
+
+def render_pool(work: Path, identities: int) -> dict[str, np.ndarray]:
+    """Renders what is not rendered yet; returns memory-mapped arrays with one row per identity."""
+    shapes = {"frames": (SIZE, SIZE, 3), "hints": (SIZE, SIZE, 3), "masks": (SIZE // 4, SIZE // 4)}
+    done = work / "captions.json"
+    if not done.exists():
+        pool = {
+            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, (identities, POSES, *shape))
+            for name, shape in shapes.items()
+        }
+        captions = []
+        with multiprocessing.Pool() as workers:
+            seeds = range(FIRST_IDENTITY, FIRST_IDENTITY + identities)
+            rendered = workers.imap(render_identity, seeds, chunksize=8)
+            for i in trange(identities, desc="rendering puppets", mininterval=10):
+                pool["frames"][i], pool["hints"][i], pool["masks"][i], words = next(rendered)
+                captions.append(words)
+        for array in pool.values():
+            array.flush()
+        done.write_text(json.dumps(captions))
+    pool = {name: np.load(work / f"{name}.npy", mmap_mode="r") for name in shapes}
+    return pool | {"captions": json.loads(done.read_text())}
+
+
+# ---- Shared by both trainings -----------------------------------------------------------------------
+
+
+def start_residuals_at_zero(model: nn.Module) -> None:
+    """Every residual branch starts as nothing, so that a deep network trains fast from its first step."""
+    for module in model.modules():
+        for name in ("conv2", "proj_out"):
+            if hasattr(module, name):
+                nn.init.zeros_(getattr(module, name).weight)
+                nn.init.zeros_(getattr(module, name).bias)
+
+
+def optimise(name: str, networks: nn.ModuleDict, loss_at, steps: int, peak_lr: float, ema_decay: float, work: Path):
+    """Trains `networks` with AdamW on `loss_at(step)`; returns them with averaged weights.
+
+    One cosine from `peak_lr` to 1 % of it after a short warm-up, gradients clipped at 1. A checkpoint is
+    written every five minutes, and a batch is a function of its step, so an interrupted run goes on as if
+    it had not stopped. The curve goes to `NAME.csv`.
+    """
+    checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
+    parameters = list(networks.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average = [p.detach().clone() for p in parameters]
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, mmap=True)
+        networks.load_state_dict(state["networks"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch._foreach_copy_(average, state["average"])
+        start = state["step"]
+    else:
+        log.write_text("step,loss,seconds\n")
+
+    def save(step: int):
+        state = {"networks": networks.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+    losses, began, saved = [], time.monotonic(), time.monotonic()
+    for step in (bar := trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)):
+        warm_up, progress = min(1, (step + 1) / 200), step / steps
+        optimizer.param_groups[0]["lr"] = peak_lr * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        # The average's memory grows with the run: early weights are not worth remembering.
+        torch._foreach_lerp_(average, parameters, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses):.4f}")
+            with log.open("a") as file:
+                csv.writer(file).writerow([step + 1, f"{np.mean(losses):.5f}", f"{time.monotonic() - began:.0f}"])
+            losses = []
+        if time.monotonic() - saved > 300 or step + 1 == steps:
+            save(step + 1)
+            saved = time.monotonic()
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+    return networks
+
+
+def channels_last(array: np.ndarray) -> Tensor:
+    """Images (..., H, W, 3) uint8 -> (N, 3, H, W) in [0, 1], without moving the bytes."""
+    return torch.from_numpy(array.reshape(-1, *array.shape[-3:])).permute(0, 3, 1, 2).float() / 255
+
+
+# ---- 2. The VAE -------------------------------------------------------------------------------------
+
+
+def train_vae(pool: dict, work: Path, steps: int, batch: int = 32, crop: int = 64) -> VAE:
+    """On crops, most of them around the person: L1 + L2 + gradient loss, and a light pull to N(0, 1)."""
+    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
+    start_residuals_at_zero(vae)
+    frames, masks = pool["frames"], pool["masks"]
+
+    def random_crop(rng) -> np.ndarray:
+        i, j = rng.integers(len(frames)), rng.integers(POSES)
+        rows, columns = np.nonzero(masks[i, j])
+        k = rng.integers(len(rows))
+        top, left = 4 * rows[k] - rng.integers(crop), 4 * columns[k] - rng.integers(crop)
+        top, left = np.clip((top, left), 0, SIZE - crop)
+        return frames[i, j, top : top + crop, left : left + crop]
+
+    def loss_at(step: int) -> Tensor:
+        rng = np.random.default_rng((1, step))
+        images = channels_last(np.stack([random_crop(rng) for _ in range(batch)])) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, log_variance = vae.encode(images)
+            noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+            output = vae.decode(mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2))
+        difference, mean, log_variance = output.float() - images, mean.float(), log_variance.float()
+        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
+        return difference.abs().mean() + (difference**2).mean() + edges + 1e-4 * divergence
+
+    return optimise("vae", nn.ModuleDict({"vae": vae}), loss_at, steps, 2e-3, 0.995, work)["vae"]
+
+
+# ---- 3. The latents ---------------------------------------------------------------------------------
+
+
+def encode_pool(vae: VAE, pool: dict, work: Path) -> tuple[np.ndarray, float]:
+    """The pool's latents (identities, POSES, 4, SIZE/4, SIZE/4), scaled to unit variance, and that scale."""
+    path = work / "latents.npy"
+    if not path.exists():
+        latents = []
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for i in trange(0, len(pool["frames"]), 8, desc="encoding", mininterval=10):
+                latents.append(vae.encode(channels_last(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy())
+        np.save(path, np.concatenate(latents).reshape(len(pool["frames"]), POSES, 4, SIZE // 4, SIZE // 4))
+    latents = np.load(path).astype(np.float32)
+    scale = float(1 / latents.std())
+    return latents * scale, scale
+
+
+# ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
+
+
+def prompt_from(rng, words: str) -> str:
+    """Often nothing or just "a person", else with some of the attributes, so that each word is learned."""
+    draw = rng.random()
+    person, *attributes = words.split(", ")
+    if draw < 0.15:
+        return ""
+    return ", ".join([person] + [a for a in attributes if draw > 0.4 and rng.random() < 0.6])
+
+
+def training_batch(rng, pool: dict, latents: np.ndarray, progress: float, clips: int, frames: int) -> dict:
+    """Noisy clips of one identity each, and the noise to predict.
+
+    Three things teach the network to read the appearance off frame 0:
+
+    - Two in three clips share noise as the method's inverted pseudo video does: at the last timestep all
+      frames are *equal* to frame 0, so the noise of frame i is frame 0's plus what keeps the sum equal.
+      The pose alone then says where things go. The other clips have independent noise, as fine-tuning has.
+    - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
+    - The loss weighs the person, and the place where it stood in frame 0, five times.
+    """
+    identities = rng.integers(len(latents), size=clips)
+    order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
+    z = latents[identities[:, None], order]  # (clips, frames, 4, h, w)
+    mask = pool["masks"][identities[:, None], order].astype(np.float32)
+    hints = np.stack([pool["hints"][i][o] for i, o in zip(identities, order)])
+
+    alphas = ALPHAS.numpy()
+    ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
+    noise = rng.standard_normal(z.shape, np.float32)
+    shared = rng.random(clips) < 0.65
+    noise[shared, 1:] = noise[shared, :1] + ratio * (z[shared, :1] - z[shared, 1:])
+
+    timestep = rng.integers(0, 1000, clips)
+    alpha = np.repeat(alphas[timestep][:, None], frames, 1)  # (clips, frames)
+    early = rng.random(clips) < max(0.0, 0.8 - 3 * progress)
+    alpha[early, 0] = alphas[(timestep[early] * rng.random(early.sum())).astype(int)]
+    alpha = alpha[:, :, None, None, None]
+
+    weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
+    weight[early, 0] = 0  # frame 0's own noise level is a lie there
+    # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
+    a = alphas[timestep]
+    weight *= (np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a))[:, None, None, None, None]
+    flat = {
+        "latents": np.sqrt(alpha) * z + np.sqrt(1 - alpha) * noise, "noise": noise, "weight": weight / weight.mean(),
+    }  # fmt: skip
+    flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in flat.items()}
+    prompts = [prompt_from(rng, pool["captions"][i]) for i in identities]
+    return flat | {"hints": channels_last(hints), "timestep": torch.from_numpy(timestep), "prompts": prompts}
+
+
+def train_networks(
+    pool: dict, latents: np.ndarray, tokenizer: Tokenizer, work: Path, steps: int, clips: int = 6, frames: int = 3
+) -> nn.ModuleDict:
+    torch.manual_seed(2)
+    text = TextEncoder(TextConfig(**{**TEXT.__dict__, "vocab_size": len(tokenizer.vocab)}))
+    unet, controlnet = UNet(UNET), ControlNet(UNET, HINT_WIDTHS)
+    for module in unet.modules():
+        if hasattr(module, "attn_temp"):
+            del module.attn_temp, module.conv_temp
+    networks = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text})
+    start_residuals_at_zero(networks)
+    networks.to(memory_format=torch.channels_last)
+
+    def loss_at(step: int) -> Tensor:
+        batch = training_batch(np.random.default_rng((2, step)), pool, latents, step / steps, clips, frames)
+        with torch.autocast("cpu", torch.bfloat16):
+            context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
+            control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
+            predicted = unet(batch["latents"], batch["timestep"], context, control)
+        return (batch["weight"] * (predicted.float() - batch["noise"]) ** 2).mean()
+
+    return optimise("networks", networks, loss_at, steps, 1e-3, 0.998, work)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="pool, checkpoints and curves")
+    parser.add_argument("--out", type=Path, default=Path("demo/weights"), help="where the finished model goes")
+    parser.add_argument("--identities", type=int, default=2500, help="puppets in the pool")
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(1)
+    pool = render_pool(args.work, args.identities)
+    vae = train_vae(pool, args.work, args.vae_steps)
+    latents, scale = encode_pool(vae, pool, args.work)
+    vocab, merges = learn_merges(pool["captions"], 200)
+    tokenizer = Tokenizer(vocab, merges, length=TEXT.length)
+    networks = train_networks(pool, latents, tokenizer, args.work, args.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pose import Pose, place_pose
+from video import (
+    contact_sheet,
+    fit,
+    fit_frame,
+    open_video,
+    read_frames,
+    save_image,
+    write_video,
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def clip(count=12, height=48, width=64) -> np.ndarray:
+    """Smooth frames, each with its own brightness: frame i has a mean of about 20 + 16 i."""
+    y, x = np.mgrid[:height, :width]
+    wave = 8 * np.sin(x / 7)[..., None] + 8 * np.cos(y / 9)[..., None] * (1, 0, -1)
+    levels = 20 + 16 * np.arange(count)
+    return (levels[:, None, None, None] + wave).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    write_video(path, clip(), 12)
+    return path
+
+
+# ---------------------------------------------------------------------------------------- video
+
+def test_a_video_comes_back_as_it_was_written(video):
+    frames, fps = read_frames(video)
+    assert frames.shape == (12, 48, 64, 3) and frames.dtype == np.uint8 and fps == 12
+    assert np.abs(frames.astype(int) - clip()).mean() < 2
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)])
+def test_colours_come_back_as_they_were_written(tmp_path, colour):
+    write_video(tmp_path / "flat.mp4", [np.full((32, 32, 3), colour, np.uint8)] * 3, 24)
+    frames, _ = read_frames(tmp_path / "flat.mp4")
+    assert np.abs(frames.astype(int) - colour).max() <= 4
+
+
+def test_asked_for_frames_come_in_the_order_asked_for(video):
+    frames, _ = read_frames(video, [7, 0, 7, 3])
+    levels = frames.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(levels, 20 + 16 * np.array([7, 0, 7, 3]), atol=3)
+
+
+def test_a_range_of_frames_can_be_asked_for(video):
+    frames, _ = read_frames(video, range(2, 10, 3))
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), 20 + 16 * np.array([2, 5, 8]), atol=3)
+
+
+@pytest.mark.parametrize("index", [12, -1])
+def test_an_index_outside_the_clip_is_an_error_that_says_how_long_it_is(video, index):
+    with pytest.raises(ValueError, match=rf"clip\.mp4: has 12 frames .*no frame {index}"):
+        read_frames(video, [0, index])
+
+
+def test_what_is_not_a_video_is_named_in_one_line(tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(b"no video" * 999)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "notes.txt").write_text("hello")
+    for name in ("noise.mp4", "empty.mp4", "notes.txt", "absent.mp4"):
+        with pytest.raises(OSError) as error:
+            read_frames(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
+
+
+def test_frames_can_be_written_a_few_at_a_time(tmp_path):
+    frames = clip()
+    with open_video(tmp_path / "clip.mp4", 30, 48, 64) as write:
+        write(frames[0])
+        write(frames[1:5])
+        write(frames[5:])
+    again, fps = read_frames(tmp_path / "clip.mp4")
+    assert fps == 30 and len(again) == 12
+    assert np.abs(again.astype(int) - frames).mean() < 2
+
+
+def test_an_odd_size_is_padded_and_not_resized(tmp_path):
+    frames = clip(height=47, width=63)
+    write_video(tmp_path / "odd.mp4", frames, 24)
+    again, _ = read_frames(tmp_path / "odd.mp4")
+    assert again.shape == (12, 48, 64, 3)
+    assert np.abs(again[:, :47, :63].astype(int) - frames).mean() < 2
+
+
+def test_a_failed_write_leaves_the_old_video_and_nothing_else(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"the old one")
+    with pytest.raises(KeyboardInterrupt), open_video(path, 24, 48, 64) as write:
+        write(clip())
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"clip\.mp4: .*") as error:
+            write_video(tmp_path / "clip.mp4", noise, 24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
+    frames = clip()
+    bad = [(tmp_path / "clip.xyz", frames, 24, "must end in"),
+           (tmp_path / "clip.mp4", [], 24, "no frames"),
+           (tmp_path / "clip.mp4", frames, 0, "frames per second"),
+           (tmp_path / "clip.mp4", frames / 255, 24, "must be uint8"),
+           (tmp_path / "clip.mp4", [frames[0], frames[1, :40]], 24, "must be uint8"),
+           (tmp_path / "absent" / "clip.mp4", frames, 24, "does not exist")]
+    for path, content, fps, complaint in bad:
+        with pytest.raises((OSError, ValueError)) as error:
+            write_video(path, content, fps)
+        assert str(error.value).startswith(f"{path}: ") and complaint in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the dance clip (../shared) is not here")
+def test_real_footage_reads():
+    frames, fps = read_frames(SHARED / "clips" / "dance.mp4", range(0, 36, 5))
+    assert frames.shape == (8, 512, 288, 3) and fps == 24
+
+
+# --------------------------------------------------------------------------------------- images
+
+def test_a_folder_of_images_is_a_clip_in_the_order_of_its_numbers(tmp_path):
+    for number in (1, 10, 9, 2):
+        save_image(tmp_path / f"frame{number}.png", np.full((8, 6, 3), number, np.uint8))
+    (tmp_path / "notes.txt").write_text("not a frame")
+    frames, fps = read_frames(tmp_path)
+    assert frames[:, 0, 0, 0].tolist() == [1, 2, 9, 10] and frames.shape[1:] == (8, 6, 3)
+    assert fps == 24
+    assert read_frames(tmp_path, [3, 0])[0][:, 0, 0, 0].tolist() == [10, 1]
+    with pytest.raises(ValueError, match="has 4 frames"):
+        read_frames(tmp_path, [4])
+
+
+def test_one_image_is_a_clip_of_one_frame(tmp_path):
+    save_image(tmp_path / "still.png", np.full((8, 6, 3), 77, np.uint8))
+    frames, _ = read_frames(tmp_path / "still.png")
+    assert frames.shape == (1, 8, 6, 3) and (frames == 77).all()
+
+
+@pytest.mark.parametrize("name, pixels, rgb", [
+    ("grey", np.full((4, 3), 90, np.uint8), (90, 90, 90)),
+    ("grey 16 bit", np.full((4, 3), 90 * 257, np.uint16), (90, 90, 90)),
+    ("grey alpha", np.full((4, 3, 2), (200, 128), np.uint8), (100, 100, 100)),
+    ("opaque", np.full((4, 3, 4), (10, 20, 30, 255), np.uint8), (10, 20, 30)),
+    ("half there", np.full((4, 3, 4), (200, 100, 50, 128), np.uint8), (100, 50, 25)),
+    ("not there", np.full((4, 3, 4), (200, 100, 50, 0), np.uint8), (0, 0, 0)),
+])
+def test_every_kind_of_image_becomes_rgb_over_black(tmp_path, name, pixels, rgb):
+    Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    frames, _ = read_frames(tmp_path / f"{name}.png")
+    assert frames.shape == (1, 4, 3, 3) and frames.dtype == np.uint8
+    assert np.abs(frames[0].astype(int) - rgb).max() <= 1
+
+
+def test_a_phone_s_sideways_photo_is_set_upright(tmp_path):
+    image = Image.fromarray(clip(1, height=40, width=60)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    image.save(tmp_path / "photo.jpg", exif=exif)
+    assert read_frames(tmp_path / "photo.jpg")[0].shape == (1, 60, 40, 3)
+
+
+def test_images_that_make_no_clip_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no images"):
+        read_frames(tmp_path)
+    save_image(tmp_path / "1.png", np.zeros((8, 6, 3), np.uint8))
+    save_image(tmp_path / "2.png", np.zeros((6, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"2\.png: 8x6 pixels, but 1\.png has 6x8"):
+        read_frames(tmp_path)
+    (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    with pytest.raises(OSError, match=r"2\.png: not a readable image"):
+        read_frames(tmp_path)
+
+
+def test_an_image_of_unknown_extension_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"sheet\.xyz: an image's name must end in"):
+        save_image(tmp_path / "sheet.xyz", np.zeros((8, 6, 3), np.uint8))
+
+
+# -------------------------------------------------------------------------------------- fitting
+
+@pytest.mark.parametrize("source, size, multiple, canvas", [
+    ((512, 512), 512, 64, (512, 512)),
+    ((1920, 1080), 512, 64, (896, 512)),   # portrait: 910 would keep the aspect
+    ((1080, 1920), 512, 64, (512, 896)),
+    ((1080, 1920), 512, 8, (512, 912)),
+    ((101, 333), 128, 8, (128, 424)),
+    ((50, 40), 130, 8, (160, 128)),        # enlarged; 130 is no multiple of 8
+])
+def test_the_canvas_is_the_multiple_nearest_to_the_frame_s_shape(source, size, multiple, canvas):
+    plan = fit(*source, size, multiple)
+    assert (plan.height, plan.width) == canvas
+    assert fit_frame(np.zeros((*source, 3), np.uint8), plan).shape == (*canvas, 3)
+
+
+@pytest.mark.parametrize("source", [(1920, 1080), (1080, 1920), (333, 101), (97, 512), (64, 64)])
+def test_the_frame_covers_the_canvas_without_bars(source):
+    white = np.full((*source, 3), 255, np.uint8)
+    assert (fit_frame(white, fit(*source, 128, 64)) == 255).all()
+
+
+@pytest.mark.parametrize("source", [(1920, 1080), (480, 854), (333, 257), (700, 401), (90, 160)])
+@pytest.mark.parametrize("point", [(0.5, 0.5), (0.31, 0.62), (0.8, 0.2)])
+def test_the_pose_follows_the_frame(source, point):
+    """A bright dot at a keypoint of the source lies at that keypoint of the canvas."""
+    height, width = source
+    x, y = point[0] * width, point[1] * height
+    rows, columns = np.mgrid[:height, :width] + 0.5  # pixel centres
+    blob = np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * (min(source) / 40) ** 2))
+    frame = np.repeat((255 * blob[..., None]).astype(np.uint8), 3, axis=2)
+
+    plan = fit(height, width, 128, 64)
+    seen = fit_frame(frame, plan)[..., 0].astype(float)
+    rows, columns = np.mgrid[:plan.height, :plan.width] + 0.5
+    found = (columns * seen).sum() / seen.sum(), (rows * seen).sum() / seen.sum()
+
+    body = np.zeros((18, 3), np.float32)
+    body[0] = (*point, 1)
+    placed = place_pose(Pose(body=body), *plan.placement).body[0, :2] * (plan.width, plan.height)
+    np.testing.assert_allclose(found, placed, atol=0.25)
+
+
+def test_a_circle_stays_round():
+    rows, columns = np.mgrid[:300, :520]
+    disc = ((rows - 150) ** 2 + (columns - 260) ** 2 < 100 ** 2)[..., None].repeat(3, axis=2)
+    fitted = fit_frame(np.uint8(255) * disc, fit(300, 520, 128, 64))[..., 0] > 127
+    tall, wide = fitted.any(axis=1).sum(), fitted.any(axis=0).sum()
+    assert abs(int(tall) - int(wide)) <= 1
+
+
+def test_a_fit_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="size of 32 pixels is too small: the least is 64"):
+        fit(512, 512, 32, 64)
+    with pytest.raises(ValueError, match="64x48 pixels does not go with a fit for 48x64"):
+        fit_frame(np.zeros((48, 64, 3), np.uint8), fit(64, 48, 32, 8))
+
+
+# --------------------------------------------------------------------------------------- sheets
+
+def test_a_contact_sheet_shows_evenly_spaced_frames_of_every_row():
+    red = [np.full((10, 10, 3), (10 * index, 0, 0), np.uint8) for index in range(21)]
+    green = [np.full((10, 20, 3), (0, 250, 0), np.uint8)] * 2
+    sheet = np.asarray(contact_sheet({"red": red, "green": green}, columns=3, cell_height=40))
+    assert sheet.shape[0] > 2 * 40 and sheet.shape[1] > 3 * 80  # as wide as the widest row's cells
+
+    def size_of(colour):
+        found = (sheet == colour).all(axis=2)
+        return tuple(int(found.any(axis=axis).sum()) for axis in (1, 0))
+
+    assert size_of((0, 250, 0)) == (40, 160)  # two cells of 40x80
+    for index in (0, 10, 20):
+        assert size_of((10 * index, 0, 0)) == (40, 40)
+    assert size_of((50, 0, 0)) == (0, 0)
+    assert sheet[:, :8].std() < 1  # a margin on the left, and letters beyond it
+    assert (sheet[..., 2] > 150).any()
+
+
+def test_a_row_without_frames_is_named():
+    with pytest.raises(ValueError, match="\"ours\" has no frames"):
+        contact_sheet({"ours": []})
+
+
+def test_a_sheet_is_saved_whole(tmp_path):
+    sheet = contact_sheet({"clip": clip(4)}, cell_height=48)
+    save_image(tmp_path / "sheet.png", sheet)
+    assert np.array_equal(read_frames(tmp_path / "sheet.png")[0][0], np.asarray(sheet))
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
