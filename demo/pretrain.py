@@ -31,6 +31,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import keep_freed_memory  # noqa: E402
 from clip import TextConfig, TextEncoder, Tokenizer  # noqa: E402
 from controlnet import ControlNet  # noqa: E402
 from demo.puppet import caption, motion, random_puppet, render  # noqa: E402
@@ -44,7 +45,7 @@ FIRST_IDENTITY = 10_000  # training identities are numbered from here; the lower
 POSES = 8  # per identity, drawn from ten seconds of motion
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8)
-VAE_CONFIG = VAEConfig(widths=(32, 64, 128), layers_per_block=1, norm_groups=8, scale=1.0)
+VAE_CONFIG = VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS = torch.cumprod(1 - BETAS, 0).float()  # Stable Diffusion 1.5's schedule
@@ -154,7 +155,7 @@ def optimise(name: str, networks: nn.ModuleDict, loss_at, steps: int, peak_lr: f
 
 def channels_last(array: np.ndarray) -> Tensor:
     """Images (..., H, W, 3) uint8 -> (N, 3, H, W) in [0, 1], without moving the bytes."""
-    return torch.from_numpy(array.reshape(-1, *array.shape[-3:])).permute(0, 3, 1, 2).float() / 255
+    return torch.tensor(array.reshape(-1, *array.shape[-3:])).permute(0, 3, 1, 2).float() / 255
 
 
 # ---- 2. The VAE -------------------------------------------------------------------------------------
@@ -289,11 +290,12 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="pool, checkpoints and curves")
     parser.add_argument("--out", type=Path, default=Path("demo/weights"), help="where the finished model goes")
     parser.add_argument("--identities", type=int, default=2500, help="puppets in the pool")
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--vae-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=4000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
+    keep_freed_memory()
     torch.manual_seed(1)
     pool = render_pool(args.work, args.identities)
     vae = train_vae(pool, args.work, args.vae_steps)

@@ -23,7 +23,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the reference drawings and clips (../shared) are not here")
 
-NOSE, NECK, LEFT_EAR = 0, 1, 17
+NOSE = 0
 
 
 def body(**points) -> Pose:
@@ -35,7 +35,7 @@ def body(**points) -> Pose:
 
 
 def person(*points, parts=()) -> dict:
-    """One person of an OpenPose file, whose body keypoints are (x, y, score), missing at the end."""
+    """One person of an OpenPose file, with the first body keypoints as (x, y, score)."""
     flat = [number for point in points for number in point]
     return {"pose_keypoints_2d": flat + [0] * (54 - len(flat)), **dict(parts)}
 
@@ -155,7 +155,7 @@ def test_of_several_people_the_largest_and_surest_is_taken(tmp_path):
     ({"people": [{"pose_keypoints_2d": [1, 2, 3]}]},
      "pose_keypoints_2d has 3 numbers instead of 54 or 75"),
     ({"people": [{"hand_left_keypoints_2d": [1] * 62}]}, "hand_left_keypoints_2d has 62 numbers"),
-    ({"people": [{"face_keypoints_2d": ["a"] * 210}]}, "face_keypoints_2d is not a list of numbers"),
+    ({"people": [{"face_keypoints_2d": ["a"] * 210}]}, "face_keypoints_2d is not a list of num"),
     ({"people": [[1, 2, 3]]}, "\"people\" is not a list of objects"),
     ({"bodies": []}, "not an OpenPose frame"),
     ([1, 2], "not an OpenPose frame"),
@@ -327,9 +327,22 @@ def test_points_outside_the_canvas_are_cut_off_and_not_moved_in():
     assert draw_pose(far, 64, 64).shape == (64, 64, 3)
 
 
+def test_the_bones_of_a_hand_are_as_wide_as_opencv_draws_them():
+    cv2 = pytest.importorskip("cv2")
+    hand = np.zeros((21, 3), np.float32)
+    hand[[0, 1]] = (0.25, 0.25, 1), (0.75, 0.5, 1)
+    drawn = draw_pose(Pose(left_hand=hand), 512, 512)
+    expected = np.zeros((512, 512, 3), np.uint8)
+    cv2.line(expected, (128, 128), (384, 256), (255, 0, 0), 2)
+    for joint in ((128, 128), (384, 256)):
+        cv2.circle(expected, joint, 4, (0, 0, 255), -1)
+    different = (drawn != expected).any(axis=2).sum()
+    assert different < 0.15 * expected.any(axis=2).sum()
+
+
 def test_a_hand_half_off_the_canvas_is_drawn_where_it_is_on_it():
-    hand = np.stack([np.linspace(0.8, 1.2, 21), np.full(21, 0.5), np.ones(21)], 1).astype(np.float32)
-    image = draw_pose(Pose(left_hand=hand), 512, 512)
+    hand = np.stack([np.linspace(0.8, 1.2, 21), np.full(21, 0.5), np.ones(21)], axis=1)
+    image = draw_pose(Pose(left_hand=hand.astype(np.float32)), 512, 512)
     assert image[256, 412].any() and not image[:, :380].any()
 
 

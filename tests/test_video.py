@@ -48,6 +48,15 @@ def test_colours_come_back_as_they_were_written(tmp_path, colour):
     assert np.abs(frames.astype(int) - colour).max() <= 4
 
 
+def test_coloured_shapes_come_back_without_a_shift_or_fringes(tmp_path):
+    y, x = np.mgrid[:96, :96]
+    waves = np.stack([np.sin(x / 5), np.cos(y / 6), np.sin((x + y) / 7)], axis=2)
+    frames = (128 + 80 * waves).astype(np.uint8)[None].repeat(3, axis=0)
+    write_video(tmp_path / "waves.mp4", frames, 24)
+    error = read_frames(tmp_path / "waves.mp4")[0].astype(int) - frames
+    assert np.abs(error.mean(axis=(0, 1, 2))).max() < 0.4 and np.abs(error).mean() < 2
+
+
 def test_asked_for_frames_come_in_the_order_asked_for(video):
     frames, _ = read_frames(video, [7, 0, 7, 3])
     levels = frames.mean(axis=(1, 2, 3))
@@ -273,8 +282,7 @@ def test_a_contact_sheet_shows_evenly_spaced_frames_of_every_row():
     for index in (0, 10, 20):
         assert size_of((10 * index, 0, 0)) == (40, 40)
     assert size_of((50, 0, 0)) == (0, 0)
-    assert sheet[:, :8].std() < 1  # a margin on the left, and letters beyond it
-    assert (sheet[..., 2] > 150).any()
+    assert (sheet[..., 2] > 150).any()  # the letters: no frame here has any blue
 
 
 def test_a_row_without_frames_is_named():

@@ -1,0 +1,339 @@
+"""The method: PoseCrafter (Zhong et al., ECCV 2024), from encoded frames and poses to new frames.
+
+A new clip is made by calling these one after another, as `sample.py` does:
+
+    context = encode_prompt(model, "a person")
+    k = select_reference(training_poses, target_poses)              # the training frame to start from
+    trajectory = invert(model, latents[k], hints[k], context)       # its noise, and the way there
+    poses = insert_reference(training_poses[k], target_poses)       # it leads the clip as key frame
+    latents = trajectory[-1].expand(len(poses), ...)                # every frame starts from that noise,
+    edit_latents(latents[1:], trajectory[-1], poses[1:], poses[0])  # with face and hands moved in place
+    latents = sample(model, latents, hints, context)
+
+`model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
+Latents are float32 (F, 4, H, W) throughout and times the VAE's scale; the networks compute in their own
+precision.
+"""
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pose import Pose, draw_pose, is_seen, pose_distance
+
+# ---- Images, prompts and poses become what the networks read ------------------------------------
+
+
+def network_inputs(model) -> dict:
+    """The device and dtype that the networks want their inputs in, as keywords for `Tensor.to`."""
+    weight = model.unet.conv_in.weight
+    return {"device": weight.device, "dtype": weight.dtype}
+
+
+def image_tensor(frames: np.ndarray) -> Tensor:
+    """Frames uint8 (F, H, W, 3) -> float32 (F, 3, H, W) in [0, 1]."""
+    return torch.tensor(frames).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.inference_mode()
+def encode_frames(model, frames: np.ndarray) -> Tensor:
+    """Frames uint8 (F, H, W, 3) -> latents float32 (F, 4, H/s, W/s): the VAE's mean times its scale.
+
+    The mean rather than a sample, so that a frame has one latent.
+    """
+    latents = []
+    for frame in frames:  # one at a time: full-resolution feature maps are the VAE's whole memory
+        image = image_tensor(frame[None]).to(**network_inputs(model)) * 2 - 1
+        mean, _ = model.vae.encode(image.contiguous(memory_format=torch.channels_last))
+        latents.append(mean.float() * model.vae.config.scale)
+    return torch.cat(latents)
+
+
+@torch.inference_mode()
+def decode_latents(model, latents: Tensor, slice_size: int = 4) -> Iterator[np.ndarray]:
+    """Latents (F, 4, h, w) -> frames uint8 (H, W, 3), one after another, decoded a few at a time."""
+    for part in latents.split(slice_size):
+        images = model.vae.decode((part / model.vae.config.scale).to(**network_inputs(model))).float()
+        images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+        yield from images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.inference_mode()
+def encode_prompt(model, prompt: str) -> Tensor:
+    """A prompt -> its context (tokens, context_dim)."""
+    device = model.text_encoder.text_model.final_layer_norm.weight.device
+    return model.text_encoder(model.tokenizer(prompt).to(device))
+
+
+def draw_hints(poses: Sequence[Pose], height: int, width: int) -> Tensor:
+    """The control images of poses, for frames of height x width pixels: (F, 3, height, width) in [0, 1]."""
+    return image_tensor(np.stack([draw_pose(pose, height, width) for pose in poses]))
+
+
+# ---- The diffusion: Stable Diffusion 1.5's schedule and DDIM ------------------------------------
+
+TRAIN_STEPS = 1000
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2  # "scaled linear"
+ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
+
+
+def ddim_timesteps(steps: int) -> list[int]:
+    """The timesteps of a run of `steps` steps, from noise to image: 981, 961, ..., 1 for 50.
+
+    Evenly spaced and one above the multiples ("steps offset 1"). Raises ValueError outside 1 to 1000.
+    """
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise ValueError(f"{steps} DDIM steps: give a number from 1 to {TRAIN_STEPS}")
+    stride = TRAIN_STEPS // steps
+    return [i * stride + 1 for i in reversed(range(steps))]
+
+
+def alpha_cumprod(timestep: int) -> float:
+    """How much of the variance is image at a timestep; below 0, at the end of the run, as at 0."""
+    return ALPHAS_CUMPROD[max(timestep, 0)].item()
+
+
+def ddim_step(latents: Tensor, noise: Tensor, timestep: int, next_timestep: int) -> Tensor:
+    """Moves latents from one timestep to another along the predicted noise, either way (eta 0).
+
+    Song et al. 2021, "Denoising Diffusion Implicit Models", Eq. (12): the image that the noise implies,
+    noised anew to the other timestep.
+    """
+    a, b = alpha_cumprod(timestep), alpha_cumprod(next_timestep)
+    image = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
+    return math.sqrt(b) * image + math.sqrt(1 - b) * noise
+
+
+def add_noise(latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """The forward process: what clean latents look like at a timestep."""
+    a = alpha_cumprod(timestep)
+    return math.sqrt(a) * latents + math.sqrt(1 - a) * noise
+
+
+def predict_noise(model, latents: Tensor, timestep: int, context: Tensor, hints: Tensor,
+                  control_scale: float = 1.0) -> Tensor:  # fmt: skip
+    """The noise that UNet and ControlNet see in latents (F, 4, h, w), float32 alike.
+
+    hints: control images (F, 3, H, W) in [0, 1]; context: (tokens, context_dim).
+    """
+    x, hints = latents.to(**network_inputs(model)), hints.to(**network_inputs(model))
+    control = model.controlnet(x, timestep, context, hints, control_scale)
+    return model.unet(x, timestep, context, control).float()
+
+
+# ---- Fine-tuning (section 3.2) ------------------------------------------------------------------
+
+
+def trainable_parameters(model) -> dict[str, nn.Parameter]:
+    """What fine-tuning trains, by name: the temporal layers and the outputs of key-frame attention.
+
+    `attn1.to_out`, `attn_temp` and `conv_temp` of the UNet, `attn1.to_out` of the ControlNet, as in the
+    public ControlVideo code. Names start with the network's: "unet." or "controlnet.".
+    """
+    trained = (".attn1.to_out.", ".attn_temp.", ".conv_temp.")
+    return {
+        f"{network}.{name}": parameter
+        for network in ("unet", "controlnet")
+        for name, parameter in getattr(model, network).named_parameters()
+        if any(part in name for part in trained)
+    }
+
+
+def training_steps(frames: int) -> int:
+    """The paper's number of training steps for N frames (supplement, Eq. 1): 100 for 8, 2000 for 100.
+
+    Below 8 frames, where the paper does not go, the line falls towards zero: 50 at least.
+    """
+    return max(50, round(475 / 23 * frames - 1500 / 23))
+
+
+def training_loss(model, latents: Tensor, hints: Tensor, context: Tensor, timestep: int, noise: Tensor) -> Tensor:
+    """Mean squared error of the noise predicted in a clip that was noised to one timestep."""
+    predicted = predict_noise(model, add_noise(latents, noise, timestep), timestep, context, hints)
+    return F.mse_loss(predicted, noise)
+
+
+# ---- Reference selection (section 3.3) ----------------------------------------------------------
+
+
+def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose]) -> int:
+    """The training frame whose pose is closest to all target poses: i* = argmin_i sum_l ||p_l - p_i||^2.
+
+    Target frames without a person do not vote. Raises ValueError when no pose can be compared.
+    """
+    sums = []
+    for training in training_poses:
+        distances = [pose_distance(training, target) for target in target_poses if is_seen(target.body).any()]
+        sums.append(sum(distances) if distances else math.inf)
+    if math.isinf(min(sums)):
+        raise ValueError("no training frame shares body keypoints with every target pose: is there a person in it?")
+    return int(np.argmin(sums))
+
+
+# ---- Inversion of a pseudo video (section 3.3) --------------------------------------------------
+
+
+@torch.inference_mode()
+def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50) -> list[Tensor]:
+    """DDIM inversion of the reference frame: its way from image to noise.
+
+    latent: (1, 4, h, w), encoded; hint: (1, 3, H, W), its own control image; context: the source prompt's.
+    Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
+
+    The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay
+    equal on the way: they share the key frame, attention over equal tokens gives one of them, and equal
+    frames have one frame's norm statistics. So one frame is inverted, and the noise repeated.
+    A clip (F, 4, h, w) is inverted as a clip.
+    """
+    trajectory = [latent]
+    stride = TRAIN_STEPS // steps
+    for timestep in tqdm(ddim_timesteps(steps)[::-1], desc="inverting", leave=False):
+        # The noise is wanted at the level of the *next* timestep but predicted from this one's latents.
+        noise = predict_noise(model, trajectory[-1], timestep, context, hint)
+        trajectory.append(ddim_step(trajectory[-1], noise, timestep - stride, timestep))
+    return trajectory
+
+
+# ---- Insertion of the reference (section 3.3) ---------------------------------------------------
+
+
+def insert_reference(reference_pose: Pose, target_poses: Sequence[Pose]) -> list[Pose]:
+    """The reference pose in front of the M target poses: frame 0 is what all frames attend to.
+
+    Its own sampled frame is no part of the result, but tells how faithful the run is.
+    """
+    return [reference_pose, *target_poses]
+
+
+# ---- Latent editing (section 3.3) ---------------------------------------------------------------
+
+EDITED_PARTS = ("face", "left_hand", "right_hand")
+
+
+def latent_points(part: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Keypoints (K, 3), canvas-normalised -> (K, 2) in latent pixels, whose centres are the integers."""
+    return part[:, :2].astype(np.float64) * (width, height) - 0.5
+
+
+def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
+    """The least-squares affine map A (2, 3) with target ~ A[:, :2] @ source + A[:, 2]; points are (K, 2).
+
+    None for a map that no moving part makes: fewer than 3 points, points (nearly) on a line, mirrored,
+    or an area that changes by more than a factor of 4.
+    """
+    if len(source) < 3:
+        return None
+    spreads = np.linalg.svd(source - source.mean(0), compute_uv=False)
+    if spreads[1] < 0.05 * spreads[0] or spreads[0] == 0:
+        return None
+    ones = np.ones((len(source), 1))
+    solution, *_ = np.linalg.lstsq(np.hstack([source, ones]), target, rcond=None)
+    area = np.linalg.det(solution[:2])
+    return solution.T if 1 / 4 <= area <= 4 else None
+
+
+def grown_hull(points: np.ndarray, height: int, width: int, margin: float = 1.0) -> np.ndarray:
+    """Which pixels lie within `margin` of the convex hull of `points` (K, 2): booleans (height, width)."""
+    hull = convex_hull(points)
+    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)[:, :, None]  # (H, W, 1, 2)
+    start, edge = hull, np.roll(hull, -1, axis=0) - hull  # (E, 2) each
+    offset = pixels - start
+    left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
+    along = ((offset * edge).sum(-1) / (edge**2).sum(-1).clip(1e-12)).clip(0, 1)
+    distance = np.linalg.norm(offset - along[..., None] * edge, axis=-1).min(-1)
+    return left_of_edge.all(-1) | (distance <= margin)
+
+
+def convex_hull(points: np.ndarray) -> np.ndarray:
+    """The corners of the convex hull of (K, 2) points in order around it (Andrew's monotone chain)."""
+
+    def chain(ordered: np.ndarray) -> list[np.ndarray]:
+        corners = []
+        for point in ordered:
+            while len(corners) > 1:
+                (ax, ay), (bx, by) = corners[-1] - corners[-2], point - corners[-1]
+                if ax * by - ay * bx > 0:
+                    break
+                corners.pop()
+            corners.append(point)
+        return corners
+
+    ordered = np.unique(points, axis=0)
+    if len(ordered) < 2:
+        return ordered
+    return np.array(chain(ordered)[:-1] + chain(ordered[::-1])[:-1])
+
+
+def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
+    """Reads a latent (4, H, W) at K points (K, 2) in pixels, between pixel centres: (4, K)."""
+    height, width = latent.shape[-2:]
+    corner = np.floor(points).astype(int)
+    fraction = torch.tensor(points - corner, dtype=latent.dtype, device=latent.device)
+    result = 0
+    for dx in (0, 1):
+        for dy in (0, 1):
+            x, y = (corner[:, 0] + dx).clip(0, width - 1), (corner[:, 1] + dy).clip(0, height - 1)
+            weight = (fraction[:, 0] if dx else 1 - fraction[:, 0]) * (fraction[:, 1] if dy else 1 - fraction[:, 1])
+            result = result + latent[:, y, x] * weight
+    return result
+
+
+def edit_latents(
+    latents: Tensor, reference_latent: Tensor, poses: Sequence[Pose], reference_pose: Pose
+) -> dict[str, int]:
+    """Moves the reference's face and hands to where each target pose has them, in place.
+
+    latents: (M, 4, h, w), one per pose; reference_latent: (4, h, w), of the same timestep.
+    For each part, an affine map from the target's to the reference's landmarks is fitted; inside the
+    target landmarks' convex hull, grown by one latent pixel, the latent becomes the reference's, read
+    through the map. A part that is not seen in both, or whose map is degenerate (see `fit_affine`),
+    stays as it was. Returns how many regions were edited of each part, in the order of EDITED_PARTS.
+    """
+    height, width = latents.shape[-2:]
+    edited = dict.fromkeys(EDITED_PARTS, 0)
+    for latent, pose in zip(latents, poses, strict=True):
+        for name in EDITED_PARTS:
+            target, reference = getattr(pose, name), getattr(reference_pose, name)
+            both = is_seen(target) & is_seen(reference)
+            target, reference = (latent_points(part[both], height, width) for part in (target, reference))
+            to_reference = fit_affine(target, reference)
+            if to_reference is None:
+                continue
+            y, x = np.nonzero(grown_hull(target, height, width))
+            source = np.stack([x, y], axis=1) @ to_reference[:, :2].T + to_reference[:, 2]
+            inside = ((source >= -0.5) & (source <= (width - 0.5, height - 0.5))).all(1)
+            if inside.any():
+                latent[:, y[inside], x[inside]] = sample_bilinear(reference_latent, source[inside])
+                edited[name] += 1
+    return edited
+
+
+# ---- Sampling -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def sample(
+    model, latents: Tensor, hints: Tensor, context: Tensor, steps: int = 50, guidance: float = 1.0,
+    empty_context: Tensor | None = None, edit: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """DDIM from noise to clean latents, the whole clip at once.
+
+    latents: (F, 4, h, w), the noise; hints: (F, 3, H, W); context: the target prompt's. A guidance scale
+    other than 1 also needs `empty_context`, the empty prompt's, and doubles the cost.
+    `edit(latents, step)` is called before each step, counted from 1, and may change the latents in place.
+    """
+    latents = latents.clone()
+    stride = TRAIN_STEPS // steps
+    for step, timestep in enumerate(tqdm(ddim_timesteps(steps), desc="sampling"), start=1):
+        if edit is not None:
+            edit(latents, step)
+        noise = predict_noise(model, latents, timestep, context, hints)
+        if guidance != 1:
+            unguided = predict_noise(model, latents, timestep, empty_context, hints)
+            noise = unguided + guidance * (noise - unguided)
+        latents = ddim_step(latents, noise, timestep, timestep - stride)
+    return latents

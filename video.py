@@ -1,0 +1,318 @@
+"""Frames in and out: read from video and images, fitted to a canvas, written, put on sheets."""
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v2 as imageio
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS_WRITTEN = (".mp4", ".mov")
+# ffmpeg's default conversion between YUV and RGB rounds down and repeats colour samples: a frame
+# that is written and read would come back one grey level darker, with coloured edges off by many.
+EXACT_COLOUR = "bicubic+accurate_rnd+full_chroma_int"
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+def read_frames(
+    path: str | Path, indices: Sequence[int] | None = None
+) -> tuple[np.ndarray, float]:
+    """The frames of a video, a folder of images (in the order of their numbers) or one image.
+
+    Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the
+    frames per second (24 for images). Transparency is laid over black. Only the frames asked for
+    are held in memory, and a video is decoded no further than the last of them.
+
+    Raises FileNotFoundError, OSError for what cannot be decoded, and ValueError for an index
+    outside the clip, for no indices at all or for images of different sizes.
+    """
+    path = Path(path)
+    if indices is not None and not len(indices):
+        raise ValueError(f"{path}: an empty list of frames was asked for")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such video, image or folder")
+    if path.is_dir() or path.suffix.lower() in IMAGES:
+        return _read_images(path, indices), 24.0
+    return _read_video(path, indices)
+
+
+def _read_images(path: Path, indices: Sequence[int] | None) -> np.ndarray:
+    files = [path]
+    if path.is_dir():
+        files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGES), key=_by_number)
+    if not files:
+        raise FileNotFoundError(f"{path}: no images ({', '.join(IMAGES)}) in this folder")
+    if indices is not None:
+        _check_indices(path, indices, len(files))
+        files = [files[index] for index in indices]
+    frames = []
+    for file in files:
+        frames.append(_read_image(file))
+        if frames[-1].shape != frames[0].shape:
+            raise ValueError(f"{file}: {_size(frames[-1])} pixels, but {files[0].name} has "
+                             f"{_size(frames[0])}: the frames of a clip need one size")
+    return np.stack(frames)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """One image as uint8 RGB (H, W, 3), upright."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip, not scale
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            image = image.convert("RGBA")
+    except (OSError, SyntaxError) as error:  # SyntaxError: PIL's word for a broken PNG
+        raise OSError(f"{path}: not a readable image ({error})") from None
+    black = Image.new("RGBA", image.size, "black")
+    return np.asarray(Image.alpha_composite(black, image).convert("RGB"))
+
+
+def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, float]:
+    wanted = None if indices is None else set(indices)
+    frames, count = {}, 0
+    try:
+        exactly = ["-sws_flags", EXACT_COLOUR]
+        with closing(imageio.get_reader(path, format="FFMPEG", output_params=exactly)) as reader:
+            fps = float(reader.get_meta_data()["fps"])
+            for frame in reader:
+                if wanted is None or count in wanted:
+                    frames[count] = np.asarray(frame)
+                count += 1
+                if wanted is not None and len(frames) == len(wanted):
+                    break
+    except (OSError, RuntimeError, KeyError):
+        raise OSError(f"{path}: not a readable video") from None
+    if not count:
+        raise OSError(f"{path}: a video without frames")
+    if indices is None:
+        indices = range(count)
+    elif len(frames) < len(wanted):
+        _check_indices(path, indices, count)
+    return np.stack([frames[index] for index in indices]), fps
+
+
+def _check_indices(path: Path, indices: Sequence[int], count: int) -> None:
+    for index in indices:
+        if not 0 <= index < count:
+            raise ValueError(f"{path}: has {count} frames (0 to {count - 1}), so no frame {index}")
+
+
+def _by_number(path: Path) -> list:
+    """A sorting key that puts frame10 after frame9."""
+    texts_and_numbers = re.split(r"([0-9]+)", path.name)
+    return [int(part) if index % 2 else part for index, part in enumerate(texts_and_numbers)]
+
+
+def _size(frame: np.ndarray) -> str:
+    return f"{frame.shape[1]}x{frame.shape[0]}"
+
+
+# ---------------------------------------------------------------------------------------- fitting
+
+@dataclass(frozen=True)
+class Fit:
+    """How frames of one size cover a canvas: scaled, then cropped at the centre. Made by `fit`."""
+
+    height: int  # of the canvas, in pixels
+    width: int
+    source_height: int
+    source_width: int
+    scale: float  # canvas pixels per source pixel, the same along both axes
+    left: float  # of the part that is kept, in source pixels
+    top: float
+
+    @property
+    def placement(self) -> tuple[float, float, float, float]:
+        """(scale_x, scale_y, left, top) from source- to canvas-normalised coordinates.
+
+        x' = scale_x * x + left and y' = scale_y * y + top, as `pose.place_pose` takes them.
+        """
+        x, y = self.scale / self.width, self.scale / self.height
+        return x * self.source_width, y * self.source_height, -x * self.left, -y * self.top
+
+
+def fit(height: int, width: int, size: int, multiple: int) -> Fit:
+    """Plans how source frames of height x width cover a canvas whose short side is about `size`.
+
+    The short side is `size` rounded to a multiple of `multiple`, the long side the multiple that
+    keeps the aspect best. The frame covers the canvas and loses a strip at its edges: black bars
+    would be learned as part of the picture.
+
+    Raises ValueError when `size` is below `multiple`.
+    """
+    if size < multiple or multiple < 1:
+        raise ValueError(f"a size of {size} pixels is too small: the least is {multiple}")
+    if min(height, width) < 1:
+        raise ValueError(f"a frame of {width}x{height} pixels is empty")
+    short = round(size / multiple) * multiple
+    aspect = max(height, width) / min(height, width)
+    long = round(short * aspect / multiple) * multiple
+    canvas_height, canvas_width = (long, short) if height > width else (short, long)
+    scale = max(canvas_height / height, canvas_width / width)
+    left = max(0.0, (width - canvas_width / scale) / 2)
+    top = max(0.0, (height - canvas_height / scale) / 2)
+    return Fit(canvas_height, canvas_width, height, width, scale, left, top)
+
+
+def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
+    """The source frame, uint8 (source_height, source_width, 3), on canvas: (height, width, 3)."""
+    if frame.shape[:2] != (fit.source_height, fit.source_width):
+        raise ValueError(f"a frame of {_size(frame)} pixels does not go with a fit for "
+                         f"{fit.source_width}x{fit.source_height}")
+    right = min(fit.source_width, fit.left + fit.width / fit.scale)
+    bottom = min(fit.source_height, fit.top + fit.height / fit.scale)
+    kept = (fit.left, fit.top, right, bottom)
+    resized = Image.fromarray(frame).resize((fit.width, fit.height), Image.Resampling.LANCZOS, kept)
+    return np.asarray(resized)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, with the same extension, that takes its place if all goes well."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_video(
+    path: str | Path, fps: float, height: int, width: int
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Opens an H.264 video; call what it gives with frames, uint8 (height, width, 3) or (F, ...).
+
+        with open_video("out.mp4", 24, 512, 512) as write:
+            write(frames)
+
+    `path` appears, or is replaced, when the block ends well; else it stays as it was. Odd sizes
+    get their last row or column twice: the pixel format that every player knows needs even ones.
+
+    Raises ValueError for frames of another size or type, an unknown extension or no frames at all,
+    and OSError when the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in VIDEOS_WRITTEN:
+        raise ValueError(f"{path}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
+    if not fps > 0:
+        raise ValueError(f"{path}: {fps} frames per second; give a number above 0")
+
+    written = 0
+    with _replacing(path) as unfinished:
+        writer = imageio.get_writer(
+            unfinished, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p",
+            quality=None, macro_block_size=1, ffmpeg_log_level="error",
+            output_params=["-crf", "16", "-movflags", "+faststart",
+                           # named in the file, because players guess the colour matrix otherwise
+                           "-vf", f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}"])
+
+        def write(frames: np.ndarray) -> None:
+            nonlocal written
+            if frames.shape[-3:] != (height, width, 3) or frames.dtype != np.uint8:
+                raise ValueError(f"{path}: frames must be uint8 ({height}, {width}, 3), "
+                                 f"not {frames.dtype} {frames.shape}")
+            for frame in frames.reshape(-1, height, width, 3):
+                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                try:
+                    writer.append_data(even)
+                except OSError as error:
+                    raise OSError(f"{path}: ffmpeg stopped: {str(error).splitlines()[0]}") from None
+                written += 1
+
+        with closing(writer):  # as imageio's own `with` leaves ffmpeg running after an exception
+            yield write
+        if not written:
+            raise ValueError(f"{path}: no frames to write")
+        # ffmpeg says nothing when the disk fills up as it closes the file: count what arrived.
+        if not unfinished.exists() or _count_frames(unfinished) != written:
+            raise OSError(f"{path}: could not be written whole; is the disk full?")
+
+
+def _count_frames(path: Path) -> int:
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+    except RuntimeError:  # not even a video
+        return 0
+
+
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Writes frames, uint8 RGB (H, W, 3) each and all of one size, as an H.264 video.
+
+    Raises what `open_video` raises.
+    """
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"{path}: no frames to write")
+    with open_video(path, fps, *first.shape[:2]) as write:
+        write(first)
+        for frame in frames:
+            write(frame)
+
+
+def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
+    """Writes a picture, PIL or uint8 RGB (H, W, 3), in the format that the extension names."""
+    path = Path(path)
+    if path.suffix.lower() not in IMAGES:
+        raise ValueError(f"{path}: an image's name must end in one of {', '.join(IMAGES)}")
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with _replacing(path) as unfinished:
+        image.save(unfinished)
+
+
+# ----------------------------------------------------------------------------------------- sheets
+
+_PAPER, _INK, _GAP = (24, 24, 27), (212, 212, 216), 8
+
+
+def contact_sheet(
+    rows: dict[str, Sequence[np.ndarray]], columns: int = 8, cell_height: int = 192
+) -> Image.Image:
+    """A picture of several clips, one under the other, to compare at a glance.
+
+    `rows` maps a label to frames, uint8 RGB (H, W, 3), of any size and number. Each row shows up to
+    `columns` of its frames, evenly spaced from first to last, each scaled to `cell_height` pixels
+    and under its frame number. Raises ValueError for a row without frames.
+    """
+    if not rows:
+        raise ValueError("contact sheet: no rows")
+    for label, frames in rows.items():
+        if not len(frames):
+            raise ValueError(f"contact sheet: the row \"{label}\" has no frames")
+    font = ImageFont.load_default(size=max(12, cell_height // 10))
+    ink = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    line = round(1.5 * font.size)
+    margin = 2 * _GAP + max(round(ink.textlength(label, font)) for label in rows)
+
+    picked = {label: np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+              for label, frames in rows.items()}
+    cell_width = max(round(cell_height * frames[0].shape[1] / frames[0].shape[0])
+                     for frames in rows.values())
+    longest = max(len(indices) for indices in picked.values())
+    size = margin + longest * (cell_width + _GAP), len(rows) * (line + cell_height) + _GAP
+    sheet = Image.new("RGB", size, _PAPER)
+    ink = ImageDraw.Draw(sheet)
+
+    for row, (label, frames) in enumerate(rows.items()):
+        top = row * (line + cell_height) + line
+        ink.text((_GAP, top + cell_height // 2), label, _INK, font, anchor="lm")
+        for column, index in enumerate(picked[label]):
+            frame = Image.fromarray(frames[index])
+            width = round(cell_height * frame.width / frame.height)
+            centre = margin + column * (cell_width + _GAP) + cell_width // 2
+            ink.text((centre, top - line // 2), str(index), _INK, font, anchor="mm")
+            sheet.paste(frame.resize((width, cell_height), Image.Resampling.LANCZOS),
+                        (centre - width // 2, top))
+    return sheet
