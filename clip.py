@@ -3,6 +3,7 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 Stable Diffusion 1.5 uses the text tower of ViT-L/14, frozen, up to its last layer norm.
 """
+
 import json
 import re
 import unicodedata
@@ -23,9 +24,7 @@ SPECIAL = re.compile(f"({re.escape(START)}|{re.escape(END)})")
 
 # A word is a contraction's tail, a run of letters, a single digit, or a run of anything else but
 # spaces. Written for ASCII: `split_words` shows it an ASCII stand-in for all other characters.
-WORD = re.compile(
-    rf"{SPECIAL.pattern}|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII
-)
+WORD = re.compile(rf"{SPECIAL.pattern}|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
 
 # Merges work on bytes, each written as one visible character: itself where Latin-1 has a glyph
 # for it, else the next code point from 256 on. Vocabularies count their ids in this order.
@@ -237,20 +236,24 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        embeddings = nn.ModuleDict({
-            "token_embedding": nn.Embedding(config.vocab_size, config.width),
-            "position_embedding": nn.Embedding(config.length, config.width),
-        })
+        embeddings = nn.ModuleDict(
+            {
+                "token_embedding": nn.Embedding(config.vocab_size, config.width),
+                "position_embedding": nn.Embedding(config.length, config.width),
+            }
+        )
         # The spreads that CLIP starts from: PyTorch's own, 1, would drown what the layers add.
         nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
-        self.text_model = nn.ModuleDict({
-            "embeddings": embeddings,
-            "encoder": Transformer(
-                config.width, config.heads, config.layers, config.mlp_width, causal=True
-            ),
-            "final_layer_norm": nn.LayerNorm(config.width),
-        })
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": embeddings,
+                "encoder": Transformer(
+                    config.width, config.heads, config.layers, config.mlp_width, causal=True
+                ),
+                "final_layer_norm": nn.LayerNorm(config.width),
+            }
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Raises ValueError when there are more tokens than positions."""

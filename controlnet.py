@@ -2,6 +2,9 @@
 
 Inflated like the UNet, key-frame attention and clip-wide norms included, but without temporal attention.
 """
+
+from itertools import pairwise
+
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +22,7 @@ class HintEmbedding(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(3, hint_widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for width, next_width in zip(hint_widths, hint_widths[1:]):
+        for width, next_width in pairwise(hint_widths):
             self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
             self.blocks.append(nn.Conv2d(width, next_width, 3, padding=1, stride=2))
         self.conv_out = nn.Conv2d(hint_widths[-1], out_channels, 3, padding=1)
@@ -58,11 +61,18 @@ class ControlNet(nn.Module):
         for level, width in enumerate(widths):
             is_last = level == len(widths) - 1
             skip_widths += [width] * (config.layers_per_block + (0 if is_last else 1))
-        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skip_widths)
+        self.controlnet_down_blocks = nn.ModuleList(
+            nn.Conv2d(width, width, 1) for width in skip_widths
+        )
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def forward(
-        self, latents: Tensor, timestep: int | Tensor, context: Tensor, hint: Tensor, scale: float = 1.0
+        self,
+        latents: Tensor,
+        timestep: int | Tensor,
+        context: Tensor,
+        hint: Tensor,
+        scale: float = 1.0,
     ) -> list[Tensor]:
         x, timestep, context = prepare_inputs(latents, timestep, context)
         time = self.time_embedding(timestep)
@@ -73,6 +83,8 @@ class ControlNet(nn.Module):
             skips += block(skips[-1], time, context)
         x = self.mid_block(skips[-1], time, context)
 
-        residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        residuals = [
+            conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
+        ]
         residuals.append(self.controlnet_mid_block(x))
         return [residual * scale for residual in residuals]

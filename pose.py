@@ -1,4 +1,5 @@
 """The pose of one person in one frame: read from files, written, drawn, compared."""
+
 import colorsys
 import json
 import math
@@ -93,12 +94,24 @@ def load_poses(path: str | Path, width: int | None = None, height: int | None = 
             poses.append(pose)
             continue
         if None in canvas:
-            raise ValueError(f"{where}: pixel coordinates, but no canvas_width and canvas_height: "
-                             "give the width and height of the video they were found in")
+            raise ValueError(
+                f"{where}: pixel coordinates, but no canvas_width and canvas_height: "
+                "give the width and height of the video they were found in"
+            )
         if not all(isinstance(side, (int, float)) and side > 0 for side in canvas):
             raise ValueError(f"{where}: canvas_width and canvas_height are {canvas}, not pixels")
         poses.append(place_pose(pose, 1 / canvas[0], 1 / canvas[1], 0, 0))
     return poses
+
+
+def read_canvas(path: str | Path) -> tuple[int, int] | None:
+    """The (height, width) of the canvas that a pose file's first frame names, if it names one.
+
+    Raises what `load_poses` raises.
+    """
+    _, frame = _read_frames(Path(path))[0]
+    size = frame.get("canvas_height"), frame.get("canvas_width")
+    return size if all(isinstance(side, (int, float)) and side > 0 for side in size) else None
 
 
 def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int) -> None:
@@ -146,7 +159,7 @@ def _read_frames(path: Path) -> list[tuple[str, dict]]:
         raise ValueError(f"{path}: holds no frames")
     for index, frame in enumerate(frames):
         if not isinstance(frame, dict) or "people" not in frame:
-            raise ValueError(f"{path}: frame {index}: not an OpenPose frame, which has \"people\"")
+            raise ValueError(f'{path}: frame {index}: not an OpenPose frame, which has "people"')
     return [(f"{path}: frame {index}", frame) for index, frame in enumerate(frames)]
 
 
@@ -154,7 +167,7 @@ def _largest_person(frame: dict, where: str) -> Pose:
     """The person with the largest box of body keypoints times mean score, in the file's units."""
     people = frame["people"] or []
     if not isinstance(people, list) or not all(isinstance(person, dict) for person in people):
-        raise ValueError(f"{where}: \"people\" is not a list of objects with keypoints")
+        raise ValueError(f'{where}: "people" is not a list of objects with keypoints')
     poses = [Pose(**{name: _read_part(person, name, where) for name in _KEYS}) for person in people]
 
     def size(pose: Pose) -> float:
@@ -173,8 +186,10 @@ def _read_part(person: dict, name: str, where: str) -> np.ndarray:
         raise ValueError(f"{where}: {key} is not a list of numbers") from None
     if flat.size not in (0, *(3 * count for count in counts)):
         allowed = " or ".join(str(3 * count) for count in counts)
-        raise ValueError(f"{where}: {key} has {flat.size} numbers instead of {allowed} "
-                         "(x, y and score of each keypoint)")
+        raise ValueError(
+            f"{where}: {key} has {flat.size} numbers instead of {allowed} "
+            "(x, y and score of each keypoint)"
+        )
     points = flat.reshape(-1, 3)
     if name == "body" and len(points) == 25:
         points = points[_BODY_25_TO_COCO_18]
@@ -187,6 +202,7 @@ def _read_part(person: dict, name: str, where: str) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------- distances
 
+
 def pose_distance(a: Pose, b: Pose) -> float:
     """Mean squared distance of the body keypoints seen in both, in canvas-normalised units.
 
@@ -197,7 +213,7 @@ def pose_distance(a: Pose, b: Pose) -> float:
     if not both.any():
         return math.inf
     difference = a.body[both, :2].astype(np.float64) - b.body[both, :2]
-    return float((difference ** 2).sum(axis=1).mean())
+    return float((difference**2).sum(axis=1).mean())
 
 
 def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
@@ -211,16 +227,36 @@ def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
 
 # ---------------------------------------------------------------------------------------- drawing
 
-_LIMBS = np.array([  # pairs of COCO-18 keypoints, in the order in which OpenPose paints them
-    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
-    (1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17)])
+_LIMBS = np.array(
+    [  # pairs of COCO-18 keypoints, in the order in which OpenPose paints them
+        (1, 2),
+        (1, 5),
+        (2, 3),
+        (3, 4),
+        (5, 6),
+        (6, 7),
+        (1, 8),
+        (8, 9),
+        (9, 10),
+        (1, 11),
+        (11, 12),
+        (12, 13),
+        (1, 0),
+        (0, 14),
+        (14, 16),
+        (0, 15),
+        (15, 17),
+    ]
+)
 # Each finger is four joints, starting from the wrist.
 _HAND_EDGES = [(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)]
 
 
 def _rainbow(count: int) -> list[tuple[int, ...]]:
-    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index / count, 1, 1))
-            for index in range(count)]
+    return [
+        tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index / count, 1, 1))
+        for index in range(count)
+    ]
 
 
 _BODY_COLOURS = _rainbow(18)

@@ -14,6 +14,7 @@ A new clip is made by calling these one after another, as `sample.py` does:
 Latents are float32 (F, 4, H, W) throughout and times the VAE's scale; the networks compute in their own
 precision.
 """
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -57,7 +58,9 @@ def encode_frames(model, frames: np.ndarray) -> Tensor:
 def decode_latents(model, latents: Tensor, slice_size: int = 4) -> Iterator[np.ndarray]:
     """Latents (F, 4, h, w) -> frames uint8 (H, W, 3), one after another, decoded a few at a time."""
     for part in latents.split(slice_size):
-        images = model.vae.decode((part / model.vae.config.scale).to(**network_inputs(model))).float()
+        images = model.vae.decode(
+            (part / model.vae.config.scale).to(**network_inputs(model))
+        ).float()
         images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
         yield from images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -77,7 +80,9 @@ def draw_hints(poses: Sequence[Pose], height: int, width: int) -> Tensor:
 # ---- The diffusion: Stable Diffusion 1.5's schedule and DDIM ------------------------------------
 
 TRAIN_STEPS = 1000
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2  # "scaled linear"
+BETAS = (
+    torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
+)  # "scaled linear"
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
 
 
@@ -114,8 +119,14 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     return math.sqrt(a) * latents + math.sqrt(1 - a) * noise
 
 
-def predict_noise(model, latents: Tensor, timestep: int, context: Tensor, hints: Tensor,
-                  control_scale: float = 1.0) -> Tensor:  # fmt: skip
+def predict_noise(
+    model,
+    latents: Tensor,
+    timestep: int,
+    context: Tensor,
+    hints: Tensor,
+    control_scale: float = 1.0,
+) -> Tensor:
     """The noise that UNet and ControlNet see in latents (F, 4, h, w), float32 alike.
 
     hints: control images (F, 3, H, W) in [0, 1]; context: (tokens, context_dim).
@@ -151,7 +162,9 @@ def training_steps(frames: int) -> int:
     return max(50, round(475 / 23 * frames - 1500 / 23))
 
 
-def training_loss(model, latents: Tensor, hints: Tensor, context: Tensor, timestep: int, noise: Tensor) -> Tensor:
+def training_loss(
+    model, latents: Tensor, hints: Tensor, context: Tensor, timestep: int, noise: Tensor
+) -> Tensor:
     """Mean squared error of the noise predicted in a clip that was noised to one timestep."""
     predicted = predict_noise(model, add_noise(latents, noise, timestep), timestep, context, hints)
     return F.mse_loss(predicted, noise)
@@ -167,10 +180,14 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
     """
     sums = []
     for training in training_poses:
-        distances = [pose_distance(training, target) for target in target_poses if is_seen(target.body).any()]
+        distances = [
+            pose_distance(training, target) for target in target_poses if is_seen(target.body).any()
+        ]
         sums.append(sum(distances) if distances else math.inf)
     if math.isinf(min(sums)):
-        raise ValueError("no training frame shares body keypoints with every target pose: is there a person in it?")
+        raise ValueError(
+            "no training frame shares body keypoints with every target pose: is there a person in it?"
+        )
     return int(np.argmin(sums))
 
 
@@ -239,7 +256,9 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
 def grown_hull(points: np.ndarray, height: int, width: int, margin: float = 1.0) -> np.ndarray:
     """Which pixels lie within `margin` of the convex hull of `points` (K, 2): booleans (height, width)."""
     hull = convex_hull(points)
-    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)[:, :, None]  # (H, W, 1, 2)
+    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)[
+        :, :, None
+    ]  # (H, W, 1, 2)
     start, edge = hull, np.roll(hull, -1, axis=0) - hull  # (E, 2) each
     offset = pixels - start
     left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
@@ -277,7 +296,9 @@ def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
     for dx in (0, 1):
         for dy in (0, 1):
             x, y = (corner[:, 0] + dx).clip(0, width - 1), (corner[:, 1] + dy).clip(0, height - 1)
-            weight = (fraction[:, 0] if dx else 1 - fraction[:, 0]) * (fraction[:, 1] if dy else 1 - fraction[:, 1])
+            weight = (fraction[:, 0] if dx else 1 - fraction[:, 0]) * (
+                fraction[:, 1] if dy else 1 - fraction[:, 1]
+            )
             result = result + latent[:, y, x] * weight
     return result
 
@@ -299,7 +320,9 @@ def edit_latents(
         for name in EDITED_PARTS:
             target, reference = getattr(pose, name), getattr(reference_pose, name)
             both = is_seen(target) & is_seen(reference)
-            target, reference = (latent_points(part[both], height, width) for part in (target, reference))
+            target, reference = (
+                latent_points(part[both], height, width) for part in (target, reference)
+            )
             to_reference = fit_affine(target, reference)
             if to_reference is None:
                 continue
@@ -317,9 +340,15 @@ def edit_latents(
 
 @torch.inference_mode()
 def sample(
-    model, latents: Tensor, hints: Tensor, context: Tensor, steps: int = 50, guidance: float = 1.0,
-    empty_context: Tensor | None = None, edit: Callable[[Tensor, int], None] | None = None,
-) -> Tensor:  # fmt: skip
+    model,
+    latents: Tensor,
+    hints: Tensor,
+    context: Tensor,
+    steps: int = 50,
+    guidance: float = 1.0,
+    empty_context: Tensor | None = None,
+    edit: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
     latents: (F, 4, h, w), the noise; hints: (F, 3, H, W); context: the target prompt's. A guidance scale

@@ -13,6 +13,7 @@ Several clips of equal length can go through at once, one after another along th
 context is (clips, tokens, context_dim) and the timestep (clips,). Shapes below write B for the number of
 clips (1 when sampling or fine-tuning), F for frames per clip, N = B * F for all frames.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -37,7 +38,9 @@ class UNetConfig:
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Timesteps (B,) in [0, 1000) -> (B, dim) float32: cosines, then sines, of `dim / 2` frequencies."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=timestep.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, device=timestep.device) / (dim // 2)
+    )
     angles = timestep.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -63,7 +66,9 @@ def clip_norm(norm: nn.GroupNorm, x: Tensor, clips: int) -> Tensor:
     that. In channels_last memory this is a view, no copy.
     """
     n, c, h, w = x.shape
-    tall = x.permute(0, 2, 3, 1).reshape(clips, n // clips * h, w, c).permute(0, 3, 1, 2)  # (B, C, F*H, W)
+    tall = (
+        x.permute(0, 2, 3, 1).reshape(clips, n // clips * h, w, c).permute(0, 3, 1, 2)
+    )  # (B, C, F*H, W)
     return norm(tall).permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
@@ -83,7 +88,9 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # (N, C, H, W), (B, time_dim)
         clips = len(time)
         h = self.conv1(F.silu(clip_norm(self.norm1, x, clips)))
-        shift = self.time_emb_proj(F.silu(time)).repeat_interleave(len(x) // clips, dim=0)  # (N, C')
+        shift = self.time_emb_proj(F.silu(time)).repeat_interleave(
+            len(x) // clips, dim=0
+        )  # (N, C')
         h = h + shift[:, :, None, None]
         h = self.conv2(F.silu(clip_norm(self.norm2, h, clips)))
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
@@ -98,9 +105,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list because the checkpoint says to_out.0
+        self.to_out = nn.ModuleList(
+            [nn.Linear(dim, dim)]
+        )  # a list because the checkpoint says to_out.0
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (B, L, dim), (B, S, context_dim) -> (B, L, dim)
+    def forward(
+        self, x: Tensor, context: Tensor
+    ) -> Tensor:  # (B, L, dim), (B, S, context_dim) -> (B, L, dim)
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L or S, dim / heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
@@ -151,7 +162,9 @@ class BasicTransformerBlock(nn.Module):
             nn.init.zeros_(self.conv_temp.weight)
             nn.init.zeros_(self.conv_temp.bias)
 
-    def forward(self, x: Tensor, context: Tensor, frames: int) -> Tensor:  # (B, F*H*W, C), (B, S, context_dim)
+    def forward(
+        self, x: Tensor, context: Tensor, frames: int
+    ) -> Tensor:  # (B, F*H*W, C), (B, S, context_dim)
         h = self.norm1(x)
         key_frame = h[:, : h.shape[1] // frames]  # (B, H*W, C)
         x = x + self.attn1(h, key_frame)
@@ -165,7 +178,9 @@ class BasicTransformerBlock(nn.Module):
         by_location = h.unflatten(1, (frames, -1)).transpose(1, 2)  # (B, H*W, F, C)
         tracks = by_location.flatten(0, 1)  # (B*H*W, F, C)
         tracks = self.attn_temp(tracks, tracks)
-        tracks = F.linear(tracks, self.conv_temp.weight[:, :, 0, 0], self.conv_temp.bias)  # a 1x1 convolution
+        tracks = F.linear(
+            tracks, self.conv_temp.weight[:, :, 0, 0], self.conv_temp.bias
+        )  # a 1x1 convolution
         return tracks.view_as(by_location).transpose(1, 2).flatten(1, 2)
 
 
@@ -174,15 +189,21 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int, norm_groups: int, temporal: bool):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, dim, eps=1e-6)  # per frame, unlike the residual blocks' norms
+        self.norm = nn.GroupNorm(
+            norm_groups, dim, eps=1e-6
+        )  # per frame, unlike the residual blocks' norms
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(dim, context_dim, heads, temporal)])
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(dim, context_dim, heads, temporal)]
+        )
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (N, C, H, W), (B, S, context_dim)
         n, c, h, w = x.shape
         clips = len(context)
-        tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(clips, -1, c)  # (B, F*H*W, C)
+        tokens = (
+            self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(clips, -1, c)
+        )  # (B, F*H*W, C)
         tokens = self.transformer_blocks[0](tokens, context, n // clips)
         return x + self.proj_out(tokens.reshape(n, h, w, c).permute(0, 3, 1, 2))
 
@@ -216,13 +237,18 @@ class DownBlock(nn.Module):
         last = level == len(config.widths) - 1
         self.resnets = nn.ModuleList(
             ResnetBlock2D(
-                in_channels if i == 0 else out_channels, out_channels, 4 * config.widths[0], config.norm_groups
+                in_channels if i == 0 else out_channels,
+                out_channels,
+                4 * config.widths[0],
+                config.norm_groups,
             )
             for i in range(config.layers_per_block)
         )
         if not last:  # the coarsest level has no attention
             self.attentions = nn.ModuleList(
-                Transformer2DModel(out_channels, config.context_dim, config.heads, config.norm_groups, temporal)
+                Transformer2DModel(
+                    out_channels, config.context_dim, config.heads, config.norm_groups, temporal
+                )
                 for _ in range(config.layers_per_block)
             )
             self.downsamplers = nn.ModuleList([Downsample2D(out_channels)])
@@ -250,7 +276,11 @@ class MidBlock(nn.Module):
             ResnetBlock2D(width, width, 4 * config.widths[0], config.norm_groups) for _ in range(2)
         )
         self.attentions = nn.ModuleList(
-            [Transformer2DModel(width, config.context_dim, config.heads, config.norm_groups, temporal=False)]
+            [
+                Transformer2DModel(
+                    width, config.context_dim, config.heads, config.norm_groups, temporal=False
+                )
+            ]
         )
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -271,13 +301,17 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock2D(
                 (below if i == 0 else width) + (above if i == layers - 1 else width),
-                width, 4 * widths[0], config.norm_groups,
+                width,
+                4 * widths[0],
+                config.norm_groups,
             )
             for i in range(layers)
-        )  # fmt: skip
+        )
         if level < len(widths) - 1:
             self.attentions = nn.ModuleList(
-                Transformer2DModel(width, config.context_dim, config.heads, config.norm_groups, temporal=True)
+                Transformer2DModel(
+                    width, config.context_dim, config.heads, config.norm_groups, temporal=True
+                )
                 for _ in range(layers)
             )
         if level > 0:
@@ -294,7 +328,9 @@ class UpBlock(nn.Module):
         return x
 
 
-def prepare_inputs(latents: Tensor, timestep: int | Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def prepare_inputs(
+    latents: Tensor, timestep: int | Tensor, context: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Brings a network's inputs to one form: channels_last latents, timestep (B,), context (B, S, dim)."""
     timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
     context = context if context.ndim == 3 else context[None]
@@ -320,14 +356,20 @@ class UNet(nn.Module):
         levels = range(len(config.widths))
         self.conv_in = nn.Conv2d(config.in_channels, config.widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(config.widths[0])
-        self.down_blocks = nn.ModuleList(DownBlock(config, level, temporal=True) for level in levels)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(config, level, temporal=True) for level in levels
+        )
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, config.widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)
 
     def forward(
-        self, latents: Tensor, timestep: int | Tensor, context: Tensor, control: list[Tensor] | None = None
+        self,
+        latents: Tensor,
+        timestep: int | Tensor,
+        context: Tensor,
+        control: list[Tensor] | None = None,
     ) -> Tensor:
         x, timestep, context = prepare_inputs(latents, timestep, context)
         time = self.time_embedding(timestep)

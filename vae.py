@@ -2,6 +2,7 @@
 
 Attribute names are the public checkpoint's (diffusers layout).
 """
+
 from dataclasses import dataclass
 
 import torch.nn as nn
@@ -14,10 +15,17 @@ class VAEConfig:
     """Sizes of a VAE. The defaults are Stable Diffusion 1.5's (`sd-vae-ft-mse`)."""
 
     latent_channels: int = 4
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels at each level; every level but the last halves
+    widths: tuple[int, ...] = (
+        128,
+        256,
+        512,
+        512,
+    )  # channels at each level; every level but the last halves
     layers_per_block: int = 2
     norm_groups: int = 32
-    scale: float = 0.18215  # latents times this have about unit variance; the diffusion works on those
+    scale: float = (
+        0.18215  # latents times this have about unit variance; the diffusion works on those
+    )
 
     @property
     def factor(self) -> int:
@@ -53,7 +61,9 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (N, 1 head, H*W, C)
+        tokens = (
+            self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
+        )  # (N, 1 head, H*W, C)
         h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         h = self.to_out[0](h[:, 0])  # (N, H*W, C)
         return x + h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
@@ -83,7 +93,8 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, channels: int, layers: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else channels, channels, groups) for i in range(layers)
+            ResnetBlock(in_channels if i == 0 else channels, channels, groups)
+            for i in range(layers)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Frames in and out: read from video and images, fitted to a canvas, written, put on sheets."""
+
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,9 +21,8 @@ EXACT_COLOUR = "bicubic+accurate_rnd+full_chroma_int"
 
 # ---------------------------------------------------------------------------------------- reading
 
-def read_frames(
-    path: str | Path, indices: Sequence[int] | None = None
-) -> tuple[np.ndarray, float]:
+
+def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple[np.ndarray, float]:
     """The frames of a video, a folder of images (in the order of their numbers) or one image.
 
     Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the
@@ -55,8 +55,10 @@ def _read_images(path: Path, indices: Sequence[int] | None) -> np.ndarray:
     for file in files:
         frames.append(_read_image(file))
         if frames[-1].shape != frames[0].shape:
-            raise ValueError(f"{file}: {_size(frames[-1])} pixels, but {files[0].name} has "
-                             f"{_size(frames[0])}: the frames of a clip need one size")
+            raise ValueError(
+                f"{file}: {_size(frames[-1])} pixels, but {files[0].name} has "
+                f"{_size(frames[0])}: the frames of a clip need one size"
+            )
     return np.stack(frames)
 
 
@@ -116,9 +118,10 @@ def _size(frame: np.ndarray) -> str:
 
 # ---------------------------------------------------------------------------------------- fitting
 
+
 @dataclass(frozen=True)
 class Fit:
-    """How frames of one size cover a canvas: scaled, then cropped at the centre. Made by `fit`."""
+    """How frames of one size cover a canvas: scaled, then cropped at the centre."""
 
     height: int  # of the canvas, in pixels
     width: int
@@ -154,7 +157,11 @@ def fit(height: int, width: int, size: int, multiple: int) -> Fit:
     short = round(size / multiple) * multiple
     aspect = max(height, width) / min(height, width)
     long = round(short * aspect / multiple) * multiple
-    canvas_height, canvas_width = (long, short) if height > width else (short, long)
+    return cover(height, width, *((long, short) if height > width else (short, long)))
+
+
+def cover(height: int, width: int, canvas_height: int, canvas_width: int) -> Fit:
+    """Plans how source frames of height x width cover a given canvas, all in pixels."""
     scale = max(canvas_height / height, canvas_width / width)
     left = max(0.0, (width - canvas_width / scale) / 2)
     top = max(0.0, (height - canvas_height / scale) / 2)
@@ -164,8 +171,10 @@ def fit(height: int, width: int, size: int, multiple: int) -> Fit:
 def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
     """The source frame, uint8 (source_height, source_width, 3), on canvas: (height, width, 3)."""
     if frame.shape[:2] != (fit.source_height, fit.source_width):
-        raise ValueError(f"a frame of {_size(frame)} pixels does not go with a fit for "
-                         f"{fit.source_width}x{fit.source_height}")
+        raise ValueError(
+            f"a frame of {_size(frame)} pixels does not go with a fit for "
+            f"{fit.source_width}x{fit.source_height}"
+        )
     right = min(fit.source_width, fit.left + fit.width / fit.scale)
     bottom = min(fit.source_height, fit.top + fit.height / fit.scale)
     kept = (fit.left, fit.top, right, bottom)
@@ -175,8 +184,9 @@ def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------- writing
 
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path`, with the same extension, that takes its place if all goes well."""
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -210,19 +220,34 @@ def open_video(
         raise ValueError(f"{path}: {fps} frames per second; give a number above 0")
 
     written = 0
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         writer = imageio.get_writer(
-            unfinished, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p",
-            quality=None, macro_block_size=1, ffmpeg_log_level="error",
-            output_params=["-crf", "16", "-movflags", "+faststart",
-                           # named in the file, because players guess the colour matrix otherwise
-                           "-vf", f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}"])
+            unfinished,
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            quality=None,
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=[
+                "-crf",
+                "16",
+                "-movflags",
+                "+faststart",
+                # named in the file, because players guess the colour matrix otherwise
+                "-vf",
+                f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}",
+            ],
+        )
 
         def write(frames: np.ndarray) -> None:
             nonlocal written
             if frames.shape[-3:] != (height, width, 3) or frames.dtype != np.uint8:
-                raise ValueError(f"{path}: frames must be uint8 ({height}, {width}, 3), "
-                                 f"not {frames.dtype} {frames.shape}")
+                raise ValueError(
+                    f"{path}: frames must be uint8 ({height}, {width}, 3), "
+                    f"not {frames.dtype} {frames.shape}"
+                )
             for frame in frames.reshape(-1, height, width, 3):
                 even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 try:
@@ -268,7 +293,7 @@ def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
     if path.suffix.lower() not in IMAGES:
         raise ValueError(f"{path}: an image's name must end in one of {', '.join(IMAGES)}")
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         image.save(unfinished)
 
 
@@ -290,16 +315,19 @@ def contact_sheet(
         raise ValueError("contact sheet: no rows")
     for label, frames in rows.items():
         if not len(frames):
-            raise ValueError(f"contact sheet: the row \"{label}\" has no frames")
+            raise ValueError(f'contact sheet: the row "{label}" has no frames')
     font = ImageFont.load_default(size=max(12, cell_height // 10))
     ink = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     line = round(1.5 * font.size)
     margin = 2 * _GAP + max(round(ink.textlength(label, font)) for label in rows)
 
-    picked = {label: np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-              for label, frames in rows.items()}
-    cell_width = max(round(cell_height * frames[0].shape[1] / frames[0].shape[0])
-                     for frames in rows.values())
+    picked = {
+        label: np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        for label, frames in rows.items()
+    }
+    cell_width = max(
+        round(cell_height * frames[0].shape[1] / frames[0].shape[0]) for frames in rows.values()
+    )
     longest = max(len(indices) for indices in picked.values())
     size = margin + longest * (cell_width + _GAP), len(rows) * (line + cell_height) + _GAP
     sheet = Image.new("RGB", size, _PAPER)
@@ -313,6 +341,8 @@ def contact_sheet(
             width = round(cell_height * frame.width / frame.height)
             centre = margin + column * (cell_width + _GAP) + cell_width // 2
             ink.text((centre, top - line // 2), str(index), _INK, font, anchor="mm")
-            sheet.paste(frame.resize((width, cell_height), Image.Resampling.LANCZOS),
-                        (centre - width // 2, top))
+            sheet.paste(
+                frame.resize((width, cell_height), Image.Resampling.LANCZOS),
+                (centre - width // 2, top),
+            )
     return sheet

@@ -14,6 +14,7 @@ frame 0 through key-frame attention, whatever the pose. See `training_batch` for
 The temporal layers are absent here, as in a 2-D public checkpoint; they come with inflation at loading.
 Everything goes to `--work`; the finished weights go to `--out` as a folder in the diffusers layout.
 """
+
 import argparse
 import csv
 import json
@@ -21,30 +22,32 @@ import math
 import multiprocessing
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import keep_freed_memory  # noqa: E402
-from clip import TextConfig, TextEncoder, Tokenizer  # noqa: E402
-from controlnet import ControlNet  # noqa: E402
-from demo.puppet import caption, motion, random_puppet, render  # noqa: E402
-from demo.vocabulary import learn_merges  # noqa: E402
-from pose import draw_pose  # noqa: E402
-from unet import UNet, UNetConfig  # noqa: E402
-from vae import VAE, VAEConfig  # noqa: E402
+from checkpoint import keep_freed_memory
+from clip import TextConfig, TextEncoder, Tokenizer
+from controlnet import ControlNet
+from demo.puppet import caption, motion, random_puppet, render
+from demo.vocabulary import learn_merges
+from pose import draw_pose
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
 FIRST_IDENTITY = 10_000  # training identities are numbered from here; the lower seeds are held out
 POSES = 8  # per identity, drawn from ten seconds of motion
 HINT_WIDTHS = (16, 32, 96)
-UNET = UNetConfig(widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8)
+UNET = UNetConfig(
+    widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8
+)
 VAE_CONFIG = VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -73,7 +76,9 @@ def render_pool(work: Path, identities: int) -> dict[str, np.ndarray]:
     done = work / "captions.json"
     if not done.exists():
         pool = {
-            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, (identities, POSES, *shape))
+            name: np.lib.format.open_memmap(
+                work / f"{name}.npy", "w+", np.uint8, (identities, POSES, *shape)
+            )
             for name, shape in shapes.items()
         }
         captions = []
@@ -102,7 +107,15 @@ def start_residuals_at_zero(model: nn.Module) -> None:
                 nn.init.zeros_(getattr(module, name).bias)
 
 
-def optimise(name: str, networks: nn.ModuleDict, loss_at, steps: int, peak_lr: float, ema_decay: float, work: Path):
+def optimise(
+    name: str,
+    networks: nn.ModuleDict,
+    loss_at,
+    steps: int,
+    peak_lr: float,
+    ema_decay: float,
+    work: Path,
+):
     """Trains `networks` with AdamW on `loss_at(step)`; returns them with averaged weights.
 
     One cosine from `peak_lr` to 1 % of it after a short warm-up, gradients clipped at 1. A checkpoint is
@@ -111,7 +124,9 @@ def optimise(name: str, networks: nn.ModuleDict, loss_at, steps: int, peak_lr: f
     """
     checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
     parameters = list(networks.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     average = [p.detach().clone() for p in parameters]
     start = 0
     if checkpoint.exists():
@@ -124,14 +139,23 @@ def optimise(name: str, networks: nn.ModuleDict, loss_at, steps: int, peak_lr: f
         log.write_text("step,loss,seconds\n")
 
     def save(step: int):
-        state = {"networks": networks.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+        state = {
+            "networks": networks.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average,
+            "step": step,
+        }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
     losses, began, saved = [], time.monotonic(), time.monotonic()
-    for step in (bar := trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)):
+    for step in (
+        bar := trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)
+    ):
         warm_up, progress = min(1, (step + 1) / 200), step / steps
-        optimizer.param_groups[0]["lr"] = peak_lr * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+        optimizer.param_groups[0]["lr"] = (
+            peak_lr * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+        )
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
@@ -143,7 +167,9 @@ def optimise(name: str, networks: nn.ModuleDict, loss_at, steps: int, peak_lr: f
         if (step + 1) % 50 == 0:
             bar.set_postfix(loss=f"{np.mean(losses):.4f}")
             with log.open("a") as file:
-                csv.writer(file).writerow([step + 1, f"{np.mean(losses):.5f}", f"{time.monotonic() - began:.0f}"])
+                csv.writer(file).writerow(
+                    [step + 1, f"{np.mean(losses):.5f}", f"{time.monotonic() - began:.0f}"]
+                )
             losses = []
         if time.monotonic() - saved > 300 or step + 1 == steps:
             save(step + 1)
@@ -161,23 +187,31 @@ def channels_last(array: np.ndarray) -> Tensor:
 # ---- 2. The VAE -------------------------------------------------------------------------------------
 
 
-def train_vae(pool: dict, work: Path, steps: int, batch: int = 32, crop: int = 64) -> VAE:
-    """On crops, most of them around the person: L1 + L2 + gradient loss, and a light pull to N(0, 1)."""
+def train_vae(pool: dict, work: Path, crop_steps: int, whole_steps: int) -> VAE:
+    """First on crops around the person, many and cheap, then on whole frames, as it is used.
+
+    The second stage matters: a group norm over a crop has other statistics than over a frame, and
+    colours come out wrong without it. L1 + L2 + gradient loss, the person counting three times, and
+    a light pull to N(0, 1).
+    """
     vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
     start_residuals_at_zero(vae)
     frames, masks = pool["frames"], pool["masks"]
 
-    def random_crop(rng) -> np.ndarray:
+    def random_crop(rng, crop: int) -> tuple[np.ndarray, np.ndarray]:
         i, j = rng.integers(len(frames)), rng.integers(POSES)
         rows, columns = np.nonzero(masks[i, j])
         k = rng.integers(len(rows))
-        top, left = 4 * rows[k] - rng.integers(crop), 4 * columns[k] - rng.integers(crop)
-        top, left = np.clip((top, left), 0, SIZE - crop)
-        return frames[i, j, top : top + crop, left : left + crop]
+        corner = rows[k] - rng.integers(crop // 4), columns[k] - rng.integers(crop // 4)
+        top, left = np.clip(corner, 0, (SIZE - crop) // 4)
+        window = np.s_[4 * top : 4 * top + crop, 4 * left : 4 * left + crop]
+        return frames[i, j][window], np.kron(masks[i, j], np.ones((4, 4), np.float32))[window]
 
-    def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng((1, step))
-        images = channels_last(np.stack([random_crop(rng) for _ in range(batch)])) * 2 - 1
+    def loss_at(step: int, stage: int, batch: int, crop: int) -> Tensor:
+        rng = np.random.default_rng((stage, step))
+        images, person = zip(*(random_crop(rng, crop) for _ in range(batch)))
+        images = channels_last(np.stack(images)) * 2 - 1
+        weight = torch.tensor(1 + 2 * np.stack(person))[:, None]
         with torch.autocast("cpu", torch.bfloat16):
             mean, log_variance = vae.encode(images)
             noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
@@ -185,9 +219,17 @@ def train_vae(pool: dict, work: Path, steps: int, batch: int = 32, crop: int = 6
         difference, mean, log_variance = output.float() - images, mean.float(), log_variance.float()
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        return difference.abs().mean() + (difference**2).mean() + edges + 1e-4 * divergence
+        pixels = (weight * (difference.abs() + difference**2)).mean() / weight.mean()
+        return pixels + edges + 1e-4 * divergence
 
-    return optimise("vae", nn.ModuleDict({"vae": vae}), loss_at, steps, 2e-3, 0.995, work)["vae"]
+    networks = nn.ModuleDict({"vae": vae})
+    crops, whole = (
+        partial(loss_at, stage=1, batch=32, crop=64),
+        partial(loss_at, stage=3, batch=8, crop=SIZE),
+    )
+    optimise("vae", networks, crops, crop_steps, 2e-3, 0.995, work)
+    optimise("vae_whole", networks, whole, whole_steps, 1.5e-3, 0.995, work)
+    return vae
 
 
 # ---- 3. The latents ---------------------------------------------------------------------------------
@@ -200,8 +242,13 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> tuple[np.ndarray, float]:
         latents = []
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for i in trange(0, len(pool["frames"]), 8, desc="encoding", mininterval=10):
-                latents.append(vae.encode(channels_last(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy())
-        np.save(path, np.concatenate(latents).reshape(len(pool["frames"]), POSES, 4, SIZE // 4, SIZE // 4))
+                latents.append(
+                    vae.encode(channels_last(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy()
+                )
+        np.save(
+            path,
+            np.concatenate(latents).reshape(len(pool["frames"]), POSES, 4, SIZE // 4, SIZE // 4),
+        )
     latents = np.load(path).astype(np.float32)
     scale = float(1 / latents.std())
     return latents * scale, scale
@@ -219,7 +266,9 @@ def prompt_from(rng, words: str) -> str:
     return ", ".join([person] + [a for a in attributes if draw > 0.4 and rng.random() < 0.6])
 
 
-def training_batch(rng, pool: dict, latents: np.ndarray, progress: float, clips: int, frames: int) -> dict:
+def training_batch(
+    rng, pool: dict, latents: np.ndarray, progress: float, clips: int, frames: int
+) -> dict:
     """Noisy clips of one identity each, and the noise to predict.
 
     Three things teach the network to read the appearance off frame 0:
@@ -254,15 +303,27 @@ def training_batch(rng, pool: dict, latents: np.ndarray, progress: float, clips:
     a = alphas[timestep]
     weight *= (np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a))[:, None, None, None, None]
     flat = {
-        "latents": np.sqrt(alpha) * z + np.sqrt(1 - alpha) * noise, "noise": noise, "weight": weight / weight.mean(),
-    }  # fmt: skip
+        "latents": np.sqrt(alpha) * z + np.sqrt(1 - alpha) * noise,
+        "noise": noise,
+        "weight": weight / weight.mean(),
+    }
     flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in flat.items()}
     prompts = [prompt_from(rng, pool["captions"][i]) for i in identities]
-    return flat | {"hints": channels_last(hints), "timestep": torch.from_numpy(timestep), "prompts": prompts}
+    return flat | {
+        "hints": channels_last(hints),
+        "timestep": torch.from_numpy(timestep),
+        "prompts": prompts,
+    }
 
 
 def train_networks(
-    pool: dict, latents: np.ndarray, tokenizer: Tokenizer, work: Path, steps: int, clips: int = 6, frames: int = 3
+    pool: dict,
+    latents: np.ndarray,
+    tokenizer: Tokenizer,
+    work: Path,
+    steps: int,
+    clips: int = 6,
+    frames: int = 3,
 ) -> nn.ModuleDict:
     torch.manual_seed(2)
     text = TextEncoder(TextConfig(**{**TEXT.__dict__, "vocab_size": len(tokenizer.vocab)}))
@@ -275,7 +336,9 @@ def train_networks(
     networks.to(memory_format=torch.channels_last)
 
     def loss_at(step: int) -> Tensor:
-        batch = training_batch(np.random.default_rng((2, step)), pool, latents, step / steps, clips, frames)
+        batch = training_batch(
+            np.random.default_rng((2, step)), pool, latents, step / steps, clips, frames
+        )
         with torch.autocast("cpu", torch.bfloat16):
             context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
             control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
@@ -287,18 +350,24 @@ def train_networks(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="pool, checkpoints and curves")
-    parser.add_argument("--out", type=Path, default=Path("demo/weights"), help="where the finished model goes")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/pretrain"), help="pool, checkpoints and curves"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo/weights"), help="where the finished model goes"
+    )
     parser.add_argument("--identities", type=int, default=2500, help="puppets in the pool")
-    parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument(
+        "--vae-steps", type=int, nargs=2, default=(1000, 900), metavar=("CROPS", "WHOLE")
+    )
+    parser.add_argument("--steps", type=int, default=3200)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
     keep_freed_memory()
     torch.manual_seed(1)
     pool = render_pool(args.work, args.identities)
-    vae = train_vae(pool, args.work, args.vae_steps)
+    vae = train_vae(pool, args.work, *args.vae_steps)
     latents, scale = encode_pool(vae, pool, args.work)
     vocab, merges = learn_merges(pool["captions"], 200)
     tokenizer = Tokenizer(vocab, merges, length=TEXT.length)

@@ -8,6 +8,7 @@ Lengths are in canvas units: 1 is the side of the square canvas, x runs right an
 Angles are in radians. 'Right' is the puppet's own right, which is the left of the picture, and
 pairs are always (right, left). Puppets face the camera and show it their palms.
 """
+
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,19 +25,38 @@ FLOOR = 0.955  # where the soles stand, in canvas units from the top
 SIDES = (-1, 1)  # the direction of the picture in which the right and the left side lie
 
 CLOTH_COLOURS: dict[str, RGB] = {
-    "red": (205, 45, 48), "orange": (240, 135, 40), "yellow": (245, 212, 70),
-    "green": (62, 155, 78), "teal": (45, 165, 170), "blue": (52, 95, 200),
-    "purple": (128, 72, 172), "pink": (242, 145, 185), "white": (240, 240, 236),
-    "grey": (140, 142, 148), "black": (40, 40, 46), "brown": (122, 78, 48),
+    "red": (205, 45, 48),
+    "orange": (240, 135, 40),
+    "yellow": (245, 212, 70),
+    "green": (62, 155, 78),
+    "teal": (45, 165, 170),
+    "blue": (52, 95, 200),
+    "purple": (128, 72, 172),
+    "pink": (242, 145, 185),
+    "white": (240, 240, 236),
+    "grey": (140, 142, 148),
+    "black": (40, 40, 46),
+    "brown": (122, 78, 48),
 }
 HAIR_COLOURS: dict[str, RGB] = {
-    "black": (38, 32, 34), "brown": (104, 66, 40), "blond": (232, 196, 108),
-    "red": (192, 66, 30), "grey": (160, 160, 164), "blue": (60, 105, 205), "pink": (238, 130, 180),
+    "black": (38, 32, 34),
+    "brown": (104, 66, 40),
+    "blond": (232, 196, 108),
+    "red": (192, 66, 30),
+    "grey": (160, 160, 164),
+    "blue": (60, 105, 205),
+    "pink": (238, 130, 180),
 }
 HAIR_ODDS = (0.24, 0.22, 0.18, 0.18, 0.08, 0.05, 0.05)  # in the order of HAIR_COLOURS
 SKIN_TONES: tuple[RGB, ...] = (
-    (255, 224, 196), (246, 206, 172), (234, 188, 150), (222, 170, 128),
-    (198, 142, 102), (166, 112, 76), (132, 86, 58), (102, 66, 46),
+    (255, 224, 196),
+    (246, 206, 172),
+    (234, 188, 150),
+    (222, 170, 128),
+    (198, 142, 102),
+    (166, 112, 76),
+    (132, 86, 58),
+    (102, 66, 46),
 )
 EYE_COLOURS: tuple[RGB, ...] = ((82, 52, 34), (50, 90, 160), (52, 120, 80), (90, 96, 104))
 HAIR_SHAPES = ("short", "long", "bob", "bun", "ponytail", "curly", "spiky", "bald")
@@ -155,23 +175,34 @@ def random_puppet(seed: int) -> Puppet:
     head_height = rng.uniform(0.091, 0.100)
     person = [skin, hair.rgb, shirt.rgb, lower.rgb, shoes]
     return Puppet(
-        skin=skin, hair=hair, hair_shape=hair_shape,
-        parting=rng.uniform(-1, 1), fringe=rng.uniform(0.42, 0.62),
-        eyes=one_of(EYE_COLOURS), brow_width=rng.uniform(0.07, 0.12), jaw=rng.uniform(0, 1),
+        skin=skin,
+        hair=hair,
+        hair_shape=hair_shape,
+        parting=rng.uniform(-1, 1),
+        fringe=rng.uniform(0.42, 0.62),
+        eyes=one_of(EYE_COLOURS),
+        brow_width=rng.uniform(0.07, 0.12),
+        jaw=rng.uniform(0, 1),
         glasses=bool(rng.random() < 0.2),
         beard=bool(rng.random() < (0.5 if hair_shape in ("short", "bald", "spiky") else 0)),
-        shirt=shirt, shirt_pattern=one_of(SHIRT_PATTERNS, (0.45, 0.3, 0.25)),
+        shirt=shirt,
+        shirt_pattern=one_of(SHIRT_PATTERNS, (0.45, 0.3, 0.25)),
         shirt_accent=jittered(one_of(accents[6:])),
         sleeve=one_of((0.16, 0.30, 0.52, 0.97), (0.12, 0.40, 0.13, 0.35)),
-        lower=lower, lower_garment=one_of(LOWER_GARMENTS, (0.55, 0.25, 0.2)), shoes=shoes,
+        lower=lower,
+        lower_garment=one_of(LOWER_GARMENTS, (0.55, 0.25, 0.2)),
+        shoes=shoes,
         build=rng.uniform(0.85, 1.2),
         head=(head_height * rng.uniform(0.84, 0.96), head_height),
         neck=rng.uniform(0.014, 0.026),
         torso=0.225 * size * rng.uniform(0.95, 1.06),
-        shoulders=rng.uniform(0.072, 0.090), hips=rng.uniform(0.040, 0.052),
+        shoulders=rng.uniform(0.072, 0.090),
+        hips=rng.uniform(0.040, 0.052),
         upper_arm=0.128 * size * rng.uniform(0.95, 1.06),
         forearm=0.116 * size * rng.uniform(0.95, 1.06),
-        hand=rng.uniform(0.074, 0.082), thigh=0.168 * legs, shin=0.165 * legs,
+        hand=rng.uniform(0.074, 0.082),
+        thigh=0.168 * legs,
+        shin=0.165 * legs,
         background=_random_background(rng, person),
     )
 
@@ -203,8 +234,10 @@ def caption(puppet: Puppet) -> str:
     """What a prompt would say of this puppet: 'a person, red hair, blue striped shirt, ...'."""
     hair = "bald" if puppet.hair_shape == "bald" else f"{puppet.hair.name} hair"
     pattern = "striped " if puppet.shirt_pattern == "striped" else ""
-    return (f"a person, {hair}, {puppet.shirt.name} {pattern}shirt, "
-            f"{puppet.lower.name} {puppet.lower_garment}")
+    return (
+        f"a person, {hair}, {puppet.shirt.name} {pattern}shirt, "
+        f"{puppet.lower.name} {puppet.lower_garment}"
+    )
 
 
 # ---- How it moves -------------------------------------------------------------------------------
@@ -242,24 +275,42 @@ def motion(seed: int, frames: int, fps: float = 12.0) -> list[State]:
         shoulder[:, 1] = shoulder[:, 0] + wave(-0.15, 0.15)
         elbow[:, 1] = elbow[:, 0] + wave(-0.2, 0.2)
     # each hand opens and closes as a whole, with a little of each finger's own
-    curl = np.clip(np.stack([wave(-0.35, 0.75) for _ in SIDES], axis=1)[:, :, None]
-                   + np.stack([both(-0.25, 0.25) for _ in range(5)], axis=2), 0, 1)  # (F, 2, 5)
+    curl = np.clip(
+        np.stack([wave(-0.35, 0.75) for _ in SIDES], axis=1)[:, :, None]
+        + np.stack([both(-0.25, 0.25) for _ in range(5)], axis=2),
+        0,
+        1,
+    )  # (F, 2, 5)
     hip = both(-0.02, 0.72)
     knee = 0.55 * hip + both(-0.10, 0.22)  # a thigh that swings out takes the shin back in
     channels = {
-        "root": wave(-0.12, 0.12), "hop": wave(-0.06, 0.025).clip(0),
-        "lean": wave(-0.22, 0.22), "sway": wave(-0.12, 0.12), "shrug": wave(-0.12, 0.12),
-        "neck": wave(-0.28, 0.28), "turn": wave(-0.45, 0.45), "nod": wave(-0.18, 0.22),
-        "shoulder": shoulder, "elbow": elbow, "wrist": both(-0.5, 0.5),
-        "hip": hip, "knee": knee, "foot": both(0.3, 1.1),
-        "curl": curl, "spread": both(0.08, 0.24),
-        "mouth": wave(-0.3, 1.0).clip(0), "smile": wave(-0.4, 1.0),
+        "root": wave(-0.12, 0.12),
+        "hop": wave(-0.06, 0.025).clip(0),
+        "lean": wave(-0.22, 0.22),
+        "sway": wave(-0.12, 0.12),
+        "shrug": wave(-0.12, 0.12),
+        "neck": wave(-0.28, 0.28),
+        "turn": wave(-0.45, 0.45),
+        "nod": wave(-0.18, 0.22),
+        "shoulder": shoulder,
+        "elbow": elbow,
+        "wrist": both(-0.5, 0.5),
+        "hip": hip,
+        "knee": knee,
+        "foot": both(0.3, 1.1),
+        "curl": curl,
+        "spread": both(0.08, 0.24),
+        "mouth": wave(-0.3, 1.0).clip(0),
+        "smile": wave(-0.4, 1.0),
         # the top of a sinusoid raised to a power: short blinks with long pauses
         "blink": ((wave(-1, 1) + 1) / 2) ** 8,
-        "brow": wave(-0.8, 1.0), "gaze": both(-0.9, 0.9),
+        "brow": wave(-0.8, 1.0),
+        "gaze": both(-0.9, 0.9),
     }
-    return [State(**{name: _plain(course[f]) for name, course in channels.items()})
-            for f in range(frames)]
+    return [
+        State(**{name: _plain(course[f]) for name, course in channels.items()})
+        for f in range(frames)
+    ]
 
 
 def _plain(value: np.ndarray) -> float | tuple:
@@ -317,8 +368,10 @@ class _Head:
     def solid(self, points) -> np.ndarray:
         """(N, 3) head units on the head itself, turned and nodded with it → (N, 2)."""
         x, y, z = np.asarray(points, float).T
-        x, z = x * np.cos(self.turn) + z * np.sin(self.turn), \
-            z * np.cos(self.turn) - x * np.sin(self.turn)
+        x, z = (
+            x * np.cos(self.turn) + z * np.sin(self.turn),
+            z * np.cos(self.turn) - x * np.sin(self.turn),
+        )
         return self.flat(np.stack([x, y * np.cos(self.nod) + z * np.sin(self.nod)], axis=1))
 
     def front(self, points) -> np.ndarray:
@@ -333,8 +386,9 @@ def _skeleton(puppet: Puppet, state: State) -> _Skeleton:
     shins = [_down(side * (a - k)) for side, a, k in zip(SIDES, state.hip, state.knee)]
     knees = hips + puppet.thigh * np.array(thighs)
     ankles = knees + puppet.shin * np.array(shins)
-    toes = ankles + [(side * 0.036 * np.sin(a), 0.012 + 0.008 * np.cos(a))
-                     for side, a in zip(SIDES, state.foot)]
+    toes = ankles + [
+        (side * 0.036 * np.sin(a), 0.012 + 0.008 * np.cos(a)) for side, a in zip(SIDES, state.foot)
+    ]
     # the legs decide how high the pelvis is: the lower foot stands on the floor
     pelvis = np.array([0.5 + state.root, FLOOR - 0.030 - state.hop - ankles[:, 1].max()])
 
@@ -353,18 +407,40 @@ def _skeleton(puppet: Puppet, state: State) -> _Skeleton:
     tilt = state.lean + state.neck
     centre = neck - puppet.neck * _down(-state.lean) - 0.97 * puppet.head[1] * _down(-tilt)
     head = _Head(centre, puppet.head, tilt, state.turn, state.nod)
-    return _Skeleton(neck, pelvis, shoulders, np.array(elbows), np.array(wrists), pelvis + hips,
-                     pelvis + knees, pelvis + ankles, pelvis + toes, np.array(hands), head)
+    return _Skeleton(
+        neck,
+        pelvis,
+        shoulders,
+        np.array(elbows),
+        np.array(wrists),
+        pelvis + hips,
+        pelvis + knees,
+        pelvis + ankles,
+        pelvis + toes,
+        np.array(hands),
+        head,
+    )
 
 
 # fingers from thumb to little: where the base sits (along the hand, towards the thumb) and the
 # length of the finger, all as shares of the hand's length
-FINGERS = ((0.16, 0.16, 0.42), (0.48, 0.21, 0.44), (0.52, 0.07, 0.48), (0.49, -0.07, 0.44),
-           (0.43, -0.20, 0.35))
+FINGERS = (
+    (0.16, 0.16, 0.42),
+    (0.48, 0.21, 0.44),
+    (0.52, 0.07, 0.48),
+    (0.49, -0.07, 0.44),
+    (0.43, -0.20, 0.35),
+)
 
 
-def _hand(wrist: np.ndarray, angle: float, side: int, length: float, curl: tuple[float, ...],
-          spread: float) -> np.ndarray:
+def _hand(
+    wrist: np.ndarray,
+    angle: float,
+    side: int,
+    length: float,
+    curl: tuple[float, ...],
+    spread: float,
+) -> np.ndarray:
     """The 21 points (21, 2) of a hand that points along `_down(angle)`, palm to the camera."""
     thumbward = side * _across(angle)
     points = [wrist]
@@ -392,15 +468,19 @@ def _mouth(state: State) -> tuple[np.ndarray, np.ndarray]:
 
     outer, inner = np.linspace(-1, 1, 7), np.linspace(-0.8, 0.8, 5)
     gap = 0.27 * state.mouth
-    return (np.concatenate([lip(outer, -0.075), lip(outer[5:0:-1], gap + 0.095)]),
-            np.concatenate([lip(inner, -0.015), lip(inner[3:0:-1], gap + 0.015)]))
+    return (
+        np.concatenate([lip(outer, -0.075), lip(outer[5:0:-1], gap + 0.095)]),
+        np.concatenate([lip(inner, -0.015), lip(inner[3:0:-1], gap + 0.015)]),
+    )
 
 
 def _eye_outline(side: int, blink: float, points: int) -> np.ndarray:
     """(points, 2) head units around one eye, clockwise from the corner at the picture's left."""
     around = np.pi + 2 * np.pi * np.arange(points) / points
-    return np.stack([side * 0.39 + 0.20 * np.cos(around),
-                     -0.07 + 0.165 * (1 - 0.92 * blink) * np.sin(around)], axis=1)
+    return np.stack(
+        [side * 0.39 + 0.20 * np.cos(around), -0.07 + 0.165 * (1 - 0.92 * blink) * np.sin(around)],
+        axis=1,
+    )
 
 
 def _face(puppet: Puppet, state: State, head: _Head) -> np.ndarray:
@@ -413,25 +493,46 @@ def _face(puppet: Puppet, state: State, head: _Head) -> np.ndarray:
     nose = [(0, -0.08, 1.0), (0, 0.04, 1.06), (0, 0.15, 1.12), (0, 0.25, 1.16)]
     nostrils = [(x, 0.33 - 0.3 * abs(x), 1.02) for x in (-0.14, -0.07, 0, 0.07, 0.14)]
     pupils = [(side * 0.39 + 0.08 * state.gaze[0], -0.06 + 0.04 * state.gaze[1]) for side in SIDES]
-    return np.concatenate([
-        head.solid(jaw),
-        head.front(brow - (0.40, 0)), head.front(brow + (0.40, 0)),
-        head.solid(nose), head.solid(nostrils),
-        head.front(_eye_outline(-1, state.blink, 6)), head.front(_eye_outline(1, state.blink, 6)),
-        *map(head.front, _mouth(state)), head.front(pupils),
-    ])
+    return np.concatenate(
+        [
+            head.solid(jaw),
+            head.front(brow - (0.40, 0)),
+            head.front(brow + (0.40, 0)),
+            head.solid(nose),
+            head.solid(nostrils),
+            head.front(_eye_outline(-1, state.blink, 6)),
+            head.front(_eye_outline(1, state.blink, 6)),
+            *map(head.front, _mouth(state)),
+            head.front(pupils),
+        ]
+    )
 
 
 def _pose(puppet: Puppet, state: State, bones: _Skeleton, face: np.ndarray) -> Pose:
     eyes = bones.head.front([(side * 0.39, -0.07) for side in SIDES])
     ears = bones.head.solid([(side * 0.97, 0.0, -0.1) for side in SIDES])
-    limbs = np.stack([bones.shoulders, bones.elbows, bones.wrists, bones.hips, bones.knees,
-                      bones.ankles])  # (6, 2, 2): joint, side, xy
-    body = np.concatenate([face[30:31], bones.neck[None], limbs[:3, 0], limbs[:3, 1],
-                           limbs[3:, 0], limbs[3:, 1], eyes, ears])
+    limbs = np.stack(
+        [bones.shoulders, bones.elbows, bones.wrists, bones.hips, bones.knees, bones.ankles]
+    )  # (6, 2, 2): joint, side, xy
+    body = np.concatenate(
+        [
+            face[30:31],
+            bones.neck[None],
+            limbs[:3, 0],
+            limbs[:3, 1],
+            limbs[3:, 0],
+            limbs[3:, 1],
+            eyes,
+            ears,
+        ]
+    )
     ear_seen = [_ear_seen(puppet, state, side) for side in SIDES]
-    return Pose(_scored(body, np.concatenate([np.ones(16), ear_seen])), _scored(face),
-                left_hand=_scored(bones.hands[1]), right_hand=_scored(bones.hands[0]))
+    return Pose(
+        _scored(body, np.concatenate([np.ones(16), ear_seen])),
+        _scored(face),
+        left_hand=_scored(bones.hands[1]),
+        right_hand=_scored(bones.hands[0]),
+    )
 
 
 def _ear_seen(puppet: Puppet, state: State, side: int) -> bool:
@@ -469,8 +570,9 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     return frame, _pose(puppet, state, bones, face), mask
 
 
-def clip(identity_seed: int, motion_seed: int, frames: int,
-         size: int = 128) -> tuple[np.ndarray, list[Pose], np.ndarray]:
+def clip(
+    identity_seed: int, motion_seed: int, frames: int, size: int = 128
+) -> tuple[np.ndarray, list[Pose], np.ndarray]:
     """A dancing puppet: frames uint8 (F, size, size, 3), F poses, masks bool (F, size, size)."""
     puppet = random_puppet(identity_seed)
     drawn = [render(puppet, state, size) for state in motion(motion_seed, frames)]
@@ -494,8 +596,12 @@ class _Brush:
 
     def stroke(self, points, width: float, rgb: RGB) -> None:
         pixels = max(1, round(width * self.scale))
-        self.draw.line((np.asarray(points) * self.scale).ravel().tolist(), fill=(*rgb, 255),
-                       width=pixels, joint="curve")
+        self.draw.line(
+            (np.asarray(points) * self.scale).ravel().tolist(),
+            fill=(*rgb, 255),
+            width=pixels,
+            joint="curve",
+        )
 
     def limb(self, points, radii, rgb: RGB, outline: float = 0.0) -> None:
         """A round-ended limb through `points`, as thick at each as its radius says."""
@@ -534,19 +640,30 @@ def _draw_legs(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
             brush.limb(leg, (radii[0], radii[1], radii[2] * 1.15), puppet.lower.rgb, LINE)
         else:
             brush.limb(leg, radii, puppet.skin, LINE)
-            brush.limb([_between(leg[1], leg[2], 0.80), leg[2]], (radii[2] * 1.1, radii[2]),
-                       _mix(puppet.shoes, (255, 255, 255), 0.6))
+            brush.limb(
+                [_between(leg[1], leg[2], 0.80), leg[2]],
+                (radii[2] * 1.1, radii[2]),
+                _mix(puppet.shoes, (255, 255, 255), 0.6),
+            )
         brush.limb([_between(leg[2], sole, 0.45), sole], (0.018, 0.019), puppet.shoes)
     hem = [_between(bones.hips[i], bones.knees[i], 0.72) for i in range(2)]
     if puppet.lower_garment == "shorts":
         for i in range(2):
-            brush.limb([bones.hips[i], hem[i]], (radii[0] * 1.05, radii[0] * 1.08),
-                       puppet.lower.rgb, LINE)
+            brush.limb(
+                [bones.hips[i], hem[i]], (radii[0] * 1.05, radii[0] * 1.08), puppet.lower.rgb, LINE
+            )
     if puppet.lower_garment == "skirt":
         flare = np.array([0.052 * thick, 0.0])
         waist = np.array([0.030 * thick, 0.03])
-        skirt = np.array([bones.hips[0] - waist, bones.hips[1] + waist * (1, -1),
-                          hem[1] + flare, (hem[0] + hem[1]) / 2 + (0, 0.018), hem[0] - flare])
+        skirt = np.array(
+            [
+                bones.hips[0] - waist,
+                bones.hips[1] + waist * (1, -1),
+                hem[1] + flare,
+                (hem[0] + hem[1]) / 2 + (0, 0.018),
+                hem[0] - flare,
+            ]
+        )
         grown = skirt + LINE * np.sign(skirt - skirt.mean(axis=0))
         brush.polygon(grown, _shade(puppet.lower.rgb, 0.68))
         brush.polygon(skirt, puppet.lower.rgb)
@@ -575,10 +692,18 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
 
     sides = [edge(s) for s in np.linspace(0, 1, 6)]
     collar = bones.neck - 0.018 * down
-    outline = np.array([collar - 0.028 * across, collar + 0.028 * across, *[e[1] for e in sides],
-                        *[e[0] for e in sides[::-1]]])
-    brush.polygon(outline + LINE * np.sign(outline - bones.pelvis + 0.5 * puppet.torso * down),
-                  _shade(shirt, 0.68))
+    outline = np.array(
+        [
+            collar - 0.028 * across,
+            collar + 0.028 * across,
+            *[e[1] for e in sides],
+            *[e[0] for e in sides[::-1]],
+        ]
+    )
+    brush.polygon(
+        outline + LINE * np.sign(outline - bones.pelvis + 0.5 * puppet.torso * down),
+        _shade(shirt, 0.68),
+    )
     brush.polygon(outline, shirt)
     if puppet.shirt_pattern == "striped":
         for share in np.arange(0.10, 0.98, 0.21):
@@ -589,8 +714,9 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
         brush.dot(bones.neck + 0.36 * puppet.torso * down, 0.016, shirt)
     # neck and neckline
     brush.limb([collar + 0.006 * down, collar + 0.022 * down], (0.030, 0.024), puppet.skin)
-    brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022),
-               _shade(puppet.skin, 0.82))
+    brush.limb(
+        [bones.head.centre, collar + 0.016 * down], (0.022, 0.022), _shade(puppet.skin, 0.82)
+    )
 
 
 def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: np.ndarray) -> None:
@@ -612,8 +738,9 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
         brush.polygon(np.concatenate([face[2:15], lip]), _shade(puppet.hair.rgb, 0.9))
     else:
         for side in SIDES:
-            brush.dot(head.front([(side * 0.55, 0.27)])[0], 0.13 * unit,
-                      _mix(skin, (225, 90, 80), 0.22))
+            brush.dot(
+                head.front([(side * 0.55, 0.27)])[0], 0.13 * unit, _mix(skin, (225, 90, 80), 0.22)
+            )
 
     for i, side in enumerate(SIDES):
         brush.polygon(head.front(_eye_outline(side, state.blink, 16)), (252, 252, 250))
@@ -639,8 +766,10 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
         brush.polygon(teeth, (250, 248, 242))
     if puppet.glasses:
         for side in SIDES:
-            rim = head.front(np.array((side * 0.40, -0.06)) + 0.30 * np.stack(
-                [np.cos(around), np.sin(around)], axis=1))
+            rim = head.front(
+                np.array((side * 0.40, -0.06))
+                + 0.30 * np.stack([np.cos(around), np.sin(around)], axis=1)
+            )
             brush.stroke([*rim, rim[0]], 0.055 * unit, (38, 38, 46))
         brush.stroke(head.front([(-0.12, -0.10), (0.12, -0.10)]), 0.055 * unit, (38, 38, 46))
     if puppet.hair_shape != "bald":
@@ -663,8 +792,11 @@ def _draw_front_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
             curl = head.flat([(1.02 * np.cos(angle), -0.10 + 1.02 * np.sin(angle))])[0]
             brush.dot(curl, 0.27 * puppet.head[0], puppet.hair.rgb)
     shine = np.linspace(np.pi * 1.25, np.pi * 1.5, 7)
-    brush.stroke(head.flat(np.stack([0.82 * np.cos(shine), -0.05 + 0.88 * np.sin(shine)], axis=1)),
-                 0.07 * puppet.head[0], _mix(puppet.hair.rgb, (255, 255, 255), 0.25))
+    brush.stroke(
+        head.flat(np.stack([0.82 * np.cos(shine), -0.05 + 0.88 * np.sin(shine)], axis=1)),
+        0.07 * puppet.head[0],
+        _mix(puppet.hair.rgb, (255, 255, 255), 0.25),
+    )
 
 
 def _draw_back_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
@@ -682,8 +814,9 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
     if puppet.hair_shape == "ponytail":
         # tied at the back: it comes out on the side the face turns away from
         side = -np.sin(head.turn) * 0.9 + (0.55 if puppet.parting > 0 else -0.55)
-        tail = head.flat([(side * 0.6, -0.75), (side * 2.0, -0.65), (side * 2.7, 0.2),
-                          (side * 2.5, 1.1)])
+        tail = head.flat(
+            [(side * 0.6, -0.75), (side * 2.0, -0.65), (side * 2.7, 0.2), (side * 2.5, 1.1)]
+        )
         brush.limb(tail, [r * unit for r in (0.26, 0.34, 0.32, 0.10)], dark)
 
 
@@ -735,8 +868,9 @@ def _draw_background(background: Background, side: int) -> Image.Image:
 
     if background.kind == "gradient":
         ramp = np.linspace(0, 1, side)[:, None, None]
-        image = Image.fromarray(np.broadcast_to(a + ramp * np.subtract(b, a), (side, side, 3))
-                                .astype(np.uint8))
+        image = Image.fromarray(
+            np.broadcast_to(a + ramp * np.subtract(b, a), (side, side, 3)).astype(np.uint8)
+        )
     elif background.kind in ("room", "window"):
         floor = rng.uniform(0.70, 0.85)
         box(0, floor, 1, 1, b)

@@ -1,4 +1,5 @@
 """The demo model's own small vocabulary, learned from the captions that it is trained on."""
+
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise

@@ -1,4 +1,5 @@
 """The text encoder and the tokenizer, held against the public implementations."""
+
 import gzip
 import random
 import sys

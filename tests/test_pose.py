@@ -21,7 +21,8 @@ from pose import (
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the reference drawings and clips (../shared) are not here")
+    not SHARED.is_dir(), reason="the reference drawings and clips (../shared) are not here"
+)
 
 NOSE = 0
 
@@ -48,11 +49,13 @@ def write(path: Path, content) -> Path:
 def somebody(seed=0) -> Pose:
     """A pose with every keypoint seen, somewhere on the canvas."""
     random = np.random.default_rng(seed)
-    return Pose(*(random.uniform(0.1, 0.9, (count, 3)).astype(np.float32)
-                  for count in (18, 70, 21, 21)))
+    return Pose(
+        *(random.uniform(0.1, 0.9, (count, 3)).astype(np.float32) for count in (18, 70, 21, 21))
+    )
 
 
 # ------------------------------------------------------------------------------------------ files
+
 
 def test_pixels_become_fractions_of_the_canvas(tmp_path):
     frame = {"people": [person((32, 16, 0.5))], "canvas_width": 64, "canvas_height": 128}
@@ -69,8 +72,10 @@ def test_a_single_frame_object_is_one_frame(tmp_path):
 
 def test_normalised_coordinates_stay_as_they_are_even_beside_a_canvas_size(tmp_path):
     # the second person stands partly outside the canvas
-    frames = [{"people": [person((0.25, 0.75, 1))], "canvas_width": 64, "canvas_height": 64},
-              {"people": [person((1.25, -0.5, 1))], "canvas_width": 64, "canvas_height": 64}]
+    frames = [
+        {"people": [person((0.25, 0.75, 1))], "canvas_width": 64, "canvas_height": 64},
+        {"people": [person((1.25, -0.5, 1))], "canvas_width": 64, "canvas_height": 64},
+    ]
     first, second = load_poses(write(tmp_path / "poses.json", frames))
     assert first.body[NOSE].tolist() == [0.25, 0.75, 1]
     assert second.body[NOSE].tolist() == [1.25, -0.5, 1]
@@ -83,8 +88,10 @@ def test_one_frame_in_the_corner_does_not_make_a_pixel_file_normalised(tmp_path)
 
 
 def test_the_files_own_canvas_comes_before_the_arguments(tmp_path):
-    path = write(tmp_path / "poses.json", [
-        {"people": [person((50, 50, 1))], "canvas_width": 100, "canvas_height": 200}])
+    path = write(
+        tmp_path / "poses.json",
+        [{"people": [person((50, 50, 1))], "canvas_width": 100, "canvas_height": 200}],
+    )
     assert load_poses(path, width=1, height=1)[0].body[NOSE].tolist() == [0.5, 0.25, 1]
 
 
@@ -96,8 +103,10 @@ def test_pixels_without_a_canvas_size_are_an_error_that_says_what_to_give(tmp_pa
 
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     for number in (10, 9, 1, 100):
-        write(tmp_path / f"clip_{number}_keypoints.json",
-              {"version": 1.3, "people": [person((number, 5, 1))]})
+        write(
+            tmp_path / f"clip_{number}_keypoints.json",
+            {"version": 1.3, "people": [person((number, 5, 1))]},
+        )
     poses = load_poses(tmp_path, width=100, height=100)
     assert [round(100 * pose.body[NOSE, 0]) for pose in poses] == [1, 9, 10, 100]
 
@@ -151,16 +160,30 @@ def test_of_several_people_the_largest_and_surest_is_taken(tmp_path):
     np.testing.assert_allclose(pose.body[NOSE], [0.4, 0.1, 0.9], rtol=1e-6)
 
 
-@pytest.mark.parametrize("frame, complaint", [
-    ({"people": [{"pose_keypoints_2d": [1, 2, 3]}]},
-     "pose_keypoints_2d has 3 numbers instead of 54 or 75"),
-    ({"people": [{"hand_left_keypoints_2d": [1] * 62}]}, "hand_left_keypoints_2d has 62 numbers"),
-    ({"people": [{"face_keypoints_2d": ["a"] * 210}]}, "face_keypoints_2d is not a list of num"),
-    ({"people": [[1, 2, 3]]}, "\"people\" is not a list of objects"),
-    ({"bodies": []}, "not an OpenPose frame"),
-    ([1, 2], "not an OpenPose frame"),
-    ({"people": [person((50, 50, 1))], "canvas_width": "big", "canvas_height": 9}, "not pixels"),
-])
+@pytest.mark.parametrize(
+    "frame, complaint",
+    [
+        (
+            {"people": [{"pose_keypoints_2d": [1, 2, 3]}]},
+            "pose_keypoints_2d has 3 numbers instead of 54 or 75",
+        ),
+        (
+            {"people": [{"hand_left_keypoints_2d": [1] * 62}]},
+            "hand_left_keypoints_2d has 62 numbers",
+        ),
+        (
+            {"people": [{"face_keypoints_2d": ["a"] * 210}]},
+            "face_keypoints_2d is not a list of num",
+        ),
+        ({"people": [[1, 2, 3]]}, '"people" is not a list of objects'),
+        ({"bodies": []}, "not an OpenPose frame"),
+        ([1, 2], "not an OpenPose frame"),
+        (
+            {"people": [person((50, 50, 1))], "canvas_width": "big", "canvas_height": 9},
+            "not pixels",
+        ),
+    ],
+)
 def test_a_malformed_frame_is_named(tmp_path, frame, complaint):
     path = write(tmp_path / "poses.json", [{"people": []}, frame])
     with pytest.raises(ValueError) as error:
@@ -175,9 +198,13 @@ def test_what_is_not_a_file_of_poses_is_named(tmp_path):
     (tmp_path / "binary.json").write_bytes(bytes(range(128, 256)))
     write(tmp_path / "empty.json", [])
     (tmp_path / "folder").mkdir()
-    for name, complaint in [("half.json", "not a JSON file"), ("binary.json", "not a JSON file"),
-                            ("empty.json", "no frames"), ("folder", "no .json files"),
-                            ("absent.json", "no such file")]:
+    for name, complaint in [
+        ("half.json", "not a JSON file"),
+        ("binary.json", "not a JSON file"),
+        ("empty.json", "no frames"),
+        ("folder", "no .json files"),
+        ("absent.json", "no such file"),
+    ]:
         with pytest.raises((OSError, ValueError)) as error:
             load_poses(tmp_path / name)
         message = str(error.value)
@@ -223,6 +250,7 @@ def test_the_dance_clip_loads_and_round_trips(tmp_path):
 
 # -------------------------------------------------------------------------- people and distances
 
+
 def test_two_keypoints_are_not_a_person():
     assert not has_person(body(k0=(0.5, 0.5), k1=(0.5, 0.6)))
     assert has_person(body(k0=(0.5, 0.5), k1=(0.5, 0.6), k2=(0.4, 0.6)))
@@ -237,7 +265,7 @@ def test_placing_moves_what_is_seen_and_leaves_the_rest_missing():
 def test_the_distance_is_the_mean_square_over_keypoints_seen_in_both():
     a = body(k0=(0.5, 0.5), k1=(0.25, 0.5), k2=(0.9, 0.9))
     b = body(k0=(0.5, 0.25), k1=(0.75, 0.5), k3=(0.1, 0.1))
-    assert pose_distance(a, b) == pytest.approx((0.25 ** 2 + 0.5 ** 2) / 2)
+    assert pose_distance(a, b) == pytest.approx((0.25**2 + 0.5**2) / 2)
     assert pose_distance(a, b) == pose_distance(b, a)
     assert pose_distance(a, a) == 0
 
@@ -256,16 +284,21 @@ def test_video_sim_sums_over_targets_the_distance_to_the_nearest_training_pose()
 
 # ---------------------------------------------------------------------------------------- drawing
 
+
 def oracle_pose() -> tuple[Pose, int, int]:
     drawn = json.loads((SHARED / "oracle" / "openpose.json").read_text())["drawn"]
-    parts = [np.float32([(*point, 1) if point else (0, 0, 0) for point in part])
-             for part in (drawn["body"], drawn["faces"][0], *drawn["hands"])]
+    parts = [
+        np.float32([(*point, 1) if point else (0, 0, 0) for point in part])
+        for part in (drawn["body"], drawn["faces"][0], *drawn["hands"])
+    ]
     return Pose(*parts), drawn["height"], drawn["width"]
 
 
 @needs_shared
-@pytest.mark.parametrize("name, parts", [
-    ("openpose_drawn.png", {}), ("openpose_drawn_body.png", {"hands": False, "face": False})])
+@pytest.mark.parametrize(
+    "name, parts",
+    [("openpose_drawn.png", {}), ("openpose_drawn_body.png", {"hands": False, "face": False})],
+)
 def test_the_drawing_is_the_public_annotators(name, parts):
     with Image.open(SHARED / "oracle" / name) as image:
         expected = np.asarray(image.convert("RGB")).astype(int)
@@ -282,11 +315,45 @@ def test_every_limb_and_joint_has_openpose_s_colour_and_place():
     """The joints on a ring in index order, one limb at a time."""
     turn = np.linspace(0, 2 * np.pi, 18, endpoint=False)
     ring = np.stack([0.5 + 0.4 * np.cos(turn), 0.5 + 0.4 * np.sin(turn), np.ones(18)], 1)
-    rainbow = [(255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0),
-               (0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255),
-               (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85)]
-    limbs = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11),
-             (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17)]
+    rainbow = [
+        (255, 0, 0),
+        (255, 85, 0),
+        (255, 170, 0),
+        (255, 255, 0),
+        (170, 255, 0),
+        (85, 255, 0),
+        (0, 255, 0),
+        (0, 255, 85),
+        (0, 255, 170),
+        (0, 255, 255),
+        (0, 170, 255),
+        (0, 85, 255),
+        (0, 0, 255),
+        (85, 0, 255),
+        (170, 0, 255),
+        (255, 0, 255),
+        (255, 0, 170),
+        (255, 0, 85),
+    ]
+    limbs = [
+        (1, 2),
+        (1, 5),
+        (2, 3),
+        (3, 4),
+        (5, 6),
+        (6, 7),
+        (1, 8),
+        (8, 9),
+        (9, 10),
+        (1, 11),
+        (11, 12),
+        (12, 13),
+        (1, 0),
+        (0, 14),
+        (14, 16),
+        (0, 15),
+        (15, 17),
+    ]
     for limb, (start, end) in enumerate(limbs):
         part = np.zeros((18, 3), np.float32)
         part[[start, end]] = ring[[start, end]]
@@ -314,8 +381,9 @@ def test_small_canvases_show_the_large_drawing_reduced():
 
 def test_lines_grow_with_canvases_whose_short_side_is_above_512():
     pose = body(k1=(0.5, 0.2), k8=(0.5, 0.8))
-    widths = {size: int(draw_pose(pose, size, size)[size // 2].any(axis=1).sum())
-              for size in (512, 1024)}
+    widths = {
+        size: int(draw_pose(pose, size, size)[size // 2].any(axis=1).sum()) for size in (512, 1024)
+    }
     assert 7 <= widths[512] <= 9 and 14 <= widths[1024] <= 18
 
 

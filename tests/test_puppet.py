@@ -1,4 +1,5 @@
 """The demo's puppets: what they promise to whoever trains or tests on them."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -17,14 +18,42 @@ from demo.puppet import (
 
 # arms out, mouth shut, looking straight ahead
 STAR = State(
-    root=0, hop=0, lean=0, sway=0, shrug=0, neck=0, turn=0, nod=0, shoulder=(1.3, 1.3),
-    elbow=(0, 0), wrist=(0, 0), hip=(0.2, 0.2), knee=(0, 0), foot=(0.5, 0.5),
-    curl=((0.0,) * 5, (0.0,) * 5), spread=(0.2, 0.2), mouth=0, smile=0, blink=0, brow=0,
+    root=0,
+    hop=0,
+    lean=0,
+    sway=0,
+    shrug=0,
+    neck=0,
+    turn=0,
+    nod=0,
+    shoulder=(1.3, 1.3),
+    elbow=(0, 0),
+    wrist=(0, 0),
+    hip=(0.2, 0.2),
+    knee=(0, 0),
+    foot=(0.5, 0.5),
+    curl=((0.0,) * 5, (0.0,) * 5),
+    spread=(0.2, 0.2),
+    mouth=0,
+    smile=0,
+    blink=0,
+    brow=0,
     gaze=(0, 0),
 )
 NECK, RIGHT_WRIST, LEFT_WRIST, RIGHT_HIP, LEFT_HIP, RIGHT_EAR = 1, 4, 7, 8, 11, 16
-BONES = ((1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13),
-         (8, 11))
+BONES = (
+    (1, 2),
+    (2, 3),
+    (3, 4),
+    (1, 5),
+    (5, 6),
+    (6, 7),
+    (8, 9),
+    (9, 10),
+    (11, 12),
+    (12, 13),
+    (8, 11),
+)
 
 
 def pixels(array, points):
@@ -54,8 +83,12 @@ def test_a_longer_dance_begins_like_a_shorter_one():
 def test_the_pose_has_all_points_in_their_places_and_only_ears_can_be_unseen():
     for seed in range(12):
         _, pose, _ = render(random_puppet(seed), motion(seed, 3)[2])
-        assert [len(p) for p in (pose.body, pose.face, pose.left_hand, pose.right_hand)] == \
-            [18, 70, 21, 21]
+        assert [len(p) for p in (pose.body, pose.face, pose.left_hand, pose.right_hand)] == [
+            18,
+            70,
+            21,
+            21,
+        ]
         assert all(p.dtype == np.float32 for p in (pose.body, pose.face, pose.left_hand))
         assert (pose.body[:RIGHT_EAR, 2] == 1).all() and (pose.face[:, 2] == 1).all()
         assert (pose.left_hand[:, 2] == 1).all() and (pose.right_hand[:, 2] == 1).all()

@@ -35,6 +35,7 @@ def video(tmp_path_factory) -> Path:
 
 # ---------------------------------------------------------------------------------------- video
 
+
 def test_a_video_comes_back_as_it_was_written(video):
     frames, fps = read_frames(video)
     assert frames.shape == (12, 48, 64, 3) and frames.dtype == np.uint8 and fps == 12
@@ -129,12 +130,14 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     frames = clip()
-    bad = [(tmp_path / "clip.xyz", frames, 24, "must end in"),
-           (tmp_path / "clip.mp4", [], 24, "no frames"),
-           (tmp_path / "clip.mp4", frames, 0, "frames per second"),
-           (tmp_path / "clip.mp4", frames / 255, 24, "must be uint8"),
-           (tmp_path / "clip.mp4", [frames[0], frames[1, :40]], 24, "must be uint8"),
-           (tmp_path / "absent" / "clip.mp4", frames, 24, "does not exist")]
+    bad = [
+        (tmp_path / "clip.xyz", frames, 24, "must end in"),
+        (tmp_path / "clip.mp4", [], 24, "no frames"),
+        (tmp_path / "clip.mp4", frames, 0, "frames per second"),
+        (tmp_path / "clip.mp4", frames / 255, 24, "must be uint8"),
+        (tmp_path / "clip.mp4", [frames[0], frames[1, :40]], 24, "must be uint8"),
+        (tmp_path / "absent" / "clip.mp4", frames, 24, "does not exist"),
+    ]
     for path, content, fps, complaint in bad:
         with pytest.raises((OSError, ValueError)) as error:
             write_video(path, content, fps)
@@ -149,6 +152,7 @@ def test_real_footage_reads():
 
 
 # --------------------------------------------------------------------------------------- images
+
 
 def test_a_folder_of_images_is_a_clip_in_the_order_of_its_numbers(tmp_path):
     for number in (1, 10, 9, 2):
@@ -168,14 +172,17 @@ def test_one_image_is_a_clip_of_one_frame(tmp_path):
     assert frames.shape == (1, 8, 6, 3) and (frames == 77).all()
 
 
-@pytest.mark.parametrize("name, pixels, rgb", [
-    ("grey", np.full((4, 3), 90, np.uint8), (90, 90, 90)),
-    ("grey 16 bit", np.full((4, 3), 90 * 257, np.uint16), (90, 90, 90)),
-    ("grey alpha", np.full((4, 3, 2), (200, 128), np.uint8), (100, 100, 100)),
-    ("opaque", np.full((4, 3, 4), (10, 20, 30, 255), np.uint8), (10, 20, 30)),
-    ("half there", np.full((4, 3, 4), (200, 100, 50, 128), np.uint8), (100, 50, 25)),
-    ("not there", np.full((4, 3, 4), (200, 100, 50, 0), np.uint8), (0, 0, 0)),
-])
+@pytest.mark.parametrize(
+    "name, pixels, rgb",
+    [
+        ("grey", np.full((4, 3), 90, np.uint8), (90, 90, 90)),
+        ("grey 16 bit", np.full((4, 3), 90 * 257, np.uint16), (90, 90, 90)),
+        ("grey alpha", np.full((4, 3, 2), (200, 128), np.uint8), (100, 100, 100)),
+        ("opaque", np.full((4, 3, 4), (10, 20, 30, 255), np.uint8), (10, 20, 30)),
+        ("half there", np.full((4, 3, 4), (200, 100, 50, 128), np.uint8), (100, 50, 25)),
+        ("not there", np.full((4, 3, 4), (200, 100, 50, 0), np.uint8), (0, 0, 0)),
+    ],
+)
 def test_every_kind_of_image_becomes_rgb_over_black(tmp_path, name, pixels, rgb):
     Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     frames, _ = read_frames(tmp_path / f"{name}.png")
@@ -210,14 +217,18 @@ def test_an_image_of_unknown_extension_is_refused(tmp_path):
 
 # -------------------------------------------------------------------------------------- fitting
 
-@pytest.mark.parametrize("source, size, multiple, canvas", [
-    ((512, 512), 512, 64, (512, 512)),
-    ((1920, 1080), 512, 64, (896, 512)),   # portrait: 910 would keep the aspect
-    ((1080, 1920), 512, 64, (512, 896)),
-    ((1080, 1920), 512, 8, (512, 912)),
-    ((101, 333), 128, 8, (128, 424)),
-    ((50, 40), 130, 8, (160, 128)),        # enlarged; 130 is no multiple of 8
-])
+
+@pytest.mark.parametrize(
+    "source, size, multiple, canvas",
+    [
+        ((512, 512), 512, 64, (512, 512)),
+        ((1920, 1080), 512, 64, (896, 512)),  # portrait: 910 would keep the aspect
+        ((1080, 1920), 512, 64, (512, 896)),
+        ((1080, 1920), 512, 8, (512, 912)),
+        ((101, 333), 128, 8, (128, 424)),
+        ((50, 40), 130, 8, (160, 128)),  # enlarged; 130 is no multiple of 8
+    ],
+)
 def test_the_canvas_is_the_multiple_nearest_to_the_frame_s_shape(source, size, multiple, canvas):
     plan = fit(*source, size, multiple)
     assert (plan.height, plan.width) == canvas
@@ -242,7 +253,7 @@ def test_the_pose_follows_the_frame(source, point):
 
     plan = fit(height, width, 128, 64)
     seen = fit_frame(frame, plan)[..., 0].astype(float)
-    rows, columns = np.mgrid[:plan.height, :plan.width] + 0.5
+    rows, columns = np.mgrid[: plan.height, : plan.width] + 0.5
     found = (columns * seen).sum() / seen.sum(), (rows * seen).sum() / seen.sum()
 
     body = np.zeros((18, 3), np.float32)
@@ -253,7 +264,7 @@ def test_the_pose_follows_the_frame(source, point):
 
 def test_a_circle_stays_round():
     rows, columns = np.mgrid[:300, :520]
-    disc = ((rows - 150) ** 2 + (columns - 260) ** 2 < 100 ** 2)[..., None].repeat(3, axis=2)
+    disc = ((rows - 150) ** 2 + (columns - 260) ** 2 < 100**2)[..., None].repeat(3, axis=2)
     fitted = fit_frame(np.uint8(255) * disc, fit(300, 520, 128, 64))[..., 0] > 127
     tall, wide = fitted.any(axis=1).sum(), fitted.any(axis=0).sum()
     assert abs(int(tall) - int(wide)) <= 1
@@ -267,6 +278,7 @@ def test_a_fit_that_cannot_be_is_refused():
 
 
 # --------------------------------------------------------------------------------------- sheets
+
 
 def test_a_contact_sheet_shows_evenly_spaced_frames_of_every_row():
     red = [np.full((10, 10, 3), (10 * index, 0, 0), np.uint8) for index in range(21)]
@@ -286,7 +298,7 @@ def test_a_contact_sheet_shows_evenly_spaced_frames_of_every_row():
 
 
 def test_a_row_without_frames_is_named():
-    with pytest.raises(ValueError, match="\"ours\" has no frames"):
+    with pytest.raises(ValueError, match='"ours" has no frames'):
         contact_sheet({"ours": []})
 
 

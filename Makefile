@@ -1,0 +1,25 @@
+# make demo: train on a puppet's clip and make a new video of it, in runs/demo
+# make test: ruff and the tests
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/runtime
+	$(BIN)/python demo/dance.py
+
+test: .venv/tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/tests: .venv/runtime requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv

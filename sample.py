@@ -1,0 +1,217 @@
+"""Makes a video of the person of a run, following any poses: `python sample.py --poses poses.json`.
+
+Writes the video, a contact sheet (target pose, result) and the settings with what happened, side by side.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import keep_freed_memory, load_model
+from evaluate import psnr
+from pose import Pose, draw_pose, has_person, load_poses, place_pose, read_canvas
+from posecrafter import (
+    decode_latents,
+    draw_hints,
+    edit_latents,
+    encode_frames,
+    encode_prompt,
+    insert_reference,
+    invert,
+    sample,
+    select_reference,
+)
+from train import Run, compute_device, load_run, load_trained, newest_run, parse_range
+from video import contact_sheet, cover, open_video, replacing, save_image
+
+
+def read_target_poses(path: Path, within: range | None, run: Run) -> list[Pose]:
+    """The poses to follow, on the run's canvas, which they cover as the training frames did.
+
+    Raises ValueError when the range leaves the file, or for frames without a person.
+    """
+    poses = load_poses(path)
+    within = within or range(len(poses))
+    if within.stop > len(poses):
+        raise ValueError(
+            f"{path}: has {len(poses)} frames, so no frames {within.start}:{within.stop}"
+        )
+    poses = poses[within.start : within.stop]
+    if empty := [index for index, pose in zip(within, poses) if not has_person(pose)]:
+        raise ValueError(
+            f"{path}: no person in frames {spans(empty)}; leave them out with --range, or fill them in"
+        )
+    height, width = run.frames.shape[1:3]
+    placing = cover(*(read_canvas(path) or (height, width)), height, width)
+    return [place_pose(pose, *placing.placement) for pose in poses]
+
+
+def spans(indices: list[int]) -> str:
+    """[3, 4, 5, 9] -> "3-5, 9"."""
+    starts = [i for i in indices if i - 1 not in indices]
+    stops = [i for i in indices if i + 1 not in indices]
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, stops))
+
+
+def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
+    """ "auto" or a training frame's number -> its position among the training frames."""
+    if text == "auto":
+        return select_reference(run.poses, targets)
+    indices = run.settings["frames"]
+    if not text.isdigit() or int(text) not in indices:
+        raise ValueError(
+            f"--reference {text}: give auto or one of the training frames, {', '.join(map(str, indices))}"
+        )
+    return indices.index(int(text))
+
+
+def parse_arguments(
+    command: list[str] | None = None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--poses",
+        type=Path,
+        required=True,
+        help="OpenPose keypoints to follow, a JSON list or a folder",
+    )
+    parser.add_argument(
+        "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
+    )
+    parser.add_argument(
+        "--run", type=Path, help="run folder that train.py made (default: the newest)"
+    )
+    parser.add_argument(
+        "--prompt",
+        help="target prompt, such as 'a person, red hair' (default: the training prompt)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="guidance scale; 3 to change attributes (default: 1)",
+    )
+    parser.add_argument("--ddim-steps", type=int, default=50)
+    parser.add_argument(
+        "--edit-step",
+        type=int,
+        default=1,
+        help="move face and hands before this step; 0: never (default: 1)",
+    )
+    parser.add_argument(
+        "--reference",
+        default="auto",
+        help="number of the training frame to start from (default: auto)",
+    )
+    parser.add_argument(
+        "--no-insert", action="store_true", help="do not put the reference in front as key frame"
+    )
+    parser.add_argument(
+        "--start",
+        choices=("inversion", "noise"),
+        default="inversion",
+        help="where sampling starts from",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --start noise")
+    parser.add_argument(
+        "--out", type=Path, help="the video to write (default: in the run's folder)"
+    )
+    return parser, parser.parse_args(command)
+
+
+def main(args: argparse.Namespace) -> np.ndarray:
+    """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
+    run = load_run(args.run or newest_run())
+    settings = run.settings
+    targets = read_target_poses(args.poses, args.range, run)
+    k = choose_reference(args.reference, run, targets)
+    if not 0 <= args.edit_step <= args.ddim_steps:
+        raise ValueError(
+            f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}, and 0 for never"
+        )
+    if args.start == "noise" and args.edit_step == 1:
+        args.edit_step = (
+            0  # Z_T is not an inverted latent then: there is nothing of the reference to move
+        )
+    out = args.out or run.folder / f"{args.poses.stem}.mp4"
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    keep_freed_memory()
+    device, dtype = compute_device()
+    model = load_model(settings["model"], device=device, dtype=dtype)
+    load_trained(model, run.folder / "trained.safetensors")
+
+    height, width = run.frames.shape[1:3]
+    poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
+    first_target = len(poses) - len(targets)
+    hints = draw_hints(poses, height, width).to(device)
+    source = encode_prompt(model, settings["prompt"])
+    target = encode_prompt(model, args.prompt) if args.prompt else source
+    reference = encode_frames(model, run.frames[k : k + 1])
+
+    trajectory = None
+    if args.start == "inversion" or args.edit_step:
+        reference_hint = draw_hints([run.poses[k]], height, width).to(device)
+        trajectory = invert(model, reference, reference_hint, source, args.ddim_steps)
+    if args.start == "inversion":
+        noise = trajectory[-1].expand(len(poses), -1, -1, -1)
+    else:
+        random = torch.Generator().manual_seed(args.seed)
+        noise = torch.randn(len(poses), *reference.shape[1:], generator=random).to(device)
+
+    edited = {}
+
+    def edit(latents: Tensor, step: int) -> None:
+        if step == args.edit_step:
+            reference_latent = trajectory[args.ddim_steps - step + 1][0]
+            edited.update(
+                edit_latents(latents[first_target:], reference_latent, targets, run.poses[k])
+            )
+
+    latents = sample(
+        model, noise, hints, target, args.ddim_steps, args.guidance, encode_prompt(model, ""), edit
+    )
+
+    frames = []
+    decoded = decode_latents(model, latents)
+    faithfulness = None if args.no_insert else psnr(next(decoded)[None], run.frames[k : k + 1])
+    with open_video(out, args.fps or settings["fps"], height, width) as write:
+        for frame in tqdm(decoded, desc="decoding", total=len(targets)):
+            write(frame)
+            frames.append(frame)
+    drawn = [draw_pose(pose, height, width) for pose in targets]
+    save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
+    report = {
+        "run": str(run.folder),
+        "poses": str(args.poses),
+        "frames": len(frames),
+        "prompt": args.prompt or settings["prompt"],
+        "guidance": args.guidance,
+        "ddim_steps": args.ddim_steps,
+        "edit_step": args.edit_step,
+        "start": args.start,
+        "seed": args.seed,
+        "inserted": not args.no_insert,
+        "reference": settings["frames"][k],
+        "reference_psnr": faithfulness,
+        "edited_regions": edited,
+    }
+    with replacing(out.with_suffix(".json")) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    print(
+        f"{out}: {len(frames)} frames after training frame {settings['frames'][k]}, contact sheet in {out.stem}.png"
+    )
+    return np.stack(frames)
+
+
+if __name__ == "__main__":
+    parser, args = parse_arguments()
+    try:
+        main(args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"sample.py: {error}\n")

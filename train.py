@@ -1,0 +1,330 @@
+"""Fine-tunes the model on a few frames of one clip: `python train.py clip.mp4 --poses clip.poses.json`.
+
+Leaves a run folder that `sample.py` makes new videos from:
+
+    trained.safetensors   the trained tensors only
+    frames/               the training frames, on canvas
+    poses.json            their poses
+    settings.json         everything needed to do it again
+    loss.csv              step, timestep, loss
+    preview.png           the frames and their control images, to check that the poses fit
+
+An interrupted run goes on where it stopped when the same command is given again.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm, trange
+
+from checkpoint import Model, keep_freed_memory, load_model
+from pose import Pose, draw_pose, has_person, load_poses, place_pose, save_poses
+from posecrafter import (
+    draw_hints,
+    encode_frames,
+    encode_prompt,
+    trainable_parameters,
+    training_loss,
+    training_steps,
+)
+from video import contact_sheet, fit, fit_frame, read_frames, replacing, save_image
+
+BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
+SAVE_EVERY = 120  # seconds between the checkpoints of a long run
+
+
+def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and the precision of the networks there.
+
+    On a GPU, float16 to sample and bfloat16 to train, whose gradients cannot overflow; on a CPU,
+    bfloat16 where its instructions exist, else float32.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16 if training else torch.float16
+    fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.device("cpu"), torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+# ---- The run folder -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as `sample.py` needs it."""
+
+    folder: Path
+    settings: dict
+    frames: np.ndarray  # (N, H, W, 3) uint8, on canvas
+    poses: list[Pose]
+
+
+def load_run(folder: Path) -> Run:
+    """Reads a run folder. Raises FileNotFoundError when there is none, or it is not finished."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such run; make one with: python train.py CLIP --poses POSES"
+        )
+    if not (folder / "trained.safetensors").exists():
+        raise FileNotFoundError(
+            f"{folder}: training has not finished; give its command again to go on"
+        )
+    settings = json.loads((folder / "settings.json").read_text())
+    frames, _ = read_frames(folder / "frames")
+    return Run(folder, settings, frames, load_poses(folder / "poses.json"))
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The finished run that was made last. Raises FileNotFoundError when there is none."""
+    finished = sorted(runs.glob("*/trained.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise FileNotFoundError(
+            f"{runs}/: no finished run; make one with: python train.py CLIP --poses POSES"
+        )
+    return finished[-1].parent
+
+
+def load_trained(model: Model, path: Path) -> None:
+    """Copies a run's trained tensors into a model. Raises ValueError naming a tensor that does not fit."""
+    trained, parameters = load_file(path), trainable_parameters(model)
+    for name in sorted(trained.keys() ^ parameters.keys()):
+        raise ValueError(
+            f"{path}: {name} is only in the {'file' if name in trained else 'model'}: another model?"
+        )
+    for name, parameter in parameters.items():
+        if trained[name].shape != parameter.shape:
+            shapes = f"{tuple(trained[name].shape)} instead of {tuple(parameter.shape)}"
+            raise ValueError(f"{path}: {name} is {shapes}: trained with another model?")
+        parameter.data.copy_(trained[name])
+
+
+# ---- What goes in -------------------------------------------------------------------------------
+
+
+def read_training_frames(
+    clip: Path, poses: list[Pose], frames: int, within: range | None, size: int, multiple: int
+) -> tuple[np.ndarray, list[Pose], list[int], float]:
+    """N frames uniformly from a range of the clip, on canvas, with their poses, indices and frame rate.
+
+    Raises ValueError when the range holds fewer frames, the poses are fewer, or a frame has no person.
+    """
+    within = within or range(len(poses))
+    if frames < 1 or len(within) < frames:
+        raise ValueError(
+            f"{clip}: {frames} frames asked for, but {within.start}:{within.stop} has {len(within)}"
+        )
+    if within.stop > len(poses):
+        raise ValueError(
+            f"{clip}: frames up to {within.stop} asked for, but there are poses for {len(poses)}"
+        )
+    indices = np.linspace(within.start, within.stop - 1, frames).round().astype(int).tolist()
+    for index in indices:
+        if not has_person(poses[index]):
+            raise ValueError(
+                f"{clip}: no person in frame {index} (of its poses); choose another --range or --frames"
+            )
+    images, fps = read_frames(clip, indices)
+    placing = fit(*images.shape[1:3], size, multiple)
+    placed = [place_pose(poses[index], *placing.placement) for index in indices]
+    return np.stack([fit_frame(image, placing) for image in images]), placed, indices, fps
+
+
+def parse_range(text: str) -> range:
+    """ "0:36" -> range(0, 36)."""
+    try:
+        start, stop = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 0:36") from None
+    if not 0 <= start < stop:
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
+    return range(start, stop)
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def train(
+    model: Model,
+    latents: Tensor,
+    hints: Tensor,
+    context: Tensor,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    checkpoint: Path,
+    log: Path,
+) -> dict[str, Tensor]:
+    """The training loop: AdamW at a fixed rate on the loss at random timesteps. Returns the trained tensors.
+
+    latents: (N, 4, h, w); hints: (N, 3, H, W) in [0, 1]; context: (tokens, context_dim).
+    Frozen weights keep their precision; the trained ones and their optimizer state are float32. The noise
+    of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same run.
+    """
+    parameters = trainable_parameters(model)
+    device, dtype = latents.device, model.unet.conv_in.weight.dtype
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        for name, parameter in parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    else:
+        log.write_text("step,timestep,loss\n")
+
+    saved = time.monotonic()
+    for step in (bar := trange(start, steps, initial=start, total=steps, desc="training")):
+        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        frames = torch.randperm(len(latents), generator=random)[:BATCH].sort().values
+        timestep = torch.randint(0, 1000, (), generator=random).item()
+        noise = torch.randn(latents[frames].shape, generator=random).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = training_loss(model, latents[frames], hints[frames], context, timestep, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        with log.open("a") as file:
+            file.write(f"{step + 1},{timestep},{loss.item():.6f}\n")
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if time.monotonic() - saved > SAVE_EVERY:
+            values = {name: parameter.data for name, parameter in parameters.items()}
+            state = {"step": step + 1, "parameters": values, "optimizer": optimizer.state_dict()}
+            with replacing(checkpoint) as unfinished:
+                torch.save(state, unfinished)
+            saved = time.monotonic()
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+
+
+def parse_arguments(command: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("clip", type=Path, help="video, or folder of images, of one person")
+    parser.add_argument(
+        "--poses", type=Path, help="the clip's OpenPose keypoints, a JSON list or a folder"
+    )
+    parser.add_argument(
+        "--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)"
+    )
+    parser.add_argument(
+        "--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)"
+    )
+    parser.add_argument(
+        "--range",
+        type=parse_range,
+        metavar="A:B",
+        help="from these frames of the clip (default: all)",
+    )
+    parser.add_argument(
+        "--prompt", default="a person", help="what the clip shows (default: %(default)r)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default: the paper's, 100 for 8 frames)"
+    )
+    # The public ControlVideo code uses 3e-5; the paper states 0.003.
+    parser.add_argument(
+        "--lr", type=float, help="learning rate (default: the model's; 0.003 for SD 1.5)"
+    )
+    parser.add_argument(
+        "--size", type=int, help="short side of the canvas (default: the model's; 512 for SD 1.5)"
+    )
+    parser.add_argument(
+        "--run", type=Path, help="the folder to make (default: runs/ and the clip's name)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser, parser.parse_args(command)
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.clip.exists():
+        raise FileNotFoundError(f"{args.clip}: no such clip")
+    if args.poses is None:
+        raise ValueError(
+            f"{args.clip}: give its poses with --poses; finding them in the pixels is still to come"
+        )
+    folder = args.run or Path("runs") / args.clip.stem
+    if (folder / "trained.safetensors").exists():
+        raise ValueError(
+            f"{folder}: there is a finished run already; choose another with --run, or delete it"
+        )
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: give a number above 0")
+
+    keep_freed_memory()
+    device, dtype = compute_device(training=True)
+    model = load_model(args.model, device=device, dtype=dtype)
+    multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)  # 64 for SD 1.5
+    frames, poses, indices, fps = read_training_frames(
+        args.clip,
+        load_poses(args.poses),
+        args.frames,
+        args.range,
+        args.size or model.size,
+        multiple,
+    )
+    height, width = frames.shape[1:3]
+    settings = {
+        "clip": str(args.clip),
+        "frames": indices,
+        "fps": fps,
+        "height": height,
+        "width": width,
+        "model": args.model,
+        "prompt": args.prompt,
+        "steps": args.steps or training_steps(len(frames)),
+        "learning_rate": args.lr or model.learning_rate,
+        "seed": args.seed,
+    }
+    context = encode_prompt(model, args.prompt)
+    latents = encode_frames(model, frames)
+    hints = draw_hints(poses, height, width).to(device)
+
+    begun = folder / "settings.json"
+    if begun.exists() and json.loads(begun.read_text()) != settings:
+        raise ValueError(
+            f"{folder}: an unfinished run with other settings; choose another with --run, or delete it"
+        )
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    for index, frame in zip(indices, frames):
+        save_image(folder / "frames" / f"{index:05d}.png", frame)
+    save_poses(folder / "poses.json", poses, width, height)
+    drawn = [draw_pose(pose, height, width) for pose in poses]
+    save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
+    with replacing(folder / "settings.json") as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+
+    trained = train(
+        model,
+        latents.clone(),
+        hints,
+        context.clone(),
+        settings["steps"],
+        settings["learning_rate"],
+        args.seed,
+        folder / "training_state.pt",
+        folder / "loss.csv",
+    )
+    with replacing(folder / "trained.safetensors") as unfinished:
+        save_file(trained, unfinished)
+    (folder / "training_state.pt").unlink(missing_ok=True)
+    tqdm.write(
+        f"{folder}: trained on {len(frames)} frames of {width}x{height} in {settings['steps']} steps"
+    )
+    tqdm.write(f"now: python sample.py --run {folder} --poses POSES.json")
+
+
+if __name__ == "__main__":
+    parser, args = parse_arguments()
+    try:
+        main(args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"train.py: {error}\n")
