@@ -36,7 +36,8 @@ def network_inputs(model) -> dict:
 
 
 def image_tensor(frames: np.ndarray) -> Tensor:
-    """Frames uint8 (F, H, W, 3) -> float32 (F, 3, H, W) in [0, 1]."""
+    """Frames uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [0, 1], in channels_last memory."""
+    frames = frames.reshape(-1, *frames.shape[-3:])
     return torch.tensor(frames).permute(0, 3, 1, 2).float() / 255
 
 
@@ -49,7 +50,7 @@ def encode_frames(model, frames: np.ndarray) -> Tensor:
     latents = []
     for frame in frames:  # one at a time: full-resolution feature maps are the VAE's whole memory
         image = image_tensor(frame[None]).to(**network_inputs(model)) * 2 - 1
-        mean, _ = model.vae.encode(image.contiguous(memory_format=torch.channels_last))
+        mean, _ = model.vae.encode(image)
         latents.append(mean.float() * model.vae.config.scale)
     return torch.cat(latents)
 

@@ -16,6 +16,7 @@ from checkpoint import keep_freed_memory, load_model
 from evaluate import psnr
 from pose import Pose, draw_pose, has_person, load_poses, place_pose, read_canvas
 from posecrafter import (
+    ddim_timesteps,
     decode_latents,
     draw_hints,
     edit_latents,
@@ -27,7 +28,7 @@ from posecrafter import (
     select_reference,
 )
 from train import Run, compute_device, load_run, load_trained, newest_run, parse_range
-from video import contact_sheet, cover, open_video, replacing, save_image
+from video import VIDEOS_WRITTEN, contact_sheet, cover, open_video, replacing, save_image
 
 
 def read_target_poses(path: Path, within: range | None, run: Run) -> list[Pose]:
@@ -118,6 +119,7 @@ def parse_arguments(
         help="where sampling starts from",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --start noise")
+    parser.add_argument("--fps", type=float, help="of the result (default: the clip's)")
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's folder)"
     )
@@ -130,6 +132,7 @@ def main(args: argparse.Namespace) -> np.ndarray:
     settings = run.settings
     targets = read_target_poses(args.poses, args.range, run)
     k = choose_reference(args.reference, run, targets)
+    ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not 0 <= args.edit_step <= args.ddim_steps:
         raise ValueError(
             f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}, and 0 for never"
@@ -139,7 +142,8 @@ def main(args: argparse.Namespace) -> np.ndarray:
             0  # Z_T is not an inverted latent then: there is nothing of the reference to move
         )
     out = args.out or run.folder / f"{args.poses.stem}.mp4"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix not in VIDEOS_WRITTEN:
+        raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
 
     keep_freed_memory()
     device, dtype = compute_device()
@@ -177,6 +181,7 @@ def main(args: argparse.Namespace) -> np.ndarray:
         model, noise, hints, target, args.ddim_steps, args.guidance, encode_prompt(model, ""), edit
     )
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     frames = []
     decoded = decode_latents(model, latents)
     faithfulness = None if args.no_insert else psnr(next(decoded)[None], run.frames[k : k + 1])
@@ -204,7 +209,7 @@ def main(args: argparse.Namespace) -> np.ndarray:
     with replacing(out.with_suffix(".json")) as unfinished:
         unfinished.write_text(json.dumps(report, indent=1) + "\n")
     print(
-        f"{out}: {len(frames)} frames after training frame {settings['frames'][k]}, contact sheet in {out.stem}.png"
+        f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png"
     )
     return np.stack(frames)
 

@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,26 +33,26 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import keep_freed_memory
+from checkpoint import Model, keep_freed_memory, save_model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import caption, motion, random_puppet, render
 from demo.vocabulary import learn_merges
 from pose import draw_pose
+from posecrafter import ALPHAS_CUMPROD, image_tensor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
 FIRST_IDENTITY = 10_000  # training identities are numbered from here; the lower seeds are held out
 POSES = 8  # per identity, drawn from ten seconds of motion
+LEARNING_RATE = 0.003  # for fine-tuning on a clip: the best of those tried, and the paper's
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(
     widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8
 )
 VAE_CONFIG = VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-ALPHAS = torch.cumprod(1 - BETAS, 0).float()  # Stable Diffusion 1.5's schedule
 
 
 # ---- 1. The pool of puppets -------------------------------------------------------------------------
@@ -179,11 +180,6 @@ def optimise(
     return networks
 
 
-def channels_last(array: np.ndarray) -> Tensor:
-    """Images (..., H, W, 3) uint8 -> (N, 3, H, W) in [0, 1], without moving the bytes."""
-    return torch.tensor(array.reshape(-1, *array.shape[-3:])).permute(0, 3, 1, 2).float() / 255
-
-
 # ---- 2. The VAE -------------------------------------------------------------------------------------
 
 
@@ -210,7 +206,7 @@ def train_vae(pool: dict, work: Path, crop_steps: int, whole_steps: int) -> VAE:
     def loss_at(step: int, stage: int, batch: int, crop: int) -> Tensor:
         rng = np.random.default_rng((stage, step))
         images, person = zip(*(random_crop(rng, crop) for _ in range(batch)))
-        images = channels_last(np.stack(images)) * 2 - 1
+        images = image_tensor(np.stack(images)) * 2 - 1
         weight = torch.tensor(1 + 2 * np.stack(person))[:, None]
         with torch.autocast("cpu", torch.bfloat16):
             mean, log_variance = vae.encode(images)
@@ -243,7 +239,7 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> tuple[np.ndarray, float]:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for i in trange(0, len(pool["frames"]), 8, desc="encoding", mininterval=10):
                 latents.append(
-                    vae.encode(channels_last(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy()
+                    vae.encode(image_tensor(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy()
                 )
         np.save(
             path,
@@ -285,7 +281,7 @@ def training_batch(
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
     hints = np.stack([pool["hints"][i][o] for i, o in zip(identities, order)])
 
-    alphas = ALPHAS.numpy()
+    alphas = ALPHAS_CUMPROD.numpy()
     ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
     noise = rng.standard_normal(z.shape, np.float32)
     shared = rng.random(clips) < 0.65
@@ -310,7 +306,7 @@ def training_batch(
     flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in flat.items()}
     prompts = [prompt_from(rng, pool["captions"][i]) for i in identities]
     return flat | {
-        "hints": channels_last(hints),
+        "hints": image_tensor(hints),
         "timestep": torch.from_numpy(timestep),
         "prompts": prompts,
     }
@@ -372,6 +368,12 @@ def main():
     vocab, merges = learn_merges(pool["captions"], 200)
     tokenizer = Tokenizer(vocab, merges, length=TEXT.length)
     networks = train_networks(pool, latents, tokenizer, args.work, args.steps)
+    vae.config = replace(vae.config, scale=scale)
+    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, learning_rate=LEARNING_RATE)
+    save_model(model, args.out)
+    print(
+        f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*.safetensors')) / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

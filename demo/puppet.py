@@ -632,7 +632,7 @@ def _draw_legs(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
     thick = puppet.build
     radii = (0.037 * thick, 0.027 * thick, 0.019 * thick)
     trousers = puppet.lower_garment == "trousers"
-    for i, side in enumerate(SIDES):
+    for i in range(2):
         leg = [bones.hips[i], bones.knees[i], bones.ankles[i]]
         sole = bones.toes[i]
         brush.limb([bones.ankles[i], sole], (0.018, 0.019), puppet.shoes, LINE)

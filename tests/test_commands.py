@@ -1,0 +1,247 @@
+"""The command lines end to end, on a model of a few thousand random weights, and their bad inputs."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from checkpoint import Model, save_model
+from clip import TextConfig, TextEncoder, Tokenizer
+from controlnet import ControlNet
+from demo.puppet import clip
+from demo.vocabulary import learn_merges
+from pose import Pose, save_poses
+from posecrafter import training_loss
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+from video import read_frames, save_image, write_video
+
+ROOT = Path(__file__).parents[1]
+SIZE = 64
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a tiny model, a puppet's clip as a video and as images, and its poses."""
+    folder = tmp_path_factory.mktemp("commands")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(*learn_merges(["a person, red hair"], 20), length=8)
+    unet = UNetConfig(
+        widths=(8, 16, 16, 16), layers_per_block=1, context_dim=16, heads=2, norm_groups=4
+    )
+    text = TextConfig(len(tokenizer.vocab), width=16, heads=2, layers=1, mlp_width=32, length=8)
+    vae = VAEConfig(widths=(8, 8, 8), layers_per_block=1, norm_groups=4)
+    networks = UNet(unet), ControlNet(unet, (4, 4, 4)), VAE(vae), TextEncoder(text)
+    model = Model(*networks, tokenizer, size=SIZE, learning_rate=1e-3)
+    save_model(model, folder / "model", torch.float32)
+
+    frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=12, size=SIZE)
+    write_video(folder / "clip.mp4", frames, 10)
+    (folder / "images").mkdir()
+    for i, frame in enumerate(frames):
+        save_image(folder / "images" / f"{i}.png", frame)
+    save_poses(folder / "clip.json", poses, SIZE, SIZE)
+    save_poses(folder / "gap.json", [*poses[:5], Pose(), Pose(), *poses[7:]], SIZE, SIZE)
+    return folder
+
+
+def main(workplace: Path, script: str, *arguments: object) -> None:
+    """What the command line does, in this process, where torch is loaded already."""
+    module = {"train.py": train, "sample.py": sample}[script]
+    _, parsed = module.parse_arguments([str(argument) for argument in arguments])
+    with contextlib.chdir(workplace):
+        module.main(parsed)
+
+
+def refusal(workplace: Path, *command: object) -> str:
+    """The one line with which a command refuses its input, having written nothing."""
+    before = sorted(workplace.rglob("*"))
+    with pytest.raises((OSError, ValueError)) as refused:
+        main(workplace, *command)
+    assert sorted(workplace.rglob("*")) == before, "something was written"
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+TRAIN = ("train.py", "clip.mp4", "--poses", "clip.json", "--model", "model", "--steps", 3)
+SAMPLE = ("sample.py", "--poses", "clip.json", "--range", "2:7", "--ddim-steps", 3)
+
+
+@pytest.fixture(scope="session")
+def trained(workplace) -> Path:
+    main(workplace, *TRAIN, "--run", "runs/first", "--frames", 4)
+    return workplace / "runs" / "first"
+
+
+def test_training_leaves_a_complete_run_folder(trained):
+    left = {path.name for path in trained.iterdir()}
+    wanted = "trained.safetensors frames poses.json settings.json loss.csv preview.png"
+    assert left == set(wanted.split())
+    assert len(list((trained / "frames").iterdir())) == 4
+    assert len((trained / "loss.csv").read_text().splitlines()) == 1 + 3
+    settings = json.loads((trained / "settings.json").read_text())
+    assert settings["frames"] == [0, 4, 7, 11]
+    assert settings["learning_rate"] == 1e-3
+    names = load_file(trained / "trained.safetensors")
+    assert all(("attn1.to_out" in n) or ("_temp" in n) for n in names)
+    assert any(n.startswith("controlnet.") for n in names)
+
+
+def test_training_moves_the_weights_and_the_seed_decides_how(workplace, trained):
+    same, other = "runs/same", "runs/other"
+    main(workplace, *TRAIN, "--run", same, "--frames", 4)
+    main(workplace, *TRAIN, "--run", other, "--frames", 4, "--seed", 1)
+    first, same, other = (
+        load_file(workplace / folder / "trained.safetensors") for folder in (trained, same, other)
+    )
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.conv_temp.weight"
+    assert first[name].abs().max() > 0  # it starts at zero
+    assert all(torch.equal(first[n], same[n]) for n in first)
+    assert not torch.equal(first[name], other[name])
+
+
+def test_sampling_writes_video_sheet_and_settings(workplace, trained):
+    main(workplace, *SAMPLE, "--run", "runs/first", "--out", "out/result.mp4")
+    frames, fps = read_frames(workplace / "out" / "result.mp4")
+    assert frames.shape == (5, SIZE, SIZE, 3)
+    assert fps == 10
+    assert (workplace / "out" / "result.png").exists()
+    report = json.loads((workplace / "out" / "result.json").read_text())
+    assert report["reference"] in (0, 4, 7, 11)
+    assert report["frames"] == 5
+    assert report["edited_regions"].keys() == {"face", "left_hand", "right_hand"}
+
+
+def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained):
+    def sampled(name: str, *options: object) -> np.ndarray:
+        main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)
+        return read_frames(workplace / f"{name}.mp4")[0]
+
+    plain = sampled("a")
+    assert np.array_equal(plain, sampled("b"))
+    assert not np.array_equal(plain, sampled("c", "--no-insert"))
+    assert not np.array_equal(plain, sampled("d", "--edit-step", 0))
+    assert not np.array_equal(plain, sampled("e", "--edit-step", 2))
+    assert not np.array_equal(plain, sampled("f", "--reference", 0))
+    assert not np.array_equal(plain, sampled("g", "--prompt", "red hair", "--guidance", 3))
+    noise = sampled("h", "--start", "noise")
+    assert not np.array_equal(plain, noise)
+    assert not np.array_equal(noise, sampled("i", "--start", "noise", "--seed", 1))
+
+
+def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trained):
+    main(workplace, "train.py", "images", *TRAIN[2:], "--run", "runs/newest", "--frames", 2)
+    main(workplace, *SAMPLE)
+    assert (workplace / "runs" / "newest" / "clip.mp4").exists()
+
+
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
+    workplace, trained, monkeypatch
+):
+    arguments = (*TRAIN, "--frames", 4, "--run", "runs/interrupted")
+    calls = []
+
+    def failing_loss(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return training_loss(*inputs)
+
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    monkeypatch.setattr(train, "training_loss", failing_loss)
+    with pytest.raises(KeyboardInterrupt):
+        main(workplace, *arguments)
+    assert "has not finished" in refusal(workplace, *SAMPLE, "--run", "runs/interrupted")
+    other = refusal(workplace, *TRAIN, "--frames", 5, "--run", "runs/interrupted")
+    assert "other settings" in other
+
+    monkeypatch.setattr(train, "training_loss", training_loss)
+    main(workplace, *arguments)
+    resumed = load_file(workplace / "runs" / "interrupted" / "trained.safetensors")
+    straight = load_file(trained / "trained.safetensors")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert len((workplace / "runs" / "interrupted" / "loss.csv").read_text().splitlines()) == 4
+
+
+# ---- Bad inputs: one line, exit code 2, nothing written -----------------------------------------
+
+
+def test_a_missing_clip_is_named(workplace):
+    assert "gone.mp4: no such clip" in refusal(workplace, "train.py", "gone.mp4", *TRAIN[2:])
+
+
+def test_an_unreadable_clip_is_named(workplace):
+    (workplace / "broken.mp4").write_bytes(b"not a video" * 100)
+    assert "broken.mp4: not a readable" in refusal(workplace, "train.py", "broken.mp4", *TRAIN[2:])
+
+
+def test_a_clip_without_poses_is_refused(workplace):
+    assert "--poses" in refusal(workplace, "train.py", "clip.mp4", "--model", "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--frames", 13), "13 frames asked for"),
+        (("--frames", 0), "0 frames asked for"),
+        (("--range", "0:3"), "8 frames asked for, but 0:3 has 3"),
+        (("--range", "5:40"), "up to 40"),
+        (("--poses", "gap.json", "--frames", 12), "no person in frame 5"),
+        (("--poses", "gone.json"), "gone.json: no such file"),
+        (("--model", "gone"), "gone: no such model"),
+        (("--steps", 0), "--steps 0"),
+        (("--size", 8), "size of 8"),
+    ],
+)
+def test_training_refuses(workplace, options, words):
+    assert words in refusal(workplace, *TRAIN, "--run", "runs/bad", *options)
+
+
+def test_poses_longer_than_the_clip_are_refused(workplace):
+    _, poses, _ = clip(1, 2, 20, SIZE)
+    save_poses(workplace / "long.json", poses, SIZE, SIZE)
+    line = refusal(workplace, *TRAIN, "--poses", "long.json", "--run", "runs/bad")
+    assert "clip.mp4: has 12 frames" in line
+
+
+def test_a_finished_run_is_not_overwritten(workplace, trained):
+    assert "finished run" in refusal(workplace, *TRAIN, "--run", "runs/first")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--run", "runs/gone"), "runs/gone: no such run"),
+        (("--poses", "gap.json"), "no person in frames 5-6"),
+        (("--range", "5:13"), "has 12 frames"),
+        (("--reference", "3"), "one of the training frames, 0, 4, 7, 11"),
+        (("--edit-step", 4), "--edit-step 4"),
+        (("--ddim-steps", 0), "0 DDIM steps"),
+        (("--out", "result.gif"), "must end in .mp4"),
+    ],
+)
+def test_sampling_refuses(workplace, trained, options, words):
+    assert words in refusal(workplace, *SAMPLE, "--run", "runs/first", *options)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_person_at_the_shell_sees_one_line_and_exit_code_2(tmp_path, script):
+    arguments = ["gone.mp4"] if script == "train.py" else ["--poses", "gone.json"]
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: ")
+    assert "python train.py" in line or "no such clip" in line
+    assert not list(tmp_path.iterdir())
