@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pose import Pose, draw_pose, has_person, is_seen, save_poses
+from pose import Pose, absences, draw_pose, has_person, is_seen, save_poses
 
 # ---- The networks -------------------------------------------------------------------------------
 
@@ -759,14 +759,6 @@ def find_poses(
     poses = [pose for (pose,) in detect_parts(nets, frames, alone, hands, face, progress)]
     poses = fill_gaps(poses)
     return smooth_poses(poses) if smooth else poses
-
-
-def absences(poses: Sequence[Pose]) -> str:
-    """The frames without a person, such as "0-3, 112-140"; "" if there are none."""
-    missing = [frame for frame, pose in enumerate(poses) if not has_person(pose)]
-    starts = [frame for frame in missing if frame - 1 not in missing]
-    ends = [frame for frame in missing if frame + 1 not in missing]
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends))
 
 
 # ---- The command line ---------------------------------------------------------------------------

@@ -44,6 +44,14 @@ def has_person(pose: Pose) -> bool:
     return int(is_seen(pose.body).sum()) >= 3
 
 
+def absences(poses: Sequence[Pose], first: int = 0) -> str:
+    """The frames without a person, counted from `first`, such as "0-3, 112-140"; "" for none."""
+    missing = [frame for frame, pose in enumerate(poses, first) if not has_person(pose)]
+    starts = [frame for frame in missing if frame - 1 not in missing]
+    ends = [frame for frame in missing if frame + 1 not in missing]
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends))
+
+
 def place_pose(pose: Pose, scale_x: float, scale_y: float, left: float, top: float) -> Pose:
     """The pose after x' = scale_x * x + left and y' = scale_y * y + top, in normalised coordinates.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from checkpoint import keep_freed_memory, load_model
 from evaluate import psnr
-from pose import Pose, draw_pose, has_person, load_poses, place_pose, read_canvas
+from pose import Pose, absences, draw_pose, load_poses, place_pose, read_canvas
 from posecrafter import (
     ddim_timesteps,
     decode_latents,
@@ -43,20 +43,13 @@ def read_target_poses(path: Path, within: range | None, run: Run) -> list[Pose]:
             f"{path}: has {len(poses)} frames, so no frames {within.start}:{within.stop}"
         )
     poses = poses[within.start : within.stop]
-    if empty := [index for index, pose in zip(within, poses) if not has_person(pose)]:
+    if missing := absences(poses, within.start):
         raise ValueError(
-            f"{path}: no person in frames {spans(empty)}; leave them out with --range, or fill them in"
+            f"{path}: no person in frames {missing}; leave them out with --range, or fill them in"
         )
     height, width = run.frames.shape[1:3]
     placing = cover(*(read_canvas(path) or (height, width)), height, width)
     return [place_pose(pose, *placing.placement) for pose in poses]
-
-
-def spans(indices: list[int]) -> str:
-    """[3, 4, 5, 9] -> "3-5, 9"."""
-    starts = [i for i in indices if i - 1 not in indices]
-    stops = [i for i in indices if i + 1 not in indices]
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, stops))
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:

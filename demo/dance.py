@@ -1,8 +1,8 @@
-"""The whole road on a puppet, where the truth is known: `python demo/dance.py`, a few minutes on a laptop.
+"""The whole road on puppets, where the truth is known: `python demo/dance.py`, a few minutes on a laptop.
 
 Renders a clip of a puppet that the demo model has never seen, trains on 8 of its first 36 frames, and
 has it dance another dance. Leaves in `runs/demo/` the result, the true video, the poses, a contact sheet
-and the figures.
+and the figures. Several puppets get a folder each, and a sheet and figures of all of them.
 """
 
 import argparse
@@ -15,76 +15,78 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sample  # noqa: E402
-import train  # noqa: E402
-from demo.puppet import clip  # noqa: E402
-from evaluate import psnr, ssim  # noqa: E402
-from pose import draw_pose, save_poses  # noqa: E402
-from video import contact_sheet, save_image, write_video  # noqa: E402
+import sample
+import train
+from demo.puppet import clip
+from evaluate import psnr, ssim
+from pose import draw_pose, save_poses
+from video import contact_sheet, save_image, write_video
 
-SIZE, FPS = 128, 12.0
+SIZE, FPS = 128, 12
 TRAINING_FRAMES, TARGET_FRAMES = 36, 48
 HELD_OUT = 10_000  # the model was trained on puppets numbered from here; those below are new to it
+FIGURES = ("psnr", "psnr_person", "ssim")
 
 
-def write_clip(folder: Path, frames: np.ndarray, poses: list) -> None:
-    """A clip as PNG frames, which lose nothing, and its poses beside them."""
-    folder.mkdir(parents=True)
-    for i, frame in enumerate(frames):
-        save_image(folder / f"{i:04d}.png", frame)
-    save_poses(folder.with_suffix(".poses.json"), poses, SIZE, SIZE)
+def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
+    """Trains on a puppet's clip and samples another dance; returns the figures and the sheet's rows.
+
+    Writes everything to `run`, which is made anew. Other options go on to `sample.py`.
+    """
+    shutil.rmtree(run, ignore_errors=True)
+    (run / "clip").mkdir(parents=True)
+    frames, poses, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
+    truth, target_poses, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
+    for i, frame in enumerate(frames):  # as PNG, which loses nothing
+        save_image(run / "clip" / f"{i:04d}.png", frame)
+    save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
+    save_poses(run / "poses.json", target_poses, SIZE, SIZE)
+    write_video(run / "truth.mp4", truth, FPS)
+
+    command = [run / "clip", "--poses", run / "clip.poses.json", "--model", "demo", "--run", run]
+    train.main(train.parse_arguments(list(map(str, command)))[1])
+    command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS]
+    command += ["--out", run / "result.mp4", *sample_options]
+    result = sample.main(sample.parse_arguments(list(map(str, command)))[1])
+
+    reference = frames[json.loads((run / "result.json").read_text())["reference"]]
+    copied = np.repeat(reference[None], len(truth), axis=0)
+    metrics = {"identity": identity}
+    for suffix, video in (("", result), ("_copy_reference", copied)):
+        metrics["psnr" + suffix] = psnr(video, truth)
+        metrics["psnr_person" + suffix] = psnr(video, truth, person)
+        metrics["ssim" + suffix] = ssim(video, truth)
+    drawn = [draw_pose(pose, SIZE, SIZE) for pose in target_poses]
+    return metrics, {"pose": drawn, "truth": truth, "result": result}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--identity", type=int, default=0, help=f"a puppet, 0 to {HELD_OUT - 1} (default: 0)"
-    )
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/demo"), help="made anew (default: runs/demo)"
-    )
+    parser.add_argument("--identity", type=int, nargs="+", default=[0], help="puppets (default: 0)")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     args, sample_options = parser.parse_known_args()
-    if not 0 <= args.identity < HELD_OUT:
-        parser.error(
-            f"--identity {args.identity}: the puppets that the model has not seen are 0 to {HELD_OUT - 1}"
-        )
-    shutil.rmtree(args.run, ignore_errors=True)
+    if not all(0 <= identity < HELD_OUT for identity in args.identity):
+        parser.error(f"--identity: the puppets that the model has not seen are 0 to {HELD_OUT - 1}")
 
-    frames, poses, _ = clip(args.identity, 2 * args.identity, TRAINING_FRAMES, SIZE)
-    truth, target_poses, person = clip(args.identity, 2 * args.identity + 1, TARGET_FRAMES, SIZE)
-    write_clip(args.run / "clip", frames, poses)
-    write_video(args.run / "truth.mp4", truth, FPS)
-    save_poses(args.run / "poses.json", target_poses, SIZE, SIZE)
-
-    train_command = [str(args.run / "clip"), "--poses", str(args.run / "clip.poses.json")]
-    train_command += ["--model", "demo", "--run", str(args.run)]
-    train.main(train.parse_arguments(train_command)[1])
-    sample_command = ["--poses", str(args.run / "poses.json"), "--run", str(args.run)]
-    sample_command += ["--fps", str(FPS), "--out", str(args.run / "result.mp4"), *sample_options]
-    result = sample.main(sample.parse_arguments(sample_command)[1])
-
-    reference = json.loads((args.run / "result.json").read_text())["reference"]
-    copied = np.repeat(frames[reference][None], len(truth), axis=0)
-    metrics = {
-        "identity": args.identity,
-        "psnr": psnr(result, truth),
-        "ssim": ssim(result, truth),
-        "psnr_person": psnr(result, truth, person),
-        "psnr_copy_reference": psnr(copied, truth),
-        "ssim_copy_reference": ssim(copied, truth),
-        "psnr_person_copy_reference": psnr(copied, truth, person),
-    }
+    every, rows = [], {}
+    for identity in args.identity:
+        several = len(args.identity) > 1
+        run = args.run / str(identity) if several else args.run
+        metrics, clips = dance(identity, run, sample_options)
+        every.append(metrics)
+        rows |= {f"{name} {identity}" if several else name: clips[name] for name in clips}
+    mean = {name: float(np.mean([metrics[name] for metrics in every])) for name in every[0]}
+    metrics = {"mean": mean, "each": every} if len(every) > 1 else every[0]
     (args.run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    drawn = [draw_pose(pose, SIZE, SIZE) for pose in target_poses]
-    rows = {"pose": drawn, "truth": truth, "result": result}
     save_image(args.run / "contact_sheet.png", contact_sheet(rows))
 
-    print(f"\n{'':24}{'result':>8}  {'copying the reference frame':>8}")
-    for name in ("psnr", "psnr_person", "ssim"):
-        print(f"{name:24}{metrics[name]:8.3f}  {metrics[name + '_copy_reference']:8.3f}")
-    print(
-        f"\nLook at {args.run}/contact_sheet.png and {args.run}/result.mp4 (the truth: truth.mp4)"
-    )
+    print(f"\n{'':>8}" + "".join(f"{name:>14}{'copied':>8}" for name in FIGURES))
+    for metrics in [*every, mean] if len(every) > 1 else every:
+        name = "mean" if metrics is mean else f"puppet {metrics['identity']}"
+        pairs = ((metrics[key], metrics[key + "_copy_reference"]) for key in FIGURES)
+        print(f"{name:>8}" + "".join(f"{ours:14.3f}{copied:8.3f}" for ours, copied in pairs))
+    print("(copied: the reference frame in place of the result)")
+    print(f"Look at {args.run}/contact_sheet.png; result.mp4 and truth.mp4 are beside it.")
 
 
 if __name__ == "__main__":

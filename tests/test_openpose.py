@@ -15,7 +15,6 @@ from openpose import (
     INTERPOLATED,
     LIMBS,
     OpenPose,
-    absences,
     body_input,
     body_size,
     decode_bodies,
@@ -28,7 +27,7 @@ from openpose import (
     hand_boxes,
     smooth_poses,
 )
-from pose import Pose, has_person, is_seen, load_poses
+from pose import Pose, absences, has_person, is_seen, load_poses
 from video import read_frames, save_image, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"
