@@ -1,9 +1,10 @@
 # make demo: train on a puppet's clip and make a new video of it, in runs/demo
 # make test: ruff and the tests
+# make parity: the networks at full size against the public implementations; slow, 16 GB of memory
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test parity clean
 
 demo: .venv/runtime
 	$(BIN)/python demo/dance.py
@@ -11,6 +12,9 @@ demo: .venv/runtime
 test: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+parity: .venv/tests
+	$(BIN)/python -m pytest -m parity -s
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv

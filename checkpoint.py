@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -490,7 +489,7 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
             contents = torch.load(
                 path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
             )
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         if wanted := re.search(r"GLOBAL ([\w.]+) ", str(error)):
             raise ValueError(
                 f"{path}: wants to call {wanted[1]} on being read, which is refused because it "
@@ -867,6 +866,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 # ---- Memory -------------------------------------------------------------------------------------
 
 
+def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and the precision of the networks there.
+
+    On a graphics card, float16 to sample and bfloat16 to train, whose gradients cannot vanish in a
+    small range; on a CPU, bfloat16 where it has the instructions, else float32.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16 if training else torch.float16
+    fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.device("cpu"), torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next buffer instead of giving it back to the system.
 
@@ -914,5 +925,4 @@ if __name__ == "__main__":
     try:
         main(parser.parse_args())
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"checkpoint.py: {error}\n")

@@ -3,12 +3,13 @@
 A new clip is made by calling these one after another, as `sample.py` does:
 
     context = encode_prompt(model, "a person")
-    k = select_reference(training_poses, target_poses)              # the training frame to start from
-    trajectory = invert(model, latents[k], hints[k], context)       # its noise, and the way there
-    poses = insert_reference(training_poses[k], target_poses)       # it leads the clip as key frame
-    latents = trajectory[-1].expand(len(poses), ...)                # every frame starts from that noise,
-    edit_latents(latents[1:], trajectory[-1], poses[1:], poses[0])  # with face and hands moved in place
-    latents = sample(model, latents, hints, context)
+    k = select_reference(training_poses, target_poses)         # the training frame to start from
+    trajectory = invert(model, latents[k : k + 1], hints[k : k + 1], context)  # its way to noise
+    poses = insert_reference(training_poses[k], target_poses)  # it leads the clip as key frame
+    noise = trajectory[-1].repeat(len(poses), 1, 1, 1)         # all frames start from its noise,
+    edit_latents(noise[1:], noise[0], poses[1:], poses[0])     # with face and hands moved in place
+    latents = sample(model, noise, draw_hints(poses, height, width), context)
+    frames = decode_latents(model, latents)
 
 `model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
 Latents are float32 (F, 4, H, W) throughout and times the VAE's scale; the networks compute in their own
@@ -74,7 +75,7 @@ def encode_prompt(model, prompt: str) -> Tensor:
 
 
 def draw_hints(poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """The control images of poses, for frames of height x width pixels: (F, 3, height, width) in [0, 1]."""
+    """The poses' control images for frames of height x width pixels: (F, 3, H, W) in [0, 1]."""
     return image_tensor(np.stack([draw_pose(pose, height, width) for pose in poses]))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import keep_freed_memory, load_model
+from checkpoint import compute_device, keep_freed_memory, load_model
 from evaluate import psnr
 from pose import Pose, absences, draw_pose, load_poses, place_pose, read_canvas
 from posecrafter import (
@@ -27,7 +27,7 @@ from posecrafter import (
     sample,
     select_reference,
 )
-from train import Run, compute_device, load_run, load_trained, newest_run, parse_range
+from train import Run, load_run, load_trained, newest_run, parse_range
 from video import VIDEOS_WRITTEN, contact_sheet, cover, open_video, replacing, save_image
 
 
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> np.ndarray:
 
     keep_freed_memory()
     device, dtype = compute_device()
-    model = load_model(settings["model"], device=device, dtype=dtype)
+    model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
     load_trained(model, run.folder / "trained.safetensors")
 
     height, width = run.frames.shape[1:3]

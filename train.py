@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from checkpoint import Model, keep_freed_memory, load_model
-from pose import Pose, draw_pose, has_person, load_poses, place_pose, save_poses
+from checkpoint import Model, compute_device, keep_freed_memory, load_model
+from pose import Pose, draw_pose, has_person, load_poses, place_pose, read_canvas, save_poses
 from posecrafter import (
     draw_hints,
     encode_frames,
@@ -34,22 +34,10 @@ from posecrafter import (
     training_loss,
     training_steps,
 )
-from video import contact_sheet, fit, fit_frame, read_frames, replacing, save_image
+from video import contact_sheet, count_frames, fit, fit_frame, read_frames, replacing, save_image
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
-
-
-def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and the precision of the networks there.
-
-    On a GPU, float16 to sample and bfloat16 to train, whose gradients cannot overflow; on a CPU,
-    bfloat16 where its instructions exist, else float32.
-    """
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if training else torch.float16
-    fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.device("cpu"), torch.bfloat16 if fast_bfloat16 else torch.float32
 
 
 # ---- The run folder -----------------------------------------------------------------------------
@@ -108,31 +96,36 @@ def load_trained(model: Model, path: Path) -> None:
 
 
 def read_training_frames(
-    clip: Path, poses: list[Pose], frames: int, within: range | None, size: int, multiple: int
+    clip: Path, poses_path: Path, frames: int, within: range | None
 ) -> tuple[np.ndarray, list[Pose], list[int], float]:
-    """N frames uniformly from a range of the clip, on canvas, with their poses, indices and frame rate.
+    """N frames uniformly from a range of the clip, with their poses, indices and frame rate.
 
-    Raises ValueError when the range holds fewer frames, the poses are fewer, or a frame has no person.
+    Raises ValueError when the range holds fewer frames, the poses are another clip's, or a chosen
+    frame has no person.
     """
-    within = within or range(len(poses))
+    poses, count = load_poses(poses_path), count_frames(clip)
+    if abs(count - len(poses)) > 2:  # decoders do not always agree on a video's last frames
+        raise ValueError(f"{poses_path}: has {len(poses)} poses, but {clip} has {count} frames")
+    within = within or range(min(count, len(poses)))
     if frames < 1 or len(within) < frames:
-        raise ValueError(
-            f"{clip}: {frames} frames asked for, but {within.start}:{within.stop} has {len(within)}"
-        )
+        asked = f"{frames} frames asked for, but {within.start}:{within.stop}"
+        raise ValueError(f"{clip}: {asked} has {len(within)}")
     if within.stop > len(poses):
-        raise ValueError(
-            f"{clip}: frames up to {within.stop} asked for, but there are poses for {len(poses)}"
-        )
+        raise ValueError(f"{clip}: frames up to {within.stop} asked for, but it has {count}")
     indices = np.linspace(within.start, within.stop - 1, frames).round().astype(int).tolist()
     for index in indices:
         if not has_person(poses[index]):
-            raise ValueError(
-                f"{clip}: no person in frame {index} (of its poses); choose another --range or --frames"
-            )
+            advice = "choose another --range or --frames"
+            raise ValueError(f"{clip}: no person in frame {index} (of its poses); {advice}")
     images, fps = read_frames(clip, indices)
-    placing = fit(*images.shape[1:3], size, multiple)
-    placed = [place_pose(poses[index], *placing.placement) for index in indices]
-    return np.stack([fit_frame(image, placing) for image in images]), placed, indices, fps
+    height, width = images.shape[1:3]
+    canvas = read_canvas(poses_path) or (height, width)
+    if abs(canvas[0] / canvas[1] / (height / width) - 1) > 0.02:
+        raise ValueError(
+            f"{poses_path}: poses on a canvas of {canvas[1]:g}x{canvas[0]:g}, "
+            f"but {clip} has frames of {width}x{height}: another clip's?"
+        )
+    return images, [poses[index] for index in indices], indices, fps
 
 
 def parse_range(text: str) -> range:
@@ -179,8 +172,8 @@ def train(
             parameter.data.copy_(state["parameters"][name])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    else:
-        log.write_text("step,timestep,loss\n")
+    rows = log.read_text().splitlines()[: 1 + start] if start else ["step,timestep,loss"]
+    log.write_text("\n".join(rows) + "\n")  # what was logged after the checkpoint comes again
 
     saved = time.monotonic()
     for step in (bar := trange(start, steps, initial=start, total=steps, desc="training")):
@@ -206,7 +199,9 @@ def train(
     return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
 
 
-def parse_arguments(command: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_arguments(
+    command: list[str] | None = None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clip", type=Path, help="video, or folder of images, of one person")
     parser.add_argument(
@@ -215,6 +210,10 @@ def parse_arguments(command: list[str] | None = None) -> tuple[argparse.Argument
     parser.add_argument(
         "--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)"
     )
+    parser.add_argument(
+        "--controlnet", type=Path, help="take the ControlNet from this file or folder"
+    )
+    parser.add_argument("--vae", type=Path, help="take the VAE from this file or folder")
     parser.add_argument(
         "--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)"
     )
@@ -259,19 +258,18 @@ def main(args: argparse.Namespace) -> None:
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: give a number above 0")
 
+    images, poses, indices, fps = read_training_frames(
+        args.clip, args.poses, args.frames, args.range
+    )
+
     keep_freed_memory()
     device, dtype = compute_device(training=True)
-    model = load_model(args.model, device=device, dtype=dtype)
+    model = load_model(args.model, args.controlnet, args.vae, device, dtype)
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)  # 64 for SD 1.5
-    frames, poses, indices, fps = read_training_frames(
-        args.clip,
-        load_poses(args.poses),
-        args.frames,
-        args.range,
-        args.size or model.size,
-        multiple,
-    )
-    height, width = frames.shape[1:3]
+    placing = fit(*images.shape[1:3], args.size or model.size, multiple)
+    frames = np.stack([fit_frame(image, placing) for image in images])
+    poses = [place_pose(pose, *placing.placement) for pose in poses]
+    height, width = placing.height, placing.width
     settings = {
         "clip": str(args.clip),
         "frames": indices,
@@ -279,6 +277,8 @@ def main(args: argparse.Namespace) -> None:
         "height": height,
         "width": width,
         "model": args.model,
+        "controlnet": args.controlnet and str(args.controlnet),
+        "vae": args.vae and str(args.vae),
         "prompt": args.prompt,
         "steps": args.steps or training_steps(len(frames)),
         "learning_rate": args.lr or model.learning_rate,

@@ -42,12 +42,30 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
     return _read_video(path, indices)
 
 
-def _read_images(path: Path, indices: Sequence[int] | None) -> np.ndarray:
-    files = [path]
+def count_frames(path: str | Path) -> int:
+    """How many frames `read_frames` would read. Raises FileNotFoundError and OSError as it does."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such video, image or folder")
     if path.is_dir():
-        files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGES), key=_by_number)
+        return len(_images_in(path))
+    if path.suffix.lower() in IMAGES:
+        return 1
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+    except RuntimeError:
+        raise OSError(f"{path}: not a readable video") from None
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES), key=_by_number)
     if not files:
-        raise FileNotFoundError(f"{path}: no images ({', '.join(IMAGES)}) in this folder")
+        raise FileNotFoundError(f"{folder}: no images ({', '.join(IMAGES)}) in this folder")
+    return files
+
+
+def _read_images(path: Path, indices: Sequence[int] | None) -> np.ndarray:
+    files = _images_in(path) if path.is_dir() else [path]
     if indices is not None:
         _check_indices(path, indices, len(files))
         files = [files[index] for index in indices]
@@ -261,15 +279,12 @@ def open_video(
         if not written:
             raise ValueError(f"{path}: no frames to write")
         # ffmpeg says nothing when the disk fills up as it closes the file: count what arrived.
-        if not unfinished.exists() or _count_frames(unfinished) != written:
+        try:
+            whole = count_frames(unfinished) == written
+        except OSError:
+            whole = False
+        if not whole:
             raise OSError(f"{path}: could not be written whole; is the disk full?")
-
-
-def _count_frames(path: Path) -> int:
-    try:
-        return imageio_ffmpeg.count_frames_and_secs(path)[0]
-    except RuntimeError:  # not even a video
-        return 0
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:

@@ -206,11 +206,14 @@ def test_training_refuses(workplace, options, words):
     assert words in refusal(workplace, *TRAIN, "--run", "runs/bad", *options)
 
 
-def test_poses_longer_than_the_clip_are_refused(workplace):
+def test_poses_of_another_clip_are_refused(workplace):
     _, poses, _ = clip(1, 2, 20, SIZE)
     save_poses(workplace / "long.json", poses, SIZE, SIZE)
     line = refusal(workplace, *TRAIN, "--poses", "long.json", "--run", "runs/bad")
-    assert "clip.mp4: has 12 frames" in line
+    assert line == "long.json: has 20 poses, but clip.mp4 has 12 frames"
+    save_poses(workplace / "wide.json", poses[:12], 2 * SIZE, SIZE)
+    line = refusal(workplace, *TRAIN, "--poses", "wide.json", "--run", "runs/bad")
+    assert "canvas of 128x64, but clip.mp4 has frames of 64x64" in line
 
 
 def test_a_finished_run_is_not_overwritten(workplace, trained):
