@@ -4,7 +4,7 @@ Leaves a run folder that `sample.py` makes new videos from:
 
     trained.safetensors   the trained tensors only
     frames/               the training frames, on canvas
-    poses.json            their poses
+    frames.poses.json     their poses
     settings.json         everything needed to do it again
     loss.csv              step, timestep, loss
     preview.png           the frames and their control images, to check that the poses fit
@@ -65,7 +65,7 @@ def load_run(folder: Path) -> Run:
         )
     settings = json.loads((folder / "settings.json").read_text())
     frames, _ = read_frames(folder / "frames")
-    return Run(folder, settings, frames, load_poses(folder / "poses.json"))
+    return Run(folder, settings, frames, load_poses(folder / "frames.poses.json"))
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
@@ -296,7 +296,7 @@ def main(args: argparse.Namespace) -> None:
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     for index, frame in zip(indices, frames):
         save_image(folder / "frames" / f"{index:05d}.png", frame)
-    save_poses(folder / "poses.json", poses, width, height)
+    save_poses(folder / "frames.poses.json", poses, width, height)
     drawn = [draw_pose(pose, height, width) for pose in poses]
     save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
     with replacing(folder / "settings.json") as unfinished:

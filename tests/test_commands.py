@@ -84,7 +84,7 @@ def trained(workplace) -> Path:
 
 def test_training_leaves_a_complete_run_folder(trained):
     left = {path.name for path in trained.iterdir()}
-    wanted = "trained.safetensors frames poses.json settings.json loss.csv preview.png"
+    wanted = "trained.safetensors frames frames.poses.json settings.json loss.csv preview.png"
     assert left == set(wanted.split())
     assert len(list((trained / "frames").iterdir())) == 4
     assert len((trained / "loss.csv").read_text().splitlines()) == 1 + 3
