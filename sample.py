@@ -114,7 +114,7 @@ def parse_arguments(
     parser.add_argument("--seed", type=int, default=0, help="of --start noise")
     parser.add_argument("--fps", type=float, help="of the result (default: the clip's)")
     parser.add_argument(
-        "--out", type=Path, help="the video to write (default: in the run's folder)"
+        "--out", type=Path, help="the video to write (default: in the run's samples/)"
     )
     return parser, parser.parse_args(command)
 
@@ -131,12 +131,12 @@ def main(args: argparse.Namespace) -> np.ndarray:
             f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}, and 0 for never"
         )
     if args.start == "noise" and args.edit_step == 1:
-        args.edit_step = (
-            0  # Z_T is not an inverted latent then: there is nothing of the reference to move
-        )
-    out = args.out or run.folder / f"{args.poses.stem}.mp4"
+        args.edit_step = 0  # there is nothing of the reference in that noise to be moved
+    out = args.out or run.folder / "samples" / f"{args.poses.stem}.mp4"
     if out.suffix not in VIDEOS_WRITTEN:
         raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
+    if out.with_suffix(".json").resolve() == args.poses.resolve():
+        raise ValueError(f"{out}: its settings would overwrite {args.poses}; choose another --out")
 
     keep_freed_memory()
     device, dtype = compute_device()

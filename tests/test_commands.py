@@ -141,7 +141,7 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
 def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trained):
     main(workplace, "train.py", "images", *TRAIN[2:], "--run", "runs/newest", "--frames", 2)
     main(workplace, *SAMPLE)
-    assert (workplace / "runs" / "newest" / "clip.mp4").exists()
+    assert (workplace / "runs" / "newest" / "samples" / "clip.mp4").exists()
 
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
@@ -230,6 +230,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--edit-step", 4), "--edit-step 4"),
         (("--ddim-steps", 0), "0 DDIM steps"),
         (("--out", "result.gif"), "must end in .mp4"),
+        (("--out", "clip.mp4"), "would overwrite clip.json"),
     ],
 )
 def test_sampling_refuses(workplace, trained, options, words):
