@@ -383,12 +383,16 @@ def test_a_controlnet_pth_is_read_as_diffusers_reads_it(
     assert same(load_model(saved, controlnet=path).controlnet.state_dict(), expected)
 
 
-def loaded_vae(saved: Path, path: Path) -> dict[str, Tensor]:
-    return load_model(saved, vae=path).vae.state_dict()
+def load_vae(path: Path) -> dict[str, Tensor]:
+    """The tensors of a VAE with shrunk widths, as `load_model` loads it."""
+    with torch.device("meta"):
+        vae = VAE(VAEConfig(**VAE_SIZES))
+    checkpoint.fill(vae, "vae", path, "cpu", torch.float32)
+    return vae.state_dict()
 
 
 @pytest.mark.parametrize("shape", ["linear", "convolution"])
-def test_a_vae_with_the_old_attention_names_is_read(small, saved, tmp_path, shape):
+def test_a_vae_with_the_old_attention_names_is_read(tmp_path, shape):
     expected = public_tensors("vae")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
@@ -402,7 +406,7 @@ def test_a_vae_with_the_old_attention_names_is_read(small, saved, tmp_path, shap
         name: torch.Size(size for size in shrunk(name, shape) if size != 1)
         for name, shape in public_shapes("vae.old_attention_names").items()
     }
-    assert same(loaded_vae(saved, write(tmp_path / "vae.safetensors", tensors)), expected)
+    assert same(load_vae(write(tmp_path / "vae.safetensors", tensors)), expected)
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
@@ -413,8 +417,9 @@ def test_a_vae_in_the_original_layout_is_read(small, saved, tmp_path, prefix):
     renamed = {prefix + name.removeprefix("first_stage_model."): t for name, t in vae.items()}
     renamed["loss.logvar"] = torch.zeros(())
     expected = as_diffusers_reads_it("vae", whole, saved)
-    assert same(loaded_vae(saved, write(tmp_path / "vae.ckpt", {"state_dict": renamed})), expected)
-    assert same(loaded_vae(saved, write(tmp_path / "whole.safetensors", whole)), expected)
+    assert same(load_vae(write(tmp_path / "vae.ckpt", {"state_dict": renamed})), expected)
+    whole = write(tmp_path / "whole.safetensors", whole)
+    assert same(load_model(saved, vae=whole).vae.state_dict(), expected)
 
 
 def test_a_text_encoder_with_position_ids_is_read(small, saved, tmp_path):
@@ -428,30 +433,28 @@ def test_a_text_encoder_with_position_ids_is_read(small, saved, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["vae.safetensors", "vae.pt", "vae.ckpt"])
-def test_files_of_every_precision_are_read(small, saved, tmp_path, name, dtype):
+def test_files_of_every_precision_are_read(tmp_path, name, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in public_tensors("vae").items()}
-    loaded = loaded_vae(saved, write(tmp_path / name, tensors))
+    loaded = load_vae(write(tmp_path / name, tensors))
     assert same(loaded, {name: tensor.float() for name, tensor in tensors.items()})
 
 
-def test_a_pickle_from_before_pytorch_1_6_is_read(small, saved, tmp_path):
+def test_a_pickle_from_before_pytorch_1_6_is_read(tmp_path):
     tensors = public_tensors("vae")
     torch.save(tensors, tmp_path / "vae.pth", _use_new_zipfile_serialization=False)
-    assert same(loaded_vae(saved, tmp_path / "vae.pth"), tensors)
+    assert same(load_vae(tmp_path / "vae.pth"), tensors)
 
 
-def test_a_file_s_name_says_nothing_about_what_it_holds(small, saved, tmp_path):
+def test_a_file_s_name_says_nothing_about_what_it_holds(tmp_path):
     tensors = public_tensors("vae")
     write(tmp_path / "a.safetensors", tensors).rename(tmp_path / "vae.ckpt")
     write(tmp_path / "b.ckpt", tensors).rename(tmp_path / "vae.safetensors")
-    assert same(loaded_vae(saved, tmp_path / "vae.ckpt"), tensors)
-    assert same(loaded_vae(saved, tmp_path / "vae.safetensors"), tensors)
+    assert same(load_vae(tmp_path / "vae.ckpt"), tensors)
+    assert same(load_vae(tmp_path / "vae.safetensors"), tensors)
 
 
 @pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b"\x80\x04"])
-def test_a_safetensors_header_as_long_as_makes_it_look_like_a_pickle_is_no_matter(
-    small, saved, tmp_path, start
-):
+def test_a_safetensors_header_as_long_as_makes_it_look_like_a_pickle_is_no_matter(tmp_path, start):
     tensors = public_tensors("vae")
     path = write(tmp_path / "vae.safetensors", tensors)
     content = path.read_bytes()
@@ -462,7 +465,7 @@ def test_a_safetensors_header_as_long_as_makes_it_look_like_a_pickle_is_no_matte
     header = content[8 : 8 + length].ljust(padded)
     path.write_bytes(padded.to_bytes(8, "little") + header + content[8 + length :])
     assert path.read_bytes().startswith(start)
-    assert same(loaded_vae(saved, path), tensors)
+    assert same(load_vae(path), tensors)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +488,7 @@ def test_a_wrong_mapping_of_two_tensors_does_not_go_unnoticed(
     monkeypatch.setattr(checkpoint, table, names)
     if table == "OLD_ATTENTION":
         with pytest.raises(AssertionError):
-            test_a_vae_with_the_old_attention_names_is_read(small, saved, tmp_path, "linear")
+            test_a_vae_with_the_old_attention_names_is_read(tmp_path, "linear")
         return
     part, network = ("vae", VAE(VAEConfig(**VAE_SIZES)))
     if table == "LDM_UNET_RESNET":
@@ -508,16 +511,16 @@ def error_of(call: Callable, *args, **kwargs) -> str:
     return str(error.value)
 
 
-def test_a_missing_tensor_is_named(saved, small, tmp_path):
+def test_a_missing_tensor_is_named(tmp_path):
     tensors = public_tensors("vae")
     del tensors["decoder.conv_in.bias"]
-    error = error_of(load_model, saved, vae=write(tmp_path / "vae.safetensors", tensors))
+    error = error_of(load_vae, write(tmp_path / "vae.safetensors", tensors))
     assert error.startswith(f"{tmp_path}/vae.safetensors: lacks decoder.conv_in.bias, ")
 
 
-def test_an_unknown_tensor_is_named(saved, small, tmp_path):
+def test_an_unknown_tensor_is_named(tmp_path):
     tensors = public_tensors("vae") | {"decoder.extra": torch.zeros(3)}
-    error = error_of(load_model, saved, vae=write(tmp_path / "vae.safetensors", tensors))
+    error = error_of(load_vae, write(tmp_path / "vae.safetensors", tensors))
     assert error.startswith(f"{tmp_path}/vae.safetensors: holds decoder.extra, ")
 
 
@@ -526,15 +529,15 @@ def test_an_unknown_tensor_of_a_single_file_is_named(small, offline, tmp_path):
     assert "holds v_pred" in error_of(load_model, path)
 
 
-def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(saved, small, tmp_path):
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path):
     tensors = public_tensors("vae") | {"decoder.conv_in.bias": torch.zeros(7)}
-    error = error_of(load_model, saved, vae=write(tmp_path / "vae.safetensors", tensors))
+    error = error_of(load_vae, write(tmp_path / "vae.safetensors", tensors))
     assert f"{tmp_path}/vae.safetensors: decoder.conv_in.bias is 7, expected 64" in error
 
 
-def test_whole_numbers_are_no_weights(saved, small, tmp_path):
+def test_whole_numbers_are_no_weights(tmp_path):
     tensors = {name: tensor.to(torch.int8) for name, tensor in public_tensors("vae").items()}
-    error = error_of(load_model, saved, vae=write(tmp_path / "vae.safetensors", tensors))
+    error = error_of(load_vae, write(tmp_path / "vae.safetensors", tensors))
     assert "torch.int8" in error
 
 
@@ -611,7 +614,7 @@ def test_what_is_no_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vae.safetensors", "vae.ckpt", "old.ckpt"])
-def test_truncated_files_are_told(small, saved, tmp_path, name):
+def test_truncated_files_are_told(tmp_path, name):
     path, tensors = tmp_path / name, public_tensors("vae")
     write(path, tensors)
     if name == "old.ckpt":
@@ -619,18 +622,18 @@ def test_truncated_files_are_told(small, saved, tmp_path, name):
     whole = path.read_bytes()
     for length in (len(whole) - 1, len(whole) // 2, 1000, 40):
         path.write_bytes(whole[:length])
-        assert error_of(load_model, saved, vae=path).startswith(f"{path}: truncated, corrupt or")
+        assert error_of(load_vae, path).startswith(f"{path}: truncated, corrupt or")
 
 
-def test_corrupt_files_are_told(small, saved, tmp_path):
+def test_corrupt_files_are_told(tmp_path):
     noise = torch.randint(256, (9999,), generator=torch.Generator().manual_seed(0)).tolist()
     for start in (b"", b"PK\x03\x04", b"\x80\x02", b"{"):
         path = tmp_path / "vae.safetensors"
         path.write_bytes(start + bytes(noise))
-        assert error_of(load_model, saved, vae=path).startswith(f"{path}: truncated, corrupt or")
+        assert error_of(load_vae, path).startswith(f"{path}: truncated, corrupt or")
 
 
-def test_what_is_no_file_of_weights_is_told(saved, tmp_path):
+def test_what_is_no_file_of_weights_is_told(tmp_path):
     path = tmp_path / "vae.safetensors"
     for content, told in [
         ("", "an empty file"),
@@ -639,7 +642,7 @@ def test_what_is_no_file_of_weights_is_told(saved, tmp_path):
         ("just some text, long enough to be a header of safetensors", "truncated, corrupt or no"),
     ]:
         path.write_text(content)
-        assert error_of(load_model, saved, vae=path).startswith(f"{path}: {told}")
+        assert error_of(load_vae, path).startswith(f"{path}: {told}")
 
 
 class Malicious:
@@ -653,7 +656,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare", "bare protocol 4", "nested"])
-def test_a_pickle_that_would_run_code_is_refused_and_did_not_run(small, saved, tmp_path, form):
+def test_a_pickle_that_would_run_code_is_refused_and_did_not_run(tmp_path, form):
     path, harm = tmp_path / "vae.ckpt", tmp_path / "harm"
     contents = public_tensors("vae") | {"harm": Malicious(harm)}
     if form.startswith("bare"):
@@ -664,7 +667,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_did_not_run(small, saved, t
         torch.save(contents, path, _use_new_zipfile_serialization=form == "zip")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, of a protocol that it does not know
-        error = error_of(load_model, saved, vae=path)
+        error = error_of(load_vae, path)
     assert error.startswith(f"{path}: ") and not harm.exists()
     if form != "bare protocol 4":
         assert "wants to call posix.system on being read, which is refused" in error
