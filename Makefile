@@ -1,6 +1,6 @@
 # make demo: train on a puppet's clip and make a new video of it, in runs/demo
 # make test: ruff and the tests
-# make parity: the networks at full size against the public implementations; slow, 16 GB of memory
+# make parity: full-size networks and files against the public implementations; 15 minutes, 10 GB
 PYTHON ?= python3.11
 BIN := .venv/bin
 
