@@ -170,9 +170,11 @@ def load_model(
     """
     half = dtype != torch.float32
     sources = locate(name)
-    sources |= {
-        part: Path(path) for part, path in [("controlnet", controlnet), ("vae", vae)] if path
-    }
+    for part, path in (("controlnet", controlnet), ("vae", vae)):
+        if path:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"{path}: no such file or folder, given as {part}")
+            sources[part] = Path(path)
     needed = [*PARTS, *(() if "tokenizer" in sources else ("vocab", "merges"))]
     sources |= public_files([part for part in needed if part not in sources], half)
 

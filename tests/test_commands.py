@@ -109,6 +109,19 @@ def test_training_moves_the_weights_and_the_seed_decides_how(workplace, trained)
     assert not torch.equal(first[name], other[name])
 
 
+def test_one_part_can_come_from_elsewhere_and_sampling_remembers_it(workplace, trained):
+    options = ("--vae", "model/vae", "--controlnet", "model/controlnet", "--frames", 4)
+    main(workplace, *TRAIN, "--run", "runs/parts", *options)
+    parts, whole = (
+        load_file(workplace / "runs" / name / "trained.safetensors") for name in ("parts", "first")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    (workplace / "runs" / "parts" / "settings.json").write_text(
+        (workplace / "runs" / "parts" / "settings.json").read_text().replace("model/vae", "gone")
+    )
+    assert "gone" in refusal(workplace, *SAMPLE, "--run", "runs/parts")
+
+
 def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     main(workplace, *SAMPLE, "--run", "runs/first", "--out", "out/result.mp4")
     frames, fps = read_frames(workplace / "out" / "result.mp4")
