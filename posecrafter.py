@@ -138,7 +138,7 @@ def predict_noise(
     return model.unet(x, timestep, context, control).float()
 
 
-# ---- Fine-tuning (section 3.2) ------------------------------------------------------------------
+# ---- Fine-tuning --------------------------------------------------------------------------------
 
 
 def trainable_parameters(model) -> dict[str, nn.Parameter]:
@@ -172,7 +172,7 @@ def training_loss(
     return F.mse_loss(predicted, noise)
 
 
-# ---- Reference selection (section 3.3) ----------------------------------------------------------
+# ---- Reference selection ------------------------------------------------------------------------
 
 
 def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose]) -> int:
@@ -193,7 +193,7 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
     return int(np.argmin(sums))
 
 
-# ---- Inversion of a pseudo video (section 3.3) --------------------------------------------------
+# ---- Inversion of a pseudo video ----------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -217,7 +217,7 @@ def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50
     return trajectory
 
 
-# ---- Insertion of the reference (section 3.3) ---------------------------------------------------
+# ---- Insertion of the reference -----------------------------------------------------------------
 
 
 def insert_reference(reference_pose: Pose, target_poses: Sequence[Pose]) -> list[Pose]:
@@ -228,7 +228,7 @@ def insert_reference(reference_pose: Pose, target_poses: Sequence[Pose]) -> list
     return [reference_pose, *target_poses]
 
 
-# ---- Latent editing (section 3.3) ---------------------------------------------------------------
+# ---- Latent editing -----------------------------------------------------------------------------
 
 EDITED_PARTS = ("face", "left_hand", "right_hand")
 

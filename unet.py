@@ -347,7 +347,7 @@ class UNet(nn.Module):
     - control: the ControlNet's residuals, fine to coarse, the middle one last; added to the skips and the middle.
 
     Returns the predicted noise (F, out_channels, H, W). For several clips at once see the top of this file.
-    Inflation as in the public ControlVideo code (Zhao et al., 2023, section 3.2).
+    Inflation as in the public ControlVideo code (Zhao et al., 2023).
     """
 
     def __init__(self, config: UNetConfig):

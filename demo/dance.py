@@ -31,15 +31,18 @@ FIGURES = ("psnr", "psnr_person", "ssim")
 def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
     """Trains on a puppet's clip and samples another dance; returns the figures and the sheet's rows.
 
-    Writes everything to `run`, which is made anew. Other options go on to `sample.py`.
+    Writes everything to `run`; an earlier dance there is replaced. Other options go on to
+    `sample.py`. Raises ValueError for a folder that holds anything else.
     """
+    if run.exists() and not (run / "clip.poses.json").exists() and any(run.iterdir()):
+        raise ValueError(f"{run}: holds something that is not a dance; choose another --run")
     shutil.rmtree(run, ignore_errors=True)
     (run / "clip").mkdir(parents=True)
     frames, poses, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
     truth, target_poses, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
+    save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
     for i, frame in enumerate(frames):  # as PNG, which loses nothing
         save_image(run / "clip" / f"{i:04d}.png", frame)
-    save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
     save_poses(run / "poses.json", target_poses, SIZE, SIZE)
     write_video(run / "truth.mp4", truth, FPS)
 
@@ -90,4 +93,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        print(f"dance.py: {error}", file=sys.stderr)
+        sys.exit(2)

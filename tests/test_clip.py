@@ -228,7 +228,8 @@ def test_a_too_long_prompt_warns_and_names_the_dropped_words(demo_tokenizer):
 def test_a_prompt_that_just_fits_does_not_warn(demo_tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        demo_tokenizer("a puppet " * 9)
+        tokens = demo_tokenizer("a puppet " * 9)
+    assert len(tokens) == demo_tokenizer.length
 
 
 def test_decoding_gives_the_words_back(demo_tokenizer):

@@ -7,6 +7,7 @@ import torch
 import sample
 import train
 from checkpoint import DEMO, load_model
+from demo.dance import dance
 from demo.puppet import clip
 from evaluate import psnr
 from pose import save_poses
@@ -48,6 +49,13 @@ def test_an_inverted_puppet_is_noise_that_remembers_it(model):
     assert 0.7 < noise.std() < 1.3
     assert abs(noise.mean()) < 0.3
     assert abs(np.corrcoef(noise.flatten(), latents.flatten())[0, 1]) > 0.02
+
+
+def test_the_demo_deletes_no_folder_but_its_own(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(ValueError, match="not a dance"):
+        dance(0, tmp_path, [])
+    assert (tmp_path / "holiday.jpg").exists()
 
 
 def test_a_new_puppet_dances_better_than_a_copied_frame_would(tmp_path):
