@@ -3,13 +3,15 @@
 Inflated like the UNet, key-frame attention and clip-wide norms included, but without temporal attention.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet import DownBlock, MidBlock, TimestepEmbedding, UNetConfig, prepare_inputs
+from slicing import Offloaded, by_frames
+from unet import Context, DownBlock, MidBlock, TimestepEmbedding, UNetConfig, prepare_inputs
 
 
 class HintEmbedding(nn.Module):
@@ -20,6 +22,7 @@ class HintEmbedding(nn.Module):
 
     def __init__(self, hint_widths: tuple[int, ...], out_channels: int):
         super().__init__()
+        self.widths = hint_widths
         self.conv_in = nn.Conv2d(3, hint_widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         for width, next_width in pairwise(hint_widths):
@@ -38,10 +41,13 @@ class ControlNet(nn.Module):
     """Residuals that make the UNet follow the control images.
 
     `ControlNet(config, hint_widths)(latents, timestep, context, hint, scale=1)`: the UNet's own inputs, and
-    - hint: (F, 3, s*H, s*W), the drawn poses, RGB in [0, 1];
+    - hint: (F, 3, s*H, s*W), the drawn poses, RGB in [0, 1]; or what `embed_hint` made of them, once for
+      all steps;
     - scale: the control scale, a factor on every residual.
 
-    Returns one residual for each of the UNet's skips, fine to coarse (12 in SD 1.5), and the middle's last.
+    Yields one residual for each of the UNet's skips, fine to coarse (12 in SD 1.5), and the middle's last.
+    Each is computed when it is asked for, so the two networks walk down their encoders side by side, and
+    no residual is in memory before the UNet gets to it.
     Attribute names are the public checkpoint's.
     """
 
@@ -70,21 +76,27 @@ class ControlNet(nn.Module):
         self,
         latents: Tensor,
         timestep: int | Tensor,
-        context: Tensor,
-        hint: Tensor,
+        context: Tensor | Context,
+        hint: Tensor | Offloaded,
         scale: float = 1.0,
-    ) -> list[Tensor]:
+    ) -> Iterator[Tensor]:
         x, timestep, context = prepare_inputs(latents, timestep, context)
         time = self.time_embedding(timestep)
+        residual_convs = iter(self.controlnet_down_blocks)
 
-        x = self.conv_in(x) + self.controlnet_cond_embedding(hint)
-        skips = [x]
+        def residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
+            return by_frames(lambda x: conv(x) * scale, x)
+
+        if hint.shape[1] == 3:
+            hint = self.embed_hint(hint)
+        x = by_frames(lambda x, hint: self.conv_in(x) + hint, x, hint)
+        yield residual(x, next(residual_convs))
         for block in self.down_blocks:
-            skips += block(skips[-1], time, context)
-        x = self.mid_block(skips[-1], time, context)
+            for feature_map in block(x, time, context):
+                x = feature_map
+                yield residual(x, next(residual_convs))
+        yield residual(self.mid_block(x, time, context), self.controlnet_mid_block)
 
-        residuals = [
-            conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
-        ]
-        residuals.append(self.controlnet_mid_block(x))
-        return [residual * scale for residual in residuals]
+    def embed_hint(self, hint: Tensor) -> Tensor:
+        """Control images (F, 3, s*H, s*W) -> what is added to the first feature map: (F, C, H, W)."""
+        return by_frames(self.controlnet_cond_embedding, hint)

@@ -8,7 +8,8 @@ A new clip is made by calling these one after another, as `sample.py` does:
     poses = insert_reference(training_poses[k], target_poses)  # it leads the clip as key frame
     noise = trajectory[-1].repeat(len(poses), 1, 1, 1)         # all frames start from its noise,
     edit_latents(noise[1:], noise[0], poses[1:], poses[0])     # with face and hands moved in place
-    latents = sample(model, noise, draw_hints(poses, height, width), context)
+    hints = embed_hints(model, poses, height, width)           # what the ControlNet makes of the poses
+    latents = sample(model, noise, hints, context)
     frames = decode_latents(model, latents)
 
 `model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
@@ -18,14 +19,19 @@ precision.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from pose import Pose, draw_pose, is_seen, pose_distance
+from slicing import Offloaded, Slicing, frugally, plans
+from unet import Context, ResnetBlock2D, Transformer2DModel
 
 # ---- Images, prompts and poses become what the networks read ------------------------------------
 
@@ -34,6 +40,20 @@ def network_inputs(model) -> dict:
     """The device and dtype that the networks want their inputs in, as keywords for `Tensor.to`."""
     weight = model.unet.conv_in.weight
     return {"device": weight.device, "dtype": weight.dtype}
+
+
+@contextmanager
+def visiting(network: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """A network on `device` while it is used; then back where it lives, which may be the host's memory."""
+    home = next(network.parameters()).device
+    if home == device:
+        yield network
+        return
+    network.to(device)
+    try:
+        yield network
+    finally:
+        network.to(home)
 
 
 def image_tensor(frames: np.ndarray) -> Tensor:
@@ -49,34 +69,48 @@ def encode_frames(model, frames: np.ndarray) -> Tensor:
     The mean rather than a sample, so that a frame has one latent.
     """
     latents = []
-    for frame in frames:  # one at a time: full-resolution feature maps are the VAE's whole memory
-        image = image_tensor(frame[None]).to(**network_inputs(model)) * 2 - 1
-        mean, _ = model.vae.encode(image)
-        latents.append(mean.float() * model.vae.config.scale)
+    with visiting(model.vae, network_inputs(model)["device"]) as vae:
+        for (
+            frame
+        ) in frames:  # one at a time: full-resolution feature maps are the VAE's whole memory
+            image = image_tensor(frame[None]).to(**network_inputs(model)) * 2 - 1
+            mean, _ = vae.encode(image)
+            latents.append(mean.float() * vae.config.scale)
     return torch.cat(latents)
 
 
 @torch.inference_mode()
-def decode_latents(model, latents: Tensor, slice_size: int = 4) -> Iterator[np.ndarray]:
+def decode_latents(model, latents: Tensor, slice_size: int = 2) -> Iterator[np.ndarray]:
     """Latents (F, 4, h, w) -> frames uint8 (H, W, 3), one after another, decoded a few at a time."""
-    for part in latents.split(slice_size):
-        images = model.vae.decode(
-            (part / model.vae.config.scale).to(**network_inputs(model))
-        ).float()
-        images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
-        yield from images.permute(0, 2, 3, 1).cpu().numpy()
+    with visiting(model.vae, network_inputs(model)["device"]) as vae:
+        for part in latents.split(slice_size):
+            images = vae.decode((part / vae.config.scale).to(**network_inputs(model))).float()
+            images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+            yield from images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.inference_mode()
 def encode_prompt(model, prompt: str) -> Tensor:
     """A prompt -> its context (tokens, context_dim)."""
-    device = model.text_encoder.text_model.final_layer_norm.weight.device
-    return model.text_encoder(model.tokenizer(prompt).to(device))
+    device = network_inputs(model)["device"]
+    with visiting(model.text_encoder, device) as text_encoder:
+        return text_encoder(model.tokenizer(prompt).to(device))
 
 
 def draw_hints(poses: Sequence[Pose], height: int, width: int) -> Tensor:
     """The poses' control images for frames of height x width pixels: (F, 3, H, W) in [0, 1]."""
     return image_tensor(np.stack([draw_pose(pose, height, width) for pose in poses]))
+
+
+@torch.inference_mode()
+def embed_hints(model, poses: Sequence[Pose], height: int, width: int) -> Tensor:
+    """What the ControlNet makes of the poses' control images, the same in every step: (F, C, h, w).
+
+    In the networks' precision, in the host's memory, and from one image at a time, which is larger than
+    its embedding.
+    """
+    images = (draw_hints([pose], height, width).to(**network_inputs(model)) for pose in poses)
+    return torch.cat([model.controlnet.embed_hint(image).cpu() for image in images])
 
 
 # ---- The diffusion: Stable Diffusion 1.5's schedule and DDIM ------------------------------------
@@ -111,8 +145,8 @@ def ddim_step(latents: Tensor, noise: Tensor, timestep: int, next_timestep: int)
     noised anew to the other timestep.
     """
     a, b = alpha_cumprod(timestep), alpha_cumprod(next_timestep)
-    image = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
-    return math.sqrt(b) * image + math.sqrt(1 - b) * noise
+    image = (latents - math.sqrt(1 - a) * noise).div_(math.sqrt(a))
+    return image.mul_(math.sqrt(b)).add_(noise, alpha=math.sqrt(1 - b))
 
 
 def add_noise(latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
@@ -125,15 +159,17 @@ def predict_noise(
     model,
     latents: Tensor,
     timestep: int,
-    context: Tensor,
-    hints: Tensor,
+    context: Tensor | Context,
+    hints: Tensor | Offloaded,
     control_scale: float = 1.0,
 ) -> Tensor:
     """The noise that UNet and ControlNet see in latents (F, 4, h, w), float32 alike.
 
-    hints: control images (F, 3, H, W) in [0, 1]; context: (tokens, context_dim).
+    hints: control images (F, 3, H, W) in [0, 1], or their embeddings; context: (tokens, context_dim).
     """
-    x, hints = latents.to(**network_inputs(model)), hints.to(**network_inputs(model))
+    x = latents.to(**network_inputs(model))
+    if isinstance(hints, Tensor):
+        hints = hints.to(**network_inputs(model))
     control = model.controlnet(x, timestep, context, hints, control_scale)
     return model.unet(x, timestep, context, control).float()
 
@@ -154,6 +190,17 @@ def trainable_parameters(model) -> dict[str, nn.Parameter]:
         for name, parameter in getattr(model, network).named_parameters()
         if any(part in name for part in trained)
     }
+
+
+def recompute_activations(model) -> None:
+    """From now on, training keeps only the inputs of the blocks and computes the rest again going backwards.
+
+    A third more to compute, for a fraction of the memory (gradient checkpointing, Chen et al. 2016).
+    """
+    for network in (model.unet, model.controlnet):
+        for block in network.modules():
+            if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def training_steps(frames: int) -> int:
@@ -200,7 +247,8 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
 def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50) -> list[Tensor]:
     """DDIM inversion of the reference frame: its way from image to noise.
 
-    latent: (1, 4, h, w), encoded; hint: (1, 3, H, W), its own control image; context: the source prompt's.
+    latent: (1, 4, h, w), encoded; hint: its own control image (1, 3, H, W), or what `embed_hints` made of
+    it; context: the source prompt's.
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
     The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay
@@ -208,7 +256,7 @@ def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50
     frames have one frame's norm statistics. So one frame is inverted, and the noise repeated.
     A clip (F, 4, h, w) is inverted as a clip.
     """
-    trajectory = [latent]
+    trajectory, context = [latent], Context(context)
     stride = TRAIN_STEPS // steps
     for timestep in tqdm(ddim_timesteps(steps)[::-1], desc="inverting", leave=False):
         # The noise is wanted at the level of the *next* timestep but predicted from this one's latents.
@@ -350,21 +398,37 @@ def sample(
     guidance: float = 1.0,
     empty_context: Tensor | None = None,
     edit: Callable[[Tensor, int], None] | None = None,
+    slicing: Sequence[Slicing] | None = None,
 ) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
-    latents: (F, 4, h, w), the noise; hints: (F, 3, H, W); context: the target prompt's. A guidance scale
-    other than 1 also needs `empty_context`, the empty prompt's, and doubles the cost.
+    latents: (F, 4, h, w), the noise; hints: control images (F, 3, H, W), or what `embed_hints` made of them;
+    context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
+    prompt's, and doubles the cost.
     `edit(latents, step)` is called before each step, counted from 1, and may change the latents in place.
+    `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
     """
     latents = latents.clone()
+    contexts = [Context(context)] + ([Context(empty_context)] if guidance != 1 else [])
+    slicing = list(slicing or plans(*network_inputs(model).values(), finest_map(model, latents)))
+    inputs = network_inputs(model)
+    wait_outside = slicing[0].offload and hints.shape[1] != 3
+    hints = Offloaded(hints, inputs["device"]) if wait_outside else hints.to(**inputs)
+
+    def predict(timestep: int) -> Tensor:
+        noise, *unguided = (predict_noise(model, latents, timestep, c, hints) for c in contexts)
+        return unguided[0].lerp_(noise, guidance) if unguided else noise
+
     stride = TRAIN_STEPS // steps
     for step, timestep in enumerate(tqdm(ddim_timesteps(steps), desc="sampling"), start=1):
         if edit is not None:
             edit(latents, step)
-        noise = predict_noise(model, latents, timestep, context, hints)
-        if guidance != 1:
-            unguided = predict_noise(model, latents, timestep, empty_context, hints)
-            noise = unguided + guidance * (noise - unguided)
+        noise = frugally(lambda timestep=timestep: predict(timestep), slicing)
         latents = ddim_step(latents, noise, timestep, timestep - stride)
     return latents
+
+
+def finest_map(model, latents: Tensor) -> tuple[int, int, int, int]:
+    """The shape of a clip's feature maps at the UNet's finest level."""
+    frames, _, height, width = latents.shape
+    return frames, model.unet.config.widths[0], height, width

@@ -14,6 +14,7 @@ An interrupted run goes on where it stopped when the same command is given again
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ from tqdm import tqdm, trange
 from checkpoint import Model, compute_device, keep_freed_memory, load_model
 from pose import Pose, draw_pose, has_person, load_poses, place_pose, read_canvas, save_poses
 from posecrafter import (
-    draw_hints,
+    embed_hints,
     encode_frames,
     encode_prompt,
+    finest_map,
+    recompute_activations,
     trainable_parameters,
     training_loss,
     training_steps,
@@ -37,6 +40,9 @@ from posecrafter import (
 from video import contact_sheet, count_frames, fit, fit_frame, read_frames, replacing, save_image
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
+LARGE = (
+    2**22
+)  # numbers in a feature map from which on training would keep tens of gigabytes of them
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
 
 
@@ -155,7 +161,7 @@ def train(
 ) -> dict[str, Tensor]:
     """The training loop: AdamW at a fixed rate on the loss at random timesteps. Returns the trained tensors.
 
-    latents: (N, 4, h, w); hints: (N, 3, H, W) in [0, 1]; context: (tokens, context_dim).
+    latents: (N, 4, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
     Frozen weights keep their precision; the trained ones and their optimizer state are float32. The noise
     of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same run.
     """
@@ -164,6 +170,8 @@ def train(
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    if math.prod(finest_map(model, latents[:BATCH])) > LARGE:
+        recompute_activations(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     start = 0
     if checkpoint.exists():
@@ -286,7 +294,7 @@ def main(args: argparse.Namespace) -> None:
     }
     context = encode_prompt(model, args.prompt)
     latents = encode_frames(model, frames)
-    hints = draw_hints(poses, height, width).to(device)
+    hints = embed_hints(model, poses, height, width)
 
     begun = folder / "settings.json"
     if begun.exists() and json.loads(begun.read_text()) != settings:
@@ -305,7 +313,7 @@ def main(args: argparse.Namespace) -> None:
     trained = train(
         model,
         latents.clone(),
-        hints,
+        hints.to(device, copy=True),
         context.clone(),
         settings["steps"],
         settings["learning_rate"],

@@ -9,18 +9,24 @@ one. Only three things look across frames:
 
 Attribute names are the public checkpoint's (diffusers layout), so its tensors load as they are.
 
+`by_frames(layer, x)` and `by_locations(layer, x)` are `layer(x)`, done a few frames or locations at a time
+so that a clip of any length fits in memory (`slicing.py`); read them as that.
+
 Several clips of equal length can go through at once, one after another along the frame axis: then the
 context is (clips, tokens, context_dim) and the timestep (clips,). Shapes below write B for the number of
 clips (1 when sampling or fine-tuning), F for frames per clip, N = B * F for all frames.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from slicing import Offloaded, by_frames, by_locations, channel_moments, merge_moments, stored
 
 
 @dataclass(frozen=True)
@@ -59,21 +65,41 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
-def clip_norm(norm: nn.GroupNorm, x: Tensor, clips: int) -> Tensor:
+def clip_norm(
+    norm: nn.GroupNorm, clips: int, *maps: Tensor | Offloaded
+) -> Callable[[Tensor], Tensor]:
     """Group norm with one mean and variance per group for a whole clip, not per frame: (N, C, H, W) -> same.
 
-    A clip is laid out as one tall image (its frames below each other), whose ordinary group norm is just
-    that. In channels_last memory this is a view, no copy.
+    maps: what is to be normed, or maps whose channels make it up. The norm comes back as a function that
+    any frames of the clip can be given to.
+    """
+    if clips > 1 or torch.is_grad_enabled():
+        return lambda x: tall_norm(norm, x, clips)
+    mean, variance = (torch.cat(moments) for moments in zip(*map(channel_moments, maps)))  # (C,)
+    size = len(mean) // norm.num_groups
+    moments = merge_moments(mean.view(-1, size).T, variance.view(-1, size).T, 1 / size)  # (groups,)
+    mean, variance = (moment.repeat_interleave(size) for moment in moments)
+    weight, bias = norm.weight.float(), norm.bias.float()
+    # Once its statistics are known, a group norm does what a batch norm does in evaluation.
+    return lambda x: F.batch_norm(x, mean, variance, weight, bias, eps=norm.eps)
+
+
+def tall_norm(norm: nn.GroupNorm, x: Tensor, clips: int) -> Tensor:
+    """The same in one go: a clip, its frames below each other, is one tall image with an ordinary group norm.
+
+    In channels_last memory this is a view, no copy.
     """
     n, c, h, w = x.shape
-    tall = (
-        x.permute(0, 2, 3, 1).reshape(clips, n // clips * h, w, c).permute(0, 3, 1, 2)
-    )  # (B, C, F*H, W)
-    return norm(tall).permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    tall = x.permute(0, 2, 3, 1).reshape(clips, n // clips * h, w, c)
+    tall = norm(tall.permute(0, 3, 1, 2))  # (B, C, F*H, W)
+    return tall.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class ResnetBlock2D(nn.Module):
-    """norm, SiLU, convolution, twice, with the timestep added in between, around a shortcut."""
+    """norm, SiLU, convolution, twice, with the timestep added in between, around a shortcut.
+
+    In the decoder it eats a skip: its input is `x` and `skip`, channel beside channel.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, norm_groups: int):
         super().__init__()
@@ -85,15 +111,33 @@ class ResnetBlock2D(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # (N, C, H, W), (B, time_dim)
+    def forward(self, x: Tensor, time: Tensor, *skip: Tensor | Offloaded) -> Tensor:
+        """(N, C, H, W), (B, time_dim) -> (N, C', H, W), which may take the place of `x` in memory."""
         clips = len(time)
-        h = self.conv1(F.silu(clip_norm(self.norm1, x, clips)))
-        shift = self.time_emb_proj(F.silu(time)).repeat_interleave(
-            len(x) // clips, dim=0
-        )  # (N, C')
-        h = h + shift[:, :, None, None]
-        h = self.conv2(F.silu(clip_norm(self.norm2, h, clips)))
-        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+        shift = self.time_emb_proj(F.silu(time)).repeat_interleave(len(x) // clips, dim=0)
+        shift = shift[:, :, None, None]  # (N, C', 1, 1)
+
+        norm1 = clip_norm(self.norm1, clips, x, *skip)
+        h = by_frames(
+            lambda shift, *x: self.conv1(F.silu(norm1(beside(*x)))) + shift,
+            *(shift, x, *skip),
+            whole=clips > 1,
+        )
+        norm2 = clip_norm(self.norm2, clips, h)
+        return by_frames(
+            lambda h, *x: self.shortcut(beside(*x)) + self.conv2(F.silu(norm2(h))),
+            *(h, x, *skip),
+            into=h if hasattr(self, "conv_shortcut") else x,
+            whole=clips > 1,
+        )
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+
+
+def beside(*maps: Tensor) -> Tensor:
+    """Maps with their channels side by side."""
+    return torch.cat(maps, dim=1) if len(maps) > 1 else maps[0]
 
 
 class Attention(nn.Module):
@@ -109,14 +153,37 @@ class Attention(nn.Module):
             [nn.Linear(dim, dim)]
         )  # a list because the checkpoint says to_out.0
 
-    def forward(
-        self, x: Tensor, context: Tensor
-    ) -> Tensor:  # (B, L, dim), (B, S, context_dim) -> (B, L, dim)
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L or S, dim / heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, context_dim) -> (B, heads, S, dim / heads) twice."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, ..., dim) -> same: all of a batch entry's tokens ask the same keys and values."""
+        q = self.split_heads(self.to_q(x.flatten(1, -2)))  # (B, heads, L, dim / heads)
+        h = F.scaled_dot_product_attention(q, *keys_values)
+        return self.to_out[0](h.transpose(1, 2).reshape(x.shape))
+
+    def split_heads(self, x: Tensor) -> Tensor:  # (B, L, dim) -> (B, heads, L, dim / heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Context:
+    """A prompt's embedding, with the keys and values that every cross attention makes of it.
+
+    Those do not change over the steps of a run, so a run makes one `Context` and gives it to all steps.
+    """
+
+    def __init__(self, embedding: Tensor):  # (S, context_dim), or (B, S, context_dim)
+        self.embedding = embedding if embedding.ndim == 3 else embedding[None]
+        self.known: dict[Attention, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        if attention in self.known:
+            return self.known[attention]
+        keys_values = attention.keys_values(self.embedding)
+        if not torch.is_grad_enabled():
+            self.known[attention] = keys_values
+        return keys_values
 
 
 class GEGLU(nn.Module):
@@ -144,8 +211,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Key-frame attention (+ temporal attention beside it), cross attention to the text, feed-forward.
 
-    A clip's tokens are one sequence, frame after frame: (B, F*H*W, C). The queries of all frames can then
-    share one set of keys and values: frame 0's in `attn1`, the text's in `attn2`.
+    Once the key frame's and the text's keys and values are there, no location needs another one: the rest
+    can be done a few locations, in all frames, at a time.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, temporal: bool):
@@ -162,26 +229,29 @@ class BasicTransformerBlock(nn.Module):
             nn.init.zeros_(self.conv_temp.weight)
             nn.init.zeros_(self.conv_temp.bias)
 
-    def forward(
-        self, x: Tensor, context: Tensor, frames: int
-    ) -> Tensor:  # (B, F*H*W, C), (B, S, context_dim)
-        h = self.norm1(x)
-        key_frame = h[:, : h.shape[1] // frames]  # (B, H*W, C)
-        x = x + self.attn1(h, key_frame)
-        if hasattr(self, "attn_temp"):
-            x = x + self.temporal_attention(h, frames)
-        h = self.norm2(x)
-        x = x + self.attn2(h, context)
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Tokens (B, F, H*W, C) -> same, and in the same memory outside autograd."""
+        key_frame = self.attn1.keys_values(self.norm1(x[:, 0]))
+        text = context.keys_values(self.attn2)
 
-    def temporal_attention(self, h: Tensor, frames: int) -> Tensor:  # (B, F*H*W, C) -> same
-        by_location = h.unflatten(1, (frames, -1)).transpose(1, 2)  # (B, H*W, F, C)
-        tracks = by_location.flatten(0, 1)  # (B*H*W, F, C)
-        tracks = self.attn_temp(tracks, tracks)
+        def layers(x: Tensor) -> Tensor:  # (B, F, L, C), L of the H*W locations
+            h = self.norm1(x)
+            x = x + self.attn1(h, key_frame)
+            if hasattr(self, "attn_temp"):
+                x = x + self.temporal_attention(h)
+            x = x + self.attn2(self.norm2(x), text)
+            return x + self.ff(self.norm3(x))
+
+        return by_locations(layers, x)
+
+    def temporal_attention(self, h: Tensor) -> Tensor:  # (B, F, L, C) -> same
+        by_location = h.transpose(1, 2)  # (B, L, F, C)
+        tracks = by_location.flatten(0, 1)  # (B*L, F, C)
+        tracks = self.attn_temp(tracks, self.attn_temp.keys_values(tracks))
         tracks = F.linear(
             tracks, self.conv_temp.weight[:, :, 0, 0], self.conv_temp.bias
         )  # a 1x1 convolution
-        return tracks.view_as(by_location).transpose(1, 2).flatten(1, 2)
+        return tracks.view_as(by_location).transpose(1, 2)
 
 
 class Transformer2DModel(nn.Module):
@@ -198,14 +268,15 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (N, C, H, W), (B, S, context_dim)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(N, C, H, W) -> same, and in the same memory outside autograd."""
         n, c, h, w = x.shape
-        clips = len(context)
-        tokens = (
-            self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(clips, -1, c)
-        )  # (B, F*H*W, C)
-        tokens = self.transformer_blocks[0](tokens, context, n // clips)
-        return x + self.proj_out(tokens.reshape(n, h, w, c).permute(0, 3, 1, 2))
+        clips = len(context.embedding)
+        tokens = by_frames(lambda x: self.proj_in(self.norm(x)), x)
+        tokens = tokens.permute(0, 2, 3, 1).reshape(clips, n // clips, h * w, c)  # (B, F, H*W, C)
+        tokens = self.transformer_blocks[0](tokens, context)
+        tokens = tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return by_frames(lambda tokens, x: x + self.proj_out(tokens), tokens, x, into=x)
 
 
 class Downsample2D(nn.Module):
@@ -214,7 +285,7 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, ceil(H/2), ceil(W/2))
-        return self.conv(x)
+        return by_frames(self.conv, x)
 
 
 class Upsample2D(nn.Module):
@@ -224,7 +295,7 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         # The skip's size rather than twice ours: odd sizes were rounded up on the way down.
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return by_frames(lambda x: self.conv(F.interpolate(x, size=size, mode="nearest")), x)
 
 
 class DownBlock(nn.Module):
@@ -253,17 +324,18 @@ class DownBlock(nn.Module):
             )
             self.downsamplers = nn.ModuleList([Downsample2D(out_channels)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
-        """(N, C, H, W) -> the block's feature maps, each of them a skip; the last goes on to the next level."""
-        skips = []
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Iterator[Tensor]:
+        """(N, C, H, W) -> the block's feature maps, one after another; the last goes on to the next level.
+
+        Each may be overwritten by the next.
+        """
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
-            skips.append(x)
+            yield x
         if hasattr(self, "downsamplers"):
-            skips.append(self.downsamplers[0](x))
-        return skips
+            yield self.downsamplers[0](x)
 
 
 class MidBlock(nn.Module):
@@ -283,7 +355,7 @@ class MidBlock(nn.Module):
             ]
         )
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.resnets[0](x, time)
         return self.resnets[1](self.attentions[0](x, context), time)
 
@@ -317,10 +389,14 @@ class UpBlock(nn.Module):
         if level > 0:
             self.upsamplers = nn.ModuleList([Upsample2D(width)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        """`skips` is the whole stack that the encoder left; this block takes its share off the end."""
+    def forward(self, skips: list[Tensor | Offloaded], time: Tensor, context: Context) -> Tensor:
+        """`skips` is the whole stack that the encoder left, with what comes from below on top of it.
+
+        This block takes its share off the end. (Nobody else may hold them, or they would stay in memory.)
+        """
+        x = skips.pop()
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = resnet(x, time, skips.pop())
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
         if hasattr(self, "upsamplers"):
@@ -329,11 +405,11 @@ class UpBlock(nn.Module):
 
 
 def prepare_inputs(
-    latents: Tensor, timestep: int | Tensor, context: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Brings a network's inputs to one form: channels_last latents, timestep (B,), context (B, S, dim)."""
+    latents: Tensor, timestep: int | Tensor, context: Tensor | Context
+) -> tuple[Tensor, Tensor, Context]:
+    """Brings a network's inputs to one form: channels_last latents, timestep (B,), and a `Context`."""
     timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
-    context = context if context.ndim == 3 else context[None]
+    context = context if isinstance(context, Context) else Context(context)
     return latents.contiguous(memory_format=torch.channels_last), timestep, context
 
 
@@ -343,8 +419,9 @@ class UNet(nn.Module):
     `UNet(config)(latents, timestep, context, control=None)`:
     - latents: (F, in_channels, H, W), noisy at `timestep`;
     - timestep: an int in [0, 1000), one for the whole clip;
-    - context: (tokens, context_dim), the prompt's text embedding, shared by all frames;
-    - control: the ControlNet's residuals, fine to coarse, the middle one last; added to the skips and the middle.
+    - context: (tokens, context_dim), the prompt's text embedding, shared by all frames; or its `Context`;
+    - control: the ControlNet's residuals, fine to coarse, the middle one last. They are asked for one by one
+      on the way down, and each becomes a skip: the encoder's map is added to it in place.
 
     Returns the predicted noise (F, out_channels, H, W). For several clips at once see the top of this file.
     Inflation as in the public ControlVideo code (Zhao et al., 2023).
@@ -368,23 +445,28 @@ class UNet(nn.Module):
         self,
         latents: Tensor,
         timestep: int | Tensor,
-        context: Tensor,
-        control: list[Tensor] | None = None,
+        context: Tensor | Context,
+        control: Iterable[Tensor] | None = None,
     ) -> Tensor:
         x, timestep, context = prepare_inputs(latents, timestep, context)
         time = self.time_embedding(timestep)
 
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], time, context)
-        x = self.mid_block(skips[-1], time, context)
+        residuals = iter(control) if control is not None else None
 
-        if control is not None:
-            *residuals, mid_residual = control
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
-            x = x + mid_residual
+        def skip(x: Tensor) -> Tensor | Offloaded:
+            return stored(next(residuals).add_(x) if residuals else x.clone())
+
+        x = by_frames(self.conv_in, x)
+        skips = [skip(x)]
+        for block in self.down_blocks:
+            for feature_map in block(x, time, context):
+                x = feature_map
+                skips.append(skip(x))
+        x = self.mid_block(x, time, context)
+        skips.append(next(residuals).add_(x) if residuals else x)
 
         for block in self.up_blocks:
-            x = block(x, skips, time, context)
-        return self.conv_out(F.silu(clip_norm(self.conv_norm_out, x, len(time))))
+            skips.append(block(skips, time, context))
+        (x,) = skips
+        norm = clip_norm(self.conv_norm_out, len(time), x)
+        return by_frames(lambda x: self.conv_out(F.silu(norm(x))), x, whole=len(time) > 1)

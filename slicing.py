@@ -1,0 +1,218 @@
+"""Clips of any length in bounded memory: a layer takes a few frames, or a few locations, at a time.
+
+Every layer of the networks either sees each frame by itself (convolutions), or each location by itself
+(temporal attention, and all else in a transformer block once the key frame has been read), or needs no
+more of the whole clip than two numbers per channel (the clip-wide norms). So a clip's feature map can stay
+one buffer that layers read and write slice by slice, and only slices are ever held in between. The result
+is that of the whole clip at once, whatever the size of the slices.
+
+This is for inference. Where gradients are recorded, everything below takes one slice: the whole clip.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How large a slice is, and whether the UNet's skips wait outside the device's memory."""
+
+    numbers: int = (
+        2**21
+    )  # in a slice of a layer's input; a frame of SD 1.5's finest maps has 1.3 million
+    offload: bool = False
+
+
+current = Slicing()
+
+
+@contextmanager
+def slices(settings: Slicing) -> Iterator[None]:
+    """Within it, slices are as `settings` say."""
+    global current
+    before, current = current, settings
+    try:
+        yield
+    finally:
+        current = before
+
+
+def plans(
+    device: torch.device,
+    dtype: torch.dtype,
+    finest: tuple[int, int, int, int],
+    frames_per_slice: int | None = None,
+    offload: str = "auto",
+) -> list[Slicing]:
+    """Ways to sample a clip, from the fastest to the one that needs the least memory.
+
+    finest: shape (F, C, H, W) of the clip's feature maps at the UNet's finest level. A slice is as many
+    numbers as `frames_per_slice` frames of those, so at coarser levels it has more frames.
+    offload: "always", "never", or "auto": if the clip does not fit otherwise.
+    """
+    frame = prod(finest[1:])
+    if device.type != "cuda":
+        # One frame: its maps stay in a processor's cache from one layer to the next.
+        return [Slicing(frame * (frames_per_slice or 1), offload == "always")]
+    per_slice = frames_per_slice or 8  # enough to keep a large card busy
+    slow = [True] if offload == "always" else [False] if offload == "never" else [False, True]
+    ways = [
+        (per_slice, slow[0]),
+        (max(1, per_slice // 8), slow[0]),
+        (max(1, per_slice // 8), slow[-1]),
+    ]
+    if torch.cuda.is_available():  # start with what should fit
+        free = torch.cuda.mem_get_info(device)[0] * 0.9 / (frame * dtype.itemsize)  # in finest maps
+        # At most 7 whole maps of that size are in memory at a time (the decoder's first, twice as wide, the
+        # result, three skips, the hint), 4 if skips and hint wait outside; and 25 times a slice's input.
+        fits = [(4 if away else 7) * finest[0] + 25 * n < free for n, away in ways]
+        ways = ways[fits.index(True) if any(fits) else -1 :]
+    return [Slicing(frame * n, away) for n, away in dict.fromkeys(ways)]
+
+
+def frugally(compute: Callable[[], Tensor], ways: list[Slicing]) -> Tensor:
+    """`compute()` in the first of the ways that fits in memory; those that do not are struck off the list.
+
+    Raises MemoryError when none does.
+    """
+    while True:
+        try:
+            with slices(ways[0]):
+                return compute()
+        except torch.OutOfMemoryError:
+            if len(ways) == 1:
+                raise MemoryError(
+                    "out of graphics memory with the smallest slices: give fewer frames or a smaller "
+                    "--size, or leave out --offload never; --plan predicts the need"
+                ) from None
+        ways.pop(0)  # here the exception is gone, and with it what it held in memory
+        torch.cuda.empty_cache()
+
+
+def spans(length: int, numbers: int) -> Iterator[slice]:
+    """Cuts `length` entries of `numbers` numbers each into slices."""
+    step = length if torch.is_grad_enabled() else max(1, current.numbers // numbers)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def by_frames(
+    layer: Callable[..., Tensor],
+    *maps: "Tensor | Offloaded",
+    into: Tensor | None = None,
+    whole: bool = False,
+) -> Tensor:
+    """`layer(*maps)` for a layer to which every frame is an image by itself: maps (N, ...) -> (N, ...).
+
+    into: one of the maps, whose memory may be used for the result.
+    whole: take one slice in any case.
+    """
+    if whole:
+        return layer(*maps)
+    length = len(maps[0])
+    for frames in spans(length, max(x[:1].numel() for x in maps if isinstance(x, Tensor))):
+        part = layer(*(x[frames] for x in maps))
+        if len(part) == length:
+            return part
+        if into is None:
+            into = part.new_empty(length, *part.shape[1:])
+            into = into.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else into
+        into[frames] = part
+    return into
+
+
+def by_locations(layer: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """`layer(tokens)` for a layer to which every location is a track by itself: (B, F, L, C) -> same.
+
+    The tokens' memory may be used for the result.
+    """
+    length = tokens.shape[2]
+    for locations in spans(length, tokens[:, :, 0].numel()):
+        part = layer(tokens[:, :, locations])
+        if part.shape[2] == length:
+            return part
+        tokens[:, :, locations] = part
+    return tokens
+
+
+def channel_moments(x: "Tensor | Offloaded") -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel over all frames and locations: (N, C, H, W) -> (C,) float32 twice.
+
+    Each slice has a mean and a variance of its own; those of the whole follow without the cancellation
+    that sums of squares suffer from (Chan et al., 1979).
+    """
+    parts, weights = [], []
+    for frames in spans(len(x), x.shape[1:].numel()):
+        parts.append(torch.var_mean(x[frames].float(), dim=(0, 2, 3), correction=0))
+        weights.append((frames.stop - frames.start) / len(x))
+    return merge_moments(
+        torch.stack([mean for _, mean in parts]),
+        torch.stack([variance for variance, _ in parts]),
+        torch.tensor(weights, device=parts[0][0].device)[:, None],
+    )
+
+
+def merge_moments(mean: Tensor, variance: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Moments of the union of sets (first axis) whose shares in it are `weight`."""
+    whole = (weight * mean).sum(0)
+    return whole, (weight * (variance + (mean - whole) ** 2)).sum(0)
+
+
+# ---- Skips that wait in the host's memory -------------------------------------------------------
+
+
+def stored(x: Tensor) -> "Tensor | Offloaded":
+    """The map itself, or a copy of it in the host's memory where skips are to wait there."""
+    return Offloaded(x) if current.offload and not torch.is_grad_enabled() else x
+
+
+def copying() -> torch.cuda.Stream | None:
+    """The stream that copies run on beside the computation; None where there is no graphics card."""
+    global _copying
+    if _copying is None and torch.cuda.is_available():
+        _copying = torch.cuda.Stream()
+    return _copying
+
+
+_copying = None
+
+
+class Offloaded:
+    """A feature map in pinned host memory. `offloaded[a:b]` brings frames back, and starts on the next ones."""
+
+    def __init__(self, x: Tensor, device: torch.device | None = None):
+        self.shape, self.device = x.shape, device or x.device
+        stream = copying()
+        self.host = torch.empty_like(x, device="cpu", pin_memory=stream is not None)
+        self.ahead: tuple[slice, Tensor] | None = None
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream())
+            if x.is_cuda:
+                x.record_stream(stream)  # its memory is not free before the copy is done
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            self.host.copy_(x, non_blocking=True)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, frames: slice) -> Tensor:
+        if self.ahead is None or self.ahead[0] != frames:
+            self.ahead = frames, self._fetch(frames)
+        part = self.ahead[1]
+        self.ahead = None
+        if stream := copying():
+            torch.cuda.current_stream().wait_stream(stream)
+            part.record_stream(torch.cuda.current_stream())
+        following = slice(frames.stop, min(2 * frames.stop - frames.start, len(self)))
+        if following.start < following.stop:
+            self.ahead = following, self._fetch(following)
+        return part
+
+    def _fetch(self, frames: slice) -> Tensor:
+        stream = copying()
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            return self.host[frames].to(self.device, non_blocking=True, copy=True)

@@ -1,0 +1,213 @@
+"""A clip in slices is the clip at once: any frames, sizes, slices, and wherever the skips wait."""
+
+import random as dice
+
+import pytest
+import torch
+from test_networks import SHARED, SMALL, SMALL_HINTS, filled, random, worst
+from torch import Tensor, nn
+
+import slicing
+from controlnet import ControlNet
+from slicing import Offloaded, Slicing, by_frames, by_locations, channel_moments, slices
+from unet import Context, UNet, UNetConfig
+
+WHOLE = 2**40  # numbers in a slice that no clip here has
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[UNet, ControlNet]:
+    controlnet = ControlNet(SMALL, SMALL_HINTS)
+    return filled(UNet(SMALL), "unet."), filled(controlnet, "controlnet.")
+
+
+@torch.no_grad()
+def predict(networks, latents, timestep, context, hint, **settings) -> Tensor:
+    unet, controlnet = networks
+    with slices(Slicing(**settings)):
+        return unet(latents, timestep, context, controlnet(latents, timestep, context, hint))
+
+
+def predict_with_gradients(networks, *inputs) -> Tensor:
+    """The path that training takes: the clip at once, and plain group norms."""
+    unet, controlnet = networks
+    with torch.enable_grad():
+        return unet(*inputs[:3], controlnet(*inputs)).detach()
+
+
+# ---- The same result ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [1, 5000, 20000, WHOLE])
+@pytest.mark.parametrize("offload", [False, True])
+def test_in_slices_the_noise_is_controlvideo_s(networks, numbers, offload):
+    path = SHARED / "oracle" / "controlvideo.safetensors"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    from safetensors.torch import load_file
+
+    oracle = load_file(path)
+    latents, hint, expected = (
+        oracle[name][0].transpose(0, 1) for name in ("latents", "hint", "eps.501")
+    )
+    inputs = latents, 501, oracle["context"][0], hint
+    sliced = predict(networks, *inputs, numbers=numbers, offload=offload)
+    assert worst(sliced, predict_with_gradients(networks, *inputs)) < 1e-5
+    assert worst(sliced, expected) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_slices_change_nothing_whatever_the_network_the_clip_and_their_size(seed):
+    dice.seed(seed)
+    levels = dice.choice([2, 3])
+    config = UNetConfig(
+        widths=tuple(dice.choice([16, 24, 32]) for _ in range(levels)),
+        layers_per_block=dice.choice([1, 2]),
+        context_dim=12,
+        heads=dice.choice([1, 2, 4]),
+        norm_groups=dice.choice([2, 4, 8]),
+    )
+    networks = filled(UNet(config), "unet."), filled(ControlNet(config, (4, 8)), "controlnet.")
+    frames, height, width = dice.randint(1, 7), dice.randint(3, 9), dice.randint(3, 9)
+    latents, context = random(frames, 4, height, width, seed=seed), random(5, 12, seed=seed + 1)
+    inputs = latents, dice.randrange(1000), context, random(frames, 3, 2 * height, 2 * width)
+    expected = predict_with_gradients(networks, *inputs)
+    for _ in range(3):
+        settings = {"numbers": dice.randint(1, 8000), "offload": dice.random() < 0.3}
+        assert worst(predict(networks, *inputs, **settings), expected) < 1e-5, settings
+
+
+def test_several_clips_in_slices_are_each_as_alone(networks):
+    latents, hints, contexts = random(6, 4, 8, 8), random(6, 3, 64, 64), random(3, 7, 24)
+    timesteps = torch.tensor([3, 400, 999])
+    together = predict(networks, latents, timesteps, contexts, hints, numbers=1000)
+    for i in range(3):
+        clip = slice(2 * i, 2 * i + 2)
+        alone = predict(networks, latents[clip], timesteps[i].item(), contexts[i], hints[clip])
+        assert worst(together[clip], alone) < 1e-5
+
+
+def test_half_precision_keeps_its_precision_in_slices(networks):
+    """bfloat16 in slices is as close to float32 as bfloat16 at once."""
+    inputs = random(5, 4, 8, 8), 501, random(7, 24), random(5, 3, 64, 64).sigmoid()
+    exact = predict(networks, *inputs)
+    short = [x.bfloat16() if isinstance(x, Tensor) else x for x in inputs]
+    for network in networks:
+        network.bfloat16()
+    at_once = (predict_with_gradients(networks, *short).float() - exact).square().mean().sqrt()
+    in_slices = (predict(networks, *short, numbers=9000).float() - exact).square().mean().sqrt()
+    for network in networks:
+        network.float()
+    assert in_slices < 1.1 * at_once
+
+
+def test_without_control_the_skips_are_the_encoder_s_own_maps(networks):
+    unet, inputs = networks[0], (random(3, 4, 8, 8), 501, random(7, 24))
+    with torch.enable_grad():
+        expected = unet(*inputs).detach()
+    with torch.no_grad(), slices(Slicing(3000)):
+        assert worst(unet(*inputs), expected) < 1e-5
+
+
+def test_what_goes_in_stays_as_it_was(networks):
+    inputs = random(4, 4, 8, 8), 501, random(7, 24), random(4, 3, 64, 64)
+    hint = networks[1].embed_hint(inputs[3]).detach()
+    before = [x.clone() for x in (inputs[0], inputs[2], inputs[3], hint)]
+    predict(networks, *inputs, numbers=3000)
+    predict(networks, *inputs[:3], hint, numbers=3000)
+    assert all(map(torch.equal, before, (inputs[0], inputs[2], inputs[3], hint)))
+
+
+# ---- Computed once ------------------------------------------------------------------------------
+
+
+def test_a_hint_s_embedding_and_a_known_context_give_the_same_noise(networks):
+    inputs = random(4, 4, 8, 8), 501, random(7, 24), random(4, 3, 64, 64)
+    expected = predict(networks, *inputs)
+    with torch.no_grad():
+        hint, context = networks[1].embed_hint(inputs[3]), Context(inputs[2])
+    for timestep in (7, 501):  # the second time with keys and values that are known
+        noise = predict(networks, inputs[0], timestep, context, hint)
+    assert worst(noise, expected) < 1e-6
+    assert len(context.known) == 16 + 7  # one per transformer block, UNet and ControlNet
+
+
+def test_a_context_remembers_nothing_of_a_training_step(networks):
+    context = Context(random(7, 24))
+    predict_with_gradients(networks, random(2, 4, 8, 8), 1, context, random(2, 3, 64, 64))
+    assert not context.known
+
+
+# ---- The helper ---------------------------------------------------------------------------------
+
+
+class Watch(nn.Module):
+    """Remembers how many frames it was given at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return 2 * x
+
+
+@torch.no_grad()
+def test_a_slice_is_as_many_frames_as_there_is_room_for():
+    x = random(10, 4, 5, 5)
+    watch = Watch()
+    with slices(Slicing(399)):
+        assert worst(by_frames(watch, x), 2 * x) == 0
+    assert watch.seen == [3, 3, 3, 1]
+    with slices(Slicing(1)):
+        assert worst(by_frames(watch, x, into=x.clone()), 2 * x) == 0
+    assert watch.seen[4:] == [1] * 10
+
+
+def test_with_gradients_there_is_one_slice():
+    watch, x = Watch(), random(10, 4, 5, 5).requires_grad_()
+    with slices(Slicing(1)):
+        by_frames(watch, x).sum().backward()
+    assert watch.seen == [10]
+    assert (x.grad == 2).all()
+
+
+@torch.no_grad()
+def test_locations_keep_all_their_frames():
+    tokens = random(2, 6, 9, 4)
+    seen = []
+
+    def layer(x: Tensor) -> Tensor:
+        seen.append(x.shape[2])
+        return x.cumsum(1)
+
+    with slices(Slicing(100)):
+        result = by_locations(layer, tokens.clone())
+    assert worst(result, tokens.cumsum(1)) == 0
+    assert seen == [2, 2, 2, 2, 1]
+
+
+@torch.no_grad()
+def test_moments_from_slices_survive_a_large_mean():
+    x = random(7, 3, 8, 8) + 1e4
+    with slices(Slicing(3 * 8 * 8 * 2)):
+        mean, variance = channel_moments(x)
+    variances, means = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    assert worst(mean.double(), means) < 1e-2
+    assert ((variance / variances - 1).abs() < 1e-3).all()
+
+
+def test_an_offloaded_map_comes_back_in_any_order():
+    x = random(7, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    offloaded = Offloaded(x)
+    for frames in (slice(0, 2), slice(2, 4), slice(0, 2), slice(4, 7), slice(6, 7), slice(0, 7)):
+        assert torch.equal(offloaded[frames], x[frames])
+
+
+def test_settings_end_with_their_block():
+    before = slicing.current
+    with pytest.raises(KeyError), slices(Slicing(3)):
+        assert slicing.current.numbers == 3
+        raise KeyError
+    assert slicing.current == before
