@@ -16,8 +16,10 @@ import os
 import pickle
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -169,26 +171,11 @@ def load_model(
     Raises ValueError or OSError with one line that says which file, which tensor and what to do.
     """
     half = dtype != torch.float32
-    sources = locate(name)
-    for part, path in (("controlnet", controlnet), ("vae", vae)):
-        if path:
-            if not Path(path).exists():
-                raise FileNotFoundError(f"{path}: no such file or folder, given as {part}")
-            sources[part] = Path(path)
+    sources = locate_parts(name, controlnet, vae)
     needed = [*PARTS, *(() if "tokenizer" in sources else ("vocab", "merges"))]
     sources |= public_files([part for part in needed if part not in sources], half)
 
-    unet_config = read_config(sources["unet"], read_unet_config) or UNetConfig()
-    control = read_config(sources["controlnet"], read_controlnet_config) or (unet_config,)
-    with torch.device("meta"):
-        networks = {
-            "unet": UNet(unet_config),
-            "controlnet": ControlNet(*control),
-            "vae": VAE(read_config(sources["vae"], read_vae_config) or VAEConfig()),
-            "text_encoder": TextEncoder(
-                read_config(sources["text_encoder"], read_text_config) or TextConfig()
-            ),
-        }
+    networks = networks_without_weights(sources)
     tokenizer = read_tokenizer(
         sources["tokenizer"] if "tokenizer" in sources else sources["vocab"].parent,
         networks["text_encoder"].config,
@@ -198,6 +185,36 @@ def load_model(
         fill(network, part, weight_file(sources[part], half), device, dtype)
     settings = read_settings(sources["settings"]) if "settings" in sources else {}
     return Model(**networks, tokenizer=tokenizer, **settings)
+
+
+def locate_parts(
+    name: str | Path, controlnet: str | Path | None = None, vae: str | Path | None = None
+) -> dict[str, Path]:
+    """`locate`, with ControlNet and VAE from elsewhere if given."""
+    sources = locate(name)
+    for part, path in (("controlnet", controlnet), ("vae", vae)):
+        if path:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"{path}: no such file or folder, given as {part}")
+            sources[part] = Path(path)
+    return sources
+
+
+def networks_without_weights(sources: dict[str, Path]) -> dict[str, nn.Module]:
+    """The four networks on the meta device, in the sizes that the sources say; else Stable Diffusion 1.5's."""
+
+    def config(part: str, read: Callable[[dict], Config]) -> Config | None:
+        return read_config(sources[part], read) if part in sources else None
+
+    unet_config = config("unet", read_unet_config) or UNetConfig()
+    control = config("controlnet", read_controlnet_config) or (unet_config,)
+    with torch.device("meta"):
+        return {
+            "unet": UNet(unet_config),
+            "controlnet": ControlNet(*control),
+            "vae": VAE(config("vae", read_vae_config) or VAEConfig()),
+            "text_encoder": TextEncoder(config("text_encoder", read_text_config) or TextConfig()),
+        }
 
 
 def locate(name: str | Path) -> dict[str, Path]:
@@ -812,13 +829,9 @@ def controlnet_config_json(controlnet: ControlNet) -> dict:
     config = unet_config_json(controlnet)
     for key in ("out_channels", "up_block_types"):
         del config[key]
-    embedding = controlnet.controlnet_cond_embedding
-    hint_widths = [embedding.conv_in.out_channels] + [
-        block.out_channels for block in list(embedding.blocks)[1::2]
-    ]
     return config | {
         "_class_name": "ControlNetModel",
-        "conditioning_embedding_out_channels": hint_widths,
+        "conditioning_embedding_out_channels": controlnet.controlnet_cond_embedding.widths,
     }
 
 
@@ -872,12 +885,31 @@ def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and the precision of the networks there.
 
     On a graphics card, float16 to sample and bfloat16 to train, whose gradients cannot vanish in a
-    small range; on a CPU, bfloat16 where it has the instructions, else float32.
+    small range; on a CPU, bfloat16 where that is the faster, else float32.
     """
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if training else torch.float16
-    fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.device("cpu"), torch.bfloat16 if fast_bfloat16 else torch.float32
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        torch.backends.cudnn.allow_tf32 = True
+        return torch.device("cuda", 0), torch.bfloat16 if training else torch.float16
+    return torch.device("cpu"), torch.bfloat16 if has_fast_bfloat16() else torch.float32
+
+
+@cache
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones: has the instructions
+    for it, and was seen to use them."""
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def keep_freed_memory() -> None:

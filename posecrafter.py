@@ -120,6 +120,7 @@ BETAS = (
     torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
 )  # "scaled linear"
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
+ALPHAS = ALPHAS_CUMPROD.tolist()
 
 
 def ddim_timesteps(steps: int) -> list[int]:
@@ -135,7 +136,7 @@ def ddim_timesteps(steps: int) -> list[int]:
 
 def alpha_cumprod(timestep: int) -> float:
     """How much of the variance is image at a timestep; below 0, at the end of the run, as at 0."""
-    return ALPHAS_CUMPROD[max(timestep, 0)].item()
+    return ALPHAS[max(timestep, 0)]
 
 
 def ddim_step(latents: Tensor, noise: Tensor, timestep: int, next_timestep: int) -> Tensor:

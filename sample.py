@@ -6,27 +6,37 @@ Writes the video, a contact sheet (target pose, result) and the settings with wh
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import compute_device, keep_freed_memory, load_model
+from checkpoint import (
+    compute_device,
+    keep_freed_memory,
+    load_model,
+    locate_parts,
+    networks_without_weights,
+)
 from evaluate import psnr
+from memory import operations, sampling_peak
 from pose import Pose, absences, draw_pose, load_poses, place_pose, read_canvas
 from posecrafter import (
     ddim_timesteps,
     decode_latents,
-    draw_hints,
     edit_latents,
+    embed_hints,
     encode_frames,
     encode_prompt,
+    finest_map,
     insert_reference,
     invert,
     sample,
     select_reference,
 )
+from slicing import plans
 from train import Run, load_run, load_trained, newest_run, parse_range
 from video import VIDEOS_WRITTEN, contact_sheet, cover, open_video, replacing, save_image
 
@@ -112,6 +122,23 @@ def parse_arguments(
         help="where sampling starts from",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --start noise")
+    parser.add_argument(
+        "--slice",
+        type=int,
+        metavar="N",
+        help="frames that a layer takes at a time; the result does not depend on it",
+    )
+    parser.add_argument(
+        "--offload",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="keep what waits for the decoder outside the graphics card (default: auto, if need be)",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="load nothing; print how much there is to compute, and the memory it takes on a graphics card",
+    )
     parser.add_argument("--fps", type=float, help="of the result (default: the clip's)")
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's samples/)"
@@ -119,7 +146,40 @@ def parse_arguments(
     return parser, parser.parse_args(command)
 
 
-def main(args: argparse.Namespace) -> np.ndarray:
+def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
+    """Prints the size of the task, without weights or a graphics card."""
+    settings = run.settings
+    sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
+    model = SimpleNamespace(**networks_without_weights(sources))
+    parameters = sum(p.numel() for network in vars(model).values() for p in network.parameters())
+    height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
+    step, decoding = operations(model, height, width)
+    passes = args.ddim_steps * (1 if args.guidance == 1 else 2)
+    inversion = args.start == "inversion" or args.edit_step
+    print(
+        f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
+    )
+    for name, count in (
+        ("inversion", step * args.ddim_steps if inversion else 0),
+        ("sampling", step * passes * frames),
+        ("decoding", decoding * frames),
+    ):
+        print(f"{name}: {count / 1e12:,.1f} TFLOP")
+    for offload in ("never", "always"):
+        if args.offload in ("auto", offload):
+            peak = sampling_peak(
+                model,
+                frames,
+                height,
+                width,
+                guidance=args.guidance,
+                frames_per_slice=args.slice,
+                offload=offload,
+            )
+            print(f"graphics card, float16, --offload {offload}: {peak / 1e9:.1f} GB at the peak")
+
+
+def main(args: argparse.Namespace) -> np.ndarray | None:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
     settings = run.settings
@@ -138,22 +198,30 @@ def main(args: argparse.Namespace) -> np.ndarray:
     if out.with_suffix(".json").resolve() == args.poses.resolve():
         raise ValueError(f"{out}: its settings would overwrite {args.poses}; choose another --out")
 
+    if args.slice is not None and args.slice < 1:
+        raise ValueError(f"--slice {args.slice}: give a number above 0")
+    if args.plan:
+        plan(args, run, len(targets) + (not args.no_insert))
+        return None
+
     keep_freed_memory()
     device, dtype = compute_device()
     model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
     load_trained(model, run.folder / "trained.safetensors")
+    for used_now_and_then in (model.vae, model.text_encoder):
+        used_now_and_then.to("cpu")  # and on the device only while it is used
 
     height, width = run.frames.shape[1:3]
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
     first_target = len(poses) - len(targets)
-    hints = draw_hints(poses, height, width).to(device)
+    hints = embed_hints(model, poses, height, width)
     source = encode_prompt(model, settings["prompt"])
     target = encode_prompt(model, args.prompt) if args.prompt else source
     reference = encode_frames(model, run.frames[k : k + 1])
 
     trajectory = None
     if args.start == "inversion" or args.edit_step:
-        reference_hint = draw_hints([run.poses[k]], height, width).to(device)
+        reference_hint = embed_hints(model, [run.poses[k]], height, width)
         trajectory = invert(model, reference, reference_hint, source, args.ddim_steps)
     if args.start == "inversion":
         noise = trajectory[-1].expand(len(poses), -1, -1, -1)
@@ -171,7 +239,15 @@ def main(args: argparse.Namespace) -> np.ndarray:
             )
 
     latents = sample(
-        model, noise, hints, target, args.ddim_steps, args.guidance, encode_prompt(model, ""), edit
+        model,
+        noise,
+        hints,
+        target,
+        args.ddim_steps,
+        args.guidance,
+        encode_prompt(model, ""),
+        edit,
+        plans(device, dtype, finest_map(model, noise), args.slice, args.offload),
     )
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -151,6 +151,24 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
     assert not np.array_equal(noise, sampled("i", "--start", "noise", "--seed", 1))
 
 
+def test_neither_slices_nor_offloading_change_the_video(workplace, trained):
+    def sampled(name: str, *options: object) -> np.ndarray:
+        main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)
+        return read_frames(workplace / f"{name}.mp4")[0].astype(int)
+
+    plain = sampled("whole", "--slice", 100)
+    assert np.abs(plain - sampled("slices", "--slice", 1, "--offload", "always")).max() <= 8
+
+
+def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsys):
+    before = sorted(workplace.rglob("*"))
+    main(workplace, *SAMPLE, "--run", "runs/first", "--plan")
+    assert sorted(workplace.rglob("*")) == before
+    plan = capsys.readouterr().out
+    assert "6 frames of 64x64" in plan
+    assert "sampling: " in plan and "GB at the peak" in plan
+
+
 def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trained):
     main(workplace, "train.py", "images", *TRAIN[2:], "--run", "runs/newest", "--frames", 2)
     main(workplace, *SAMPLE)
@@ -242,6 +260,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--reference", "3"), "one of the training frames, 0, 4, 7, 11"),
         (("--edit-step", 4), "--edit-step 4"),
         (("--ddim-steps", 0), "0 DDIM steps"),
+        (("--slice", 0), "--slice 0"),
         (("--out", "result.gif"), "must end in .mp4"),
         (("--out", "clip.mp4"), "would overwrite clip.json"),
     ],

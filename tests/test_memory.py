@@ -1,0 +1,92 @@
+"""What a run is predicted to take of a graphics card that is not here, and that it runs there at all."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import memory
+from controlnet import ControlNet
+from memory import CUDA, LiveMemory, operations, part_of, sampling_peak, training_peak, without_data
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def full_size() -> SimpleNamespace:
+    """Stable Diffusion 1.5's sizes, without weights."""
+    with torch.device("meta"):
+        return SimpleNamespace(
+            unet=UNet(UNetConfig()), controlnet=ControlNet(UNetConfig()), vae=VAE(VAEConfig())
+        )
+
+
+def test_live_memory_counts_storages_once_and_forgets_the_dead():
+    with LiveMemory(torch.device("cpu")) as watched:
+        x = torch.zeros(1000)
+        view = x[:500].view(10, 50)
+        assert watched.live == 4000
+        del x
+        assert watched.live == 4000
+        y = view + 1
+        del view
+        assert watched.live == 2000
+        del y
+    assert watched.live == 0
+    assert watched.peak == 6000
+
+
+@pytest.mark.parametrize("index", [0, None, slice(1, 3), (slice(None), 2), (slice(None), None, 1)])
+def test_part_of_is_indexing(index):
+    x = torch.arange(20).view(5, 4)
+    assert torch.equal(part_of(x, index), x[index])
+
+
+def test_mixed_devices_fail_as_on_a_card():
+    with without_data(CUDA), pytest.raises(RuntimeError, match="device"):
+        torch.empty(3, device=CUDA) + torch.empty(3)
+
+
+def test_sampling_at_512_fits_the_promised_memory(full_size):
+    """The whole of `sample`, on tensors of a graphics card without data."""
+    hundred = sampling_peak(full_size, 100, 64, 64)
+    thousand = sampling_peak(full_size, 1000, 64, 64)
+    outside = sampling_peak(full_size, 1000, 64, 64, offload="always")
+    print(
+        f"100 frames {hundred / GB:.2f} GB, 1000 {thousand / GB:.2f}, offloaded {outside / GB:.2f}"
+    )
+    assert hundred <= 6 * GB
+    assert thousand <= 24 * GB
+    assert outside <= 12 * GB
+    assert (thousand - hundred) / 900 <= 22e6
+
+
+def test_guidance_takes_hardly_more_memory(full_size):
+    plain, guided = (sampling_peak(full_size, 8, 64, 64, guidance=g) for g in (1.0, 3.0))
+    assert guided - plain < 0.05 * GB
+
+
+def test_training_on_eight_frames_at_512_fits_the_promised_memory(full_size):
+    peak = training_peak(full_size, 8, 64, 64)
+    print(f"training {peak / GB:.2f} GB")
+    assert peak <= 10 * GB
+
+
+def test_memory_is_a_constant_and_so_much_per_frame(full_size):
+    """What predictions of long clips rest on."""
+    few, more, most = (sampling_peak(full_size, n, 16, 16) for n in (16, 32, 48))
+    assert most - more == pytest.approx(more - few, rel=0.02)
+
+
+def test_operations_are_stable_diffusion_s(full_size):
+    step, decoding = operations(full_size, 64, 64)
+    assert step == pytest.approx(1.15e12, rel=0.02)
+    assert decoding == pytest.approx(2.51e12, rel=0.02)
+
+
+def test_predictions_leave_nothing_behind(full_size):
+    sampling_peak(full_size, 2, 8, 8)
+    assert torch.get_default_dtype() == torch.float32
+    assert memory.torch.zeros(2)[None].shape == (1, 2)
