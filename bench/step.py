@@ -1,0 +1,203 @@
+"""How long one denoising step takes, ControlNet and UNet, against the public implementations.
+
+    python bench/step.py                          ours and diffusers (2-D: frames as a batch, no temporal layers)
+    python bench/step.py --controlvideo FOLDER    and the public ControlVideo code, with --python of a
+                                                  environment that it runs in (diffusers 0.11.1)
+
+Each runs in a process of its own, with the same random weights at Stable Diffusion 1.5's sizes, turn by turn.
+On one frame all compute the same, so their error there, against float32, says what their speed costs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTHS, HINTS = (320, 640, 1280, 1280), (16, 32, 96, 256)
+OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
+
+
+# ---- The networks, each as a function of (latents, timestep, context, hints) ---------------------
+
+
+def random_weights(network: nn.Module, seed: int) -> nn.Module:
+    """Weights that keep the scale of what goes through; the same for the same names, whoever asks."""
+    for name, tensor in sorted(network.state_dict().items()):
+        random = torch.Generator().manual_seed(seed + sum(name.encode()) * len(name))
+        if "_temp." in name or tensor.ndim == 1:
+            tensor.fill_(float("norm" in name and name.endswith("weight")))
+        else:
+            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=random)
+    return network.eval().requires_grad_(False)
+
+
+def ours(widths, hints, dtype):
+    sys.path.insert(0, str(ROOT))
+    from checkpoint import keep_freed_memory
+    from controlnet import ControlNet
+    from posecrafter import finest_map
+    from slicing import plans, slices
+    from unet import Context, UNet, UNetConfig
+
+    keep_freed_memory()
+    unet, controlnet = UNet(UNetConfig(widths=widths)), ControlNet(UNetConfig(widths=widths), hints)
+    for network in (random_weights(unet, 0), random_weights(controlnet, 1)):
+        network.to(dtype=dtype, memory_format=torch.channels_last)
+    known = {}
+
+    def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
+        if "context" not in known or len(known["hint"]) != len(hint):  # once per run, not per step
+            known.update(context=Context(context), hint=controlnet.embed_hint(hint))
+        bundle = argparse.Namespace(unet=unet)
+        (way, *_) = plans(latents.device, dtype, finest_map(bundle, latents))
+        with slices(way):
+            control = controlnet(latents, timestep, known["context"], known["hint"])
+            return unet(latents, timestep, known["context"], control)
+
+    return step
+
+
+def exact(widths, hints, dtype):
+    return ours(widths, hints, torch.float32)
+
+
+def diffusers_2d(widths, hints, dtype):
+    import diffusers
+
+    sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
+    unet = diffusers.UNet2DConditionModel(
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        **sizes,
+    )
+    controlnet = diffusers.ControlNetModel(
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        conditioning_embedding_out_channels=hints,
+        **sizes,
+    )
+    for network in (random_weights(unet, 0), random_weights(controlnet, 1)):
+        network.to(dtype=dtype, memory_format=torch.channels_last)
+
+    def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
+        context = context.expand(len(latents), -1, -1)
+        residuals, middle = controlnet(latents, timestep, context, hint, return_dict=False)
+        return unet(
+            latents,
+            timestep,
+            context,
+            down_block_additional_residuals=residuals,
+            mid_block_additional_residual=middle,
+        ).sample
+
+    return step
+
+
+def controlvideo(widths, hints, dtype):
+    from models.controlnet import ControlNetModel  # of the public code's folder, on the path
+    from models.unet import UNet3DConditionModel
+
+    sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
+    unet = UNet3DConditionModel(**sizes)
+    controlnet = ControlNetModel(conditioning_embedding_out_channels=hints, **sizes)
+    for network in (random_weights(unet, 0), random_weights(controlnet, 1)):
+        network.to(dtype=dtype)
+
+    def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
+        clip, hint = (x.transpose(0, 1)[None].contiguous() for x in (latents, hint))
+        residuals, middle = controlnet(clip, timestep, context[None], hint, return_dict=False)
+        predicted = unet(
+            clip,
+            timestep,
+            context[None],
+            down_block_additional_residuals=residuals,
+            mid_block_additional_residual=middle,
+        ).sample
+        return predicted[0].transpose(0, 1)
+
+    return step
+
+
+IMPLEMENTATIONS = {
+    OURS: ours,
+    DIFFUSERS: diffusers_2d,
+    CONTROLVIDEO: controlvideo,
+    EXACT: exact,
+}
+
+
+# ---- Measuring ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> None:
+    """In a process of its own: saves the seconds of every run, and what one frame's noise came out as."""
+    if args.controlvideo:
+        sys.path.insert(0, str(args.controlvideo))
+    dtype = torch.float32 if args.measure == EXACT else torch.bfloat16
+    step = IMPLEMENTATIONS[args.measure](tuple(args.widths), HINTS, dtype)
+    random = torch.Generator().manual_seed(0)
+
+    def inputs(frames: int) -> tuple:
+        latents = torch.randn(frames, 4, args.size // 8, args.size // 8, generator=random)
+        hint = torch.rand(frames, 3, args.size, args.size, generator=random)
+        context = torch.randn(77, 768, generator=random)
+        return latents.to(dtype), 501, context.to(dtype), hint.to(dtype)
+
+    result = {"frame": step(*inputs(1)).float().contiguous(), "seconds": []}
+    clip = inputs(args.frames)
+    for _ in range(0 if args.measure == EXACT else 1 + args.runs):
+        start = time.perf_counter()
+        step(*clip)
+        result["seconds"].append(time.perf_counter() - start)
+    torch.save(result, args.out)
+
+
+def run(name: str, args: argparse.Namespace) -> dict:
+    python = args.python if name == CONTROLVIDEO else sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.pt"
+        command = [python, __file__, *sys.argv[1:], "--measure", name, "--out", out]
+        subprocess.run([str(part) for part in command], check=True)
+        return torch.load(out, weights_only=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    reference = run(EXACT, args)["frame"]
+    rows = {}
+    for name in (OURS, DIFFUSERS, *([CONTROLVIDEO] if args.controlvideo else [])):
+        results = [run(name, args) for _ in range(args.processes)]
+        seconds = [s for result in results for s in result["seconds"][1:]]  # the first warms up
+        error = (results[0]["frame"] - reference).norm() / reference.norm()
+        rows[name] = statistics.median(seconds), min(seconds), max(seconds), error.item()
+    print(f"One step, {args.frames} frames of {args.size}x{args.size}, bfloat16:\n")
+    print("| | seconds | fastest to slowest | against ours | error on one frame |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, (middle, best, worst, error) in rows.items():
+        ratio = middle / rows[OURS][0]
+        print(f"| {name} | {middle:.2f} | {best:.2f} to {worst:.2f} | {ratio:.2f} | {error:.4f} |")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument("--widths", type=int, nargs=4, default=WIDTHS)
+    parser.add_argument("--runs", type=int, default=3, help="per process, after one to warm up")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")
+    parser.add_argument("--python", default=sys.executable, help="interpreter for --controlvideo")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--measure", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    measure(args) if args.measure else main(args)
