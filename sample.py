@@ -1,4 +1,4 @@
-"""Makes a video of the person of a run, following any poses: `python sample.py --poses poses.json`.
+"""Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
 Writes the video, a contact sheet (target pose, result) and the settings with what happened, side by side.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import compute_device, keep_freed_memory, load_model
+from driver import Driver, read_driver
 from evaluate import psnr
-from pose import Pose, absences, draw_pose, load_poses, place_pose, read_canvas
+from pose import Pose, absences, draw_pose, place_pose
 from posecrafter import (
     ddim_timesteps,
     decode_latents,
@@ -27,29 +28,31 @@ from posecrafter import (
     sample,
     select_reference,
 )
-from train import Run, load_run, load_trained, newest_run, parse_range
-from video import VIDEOS_WRITTEN, contact_sheet, cover, open_video, replacing, save_image
+from train import Run, add_pose_arguments, load_run, load_trained, newest_run, parse_range
+from video import (
+    VIDEOS_WRITTEN,
+    add_sound,
+    contact_sheet,
+    cover,
+    has_sound,
+    open_video,
+    replacing,
+    save_image,
+)
 
 
-def read_target_poses(path: Path, within: range | None, run: Run) -> list[Pose]:
-    """The poses to follow, on the run's canvas, which they cover as the training frames did.
+def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
+    """The driver's poses on the run's canvas, which they cover as the training frames did.
 
-    Raises ValueError when the range leaves the file, or for frames without a person.
+    Raises ValueError for frames without a person.
     """
-    poses = load_poses(path)
-    within = within or range(len(poses))
-    if within.stop > len(poses):
-        raise ValueError(
-            f"{path}: has {len(poses)} frames, so no frames {within.start}:{within.stop}"
-        )
-    poses = poses[within.start : within.stop]
-    if missing := absences(poses, within.start):
+    if missing := absences(driver.poses, driver.within.start):
         raise ValueError(
             f"{path}: no person in frames {missing}; leave them out with --range, or fill them in"
         )
     height, width = run.frames.shape[1:3]
-    placing = cover(*(read_canvas(path) or (height, width)), height, width)
-    return [place_pose(pose, *placing.placement) for pose in poses]
+    placing = cover(*(driver.canvas or (height, width)), height, width)
+    return [place_pose(pose, *placing.placement) for pose in driver.poses]
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -72,7 +75,11 @@ def parse_arguments(
         "--poses",
         type=Path,
         required=True,
-        help="OpenPose keypoints to follow, a JSON list or a folder",
+        help="what to follow: OpenPose JSON, or a video or images of anyone, or of a drawn skeleton",
+    )
+    add_pose_arguments(parser)
+    parser.add_argument(
+        "--smooth", action="store_true", help="take the jitter out of poses found in footage"
     )
     parser.add_argument(
         "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
@@ -112,7 +119,8 @@ def parse_arguments(
         help="where sampling starts from",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --start noise")
-    parser.add_argument("--fps", type=float, help="of the result (default: the clip's)")
+    parser.add_argument("--fps", type=float, help="of the result (default: the driver's)")
+    parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's samples/)"
     )
@@ -123,7 +131,16 @@ def main(args: argparse.Namespace) -> np.ndarray:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
     settings = run.settings
-    targets = read_target_poses(args.poses, args.range, run)
+    driver = read_driver(
+        args.poses,
+        args.poses_are,
+        args.range,
+        settings["model"],
+        run.folder / "poses",
+        args.person,
+        args.smooth,
+    )
+    targets = place_targets(driver, args.poses, run)
     k = choose_reference(args.reference, run, targets)
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not 0 <= args.edit_step <= args.ddim_steps:
@@ -178,16 +195,23 @@ def main(args: argparse.Namespace) -> np.ndarray:
     frames = []
     decoded = decode_latents(model, latents)
     faithfulness = None if args.no_insert else psnr(next(decoded)[None], run.frames[k : k + 1])
-    with open_video(out, args.fps or settings["fps"], height, width) as write:
+    fps = args.fps or driver.fps or settings["fps"]
+    with open_video(out, fps, height, width) as write:
         for frame in tqdm(decoded, desc="decoding", total=len(targets)):
             write(frame)
             frames.append(frame)
+    # At another speed the sound would run away from the movements.
+    sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
+    if sound:
+        add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
     drawn = [draw_pose(pose, height, width) for pose in targets]
     save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
     report = {
         "run": str(run.folder),
         "poses": str(args.poses),
         "frames": len(frames),
+        "fps": fps,
+        "sound": sound,
         "prompt": args.prompt or settings["prompt"],
         "guidance": args.guidance,
         "ddim_steps": args.ddim_steps,
