@@ -28,6 +28,7 @@ from posecrafter import (
     sample,
     select_reference,
 )
+from retarget import proportions, retarget
 from train import Run, add_pose_arguments, load_run, load_trained, newest_run, parse_range
 from video import (
     VIDEOS_WRITTEN,
@@ -53,6 +54,12 @@ def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
     height, width = run.frames.shape[1:3]
     placing = cover(*(driver.canvas or (height, width)), height, width)
     return [place_pose(pose, *placing.placement) for pose in driver.poses]
+
+
+def is_training_clip(poses: Path, settings: dict) -> bool:
+    """Whether the poses to follow are those of the clip that the run was trained on, or the clip itself."""
+    own = [Path(settings[name]).resolve() for name in ("clip", "poses") if settings[name]]
+    return poses.resolve() in own
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -83,6 +90,12 @@ def parse_arguments(
     )
     parser.add_argument(
         "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
+    )
+    parser.add_argument(
+        "--retarget",
+        action=argparse.BooleanOptionalAction,
+        help="give the poses the proportions of the person of the run, and their place on the ground "
+        "(default: unless they are the training clip's own)",
     )
     parser.add_argument(
         "--run", type=Path, help="run folder that train.py made (default: the newest)"
@@ -131,6 +144,7 @@ def main(args: argparse.Namespace) -> np.ndarray:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
     settings = run.settings
+    height, width = run.frames.shape[1:3]
     driver = read_driver(
         args.poses,
         args.poses_are,
@@ -140,7 +154,13 @@ def main(args: argparse.Namespace) -> np.ndarray:
         args.person,
         args.smooth,
     )
-    targets = place_targets(driver, args.poses, run)
+    targets, ratios = place_targets(driver, args.poses, run), None
+    if args.retarget or (args.retarget is None and not is_training_clip(args.poses, settings)):
+        try:
+            ratios = proportions(targets, run.poses, width / height)
+        except ValueError as error:
+            raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
+        targets = retarget(targets, run.poses, width / height)
     k = choose_reference(args.reference, run, targets)
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not 0 <= args.edit_step <= args.ddim_steps:
@@ -160,7 +180,6 @@ def main(args: argparse.Namespace) -> np.ndarray:
     model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
     load_trained(model, run.folder / "trained.safetensors")
 
-    height, width = run.frames.shape[1:3]
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
     first_target = len(poses) - len(targets)
     hints = draw_hints(poses, height, width).to(device)
@@ -212,6 +231,8 @@ def main(args: argparse.Namespace) -> np.ndarray:
         "frames": len(frames),
         "fps": fps,
         "sound": sound,
+        "retargeted": ratios is not None,
+        "proportions": ratios,  # the subject's to the driver's
         "prompt": args.prompt or settings["prompt"],
         "guidance": args.guidance,
         "ddim_steps": args.ddim_steps,

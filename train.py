@@ -294,6 +294,7 @@ def main(args: argparse.Namespace) -> None:
     height, width = placing.height, placing.width
     settings = {
         "clip": str(args.clip),
+        "poses": args.poses and str(args.poses),
         "frames": indices,
         "fps": fps,
         "height": height,
