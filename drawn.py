@@ -6,7 +6,9 @@ import numpy as np
 
 from pose import HAND_EDGES, LIMBS, Pose, is_seen
 
-INFERRED = 0.5  # the score of keypoints whose own mark is covered, where the marks around tell where
+INFERRED = (
+    0.5  # the score of keypoints whose own mark is covered, where the marks around tell where
+)
 NECK, LEFT_KNEE, EARS = 1, 12, (16, 17)
 # LEFT # its disc is as blue as the joints of hands
 
@@ -341,7 +343,9 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray, radius: float) -> boo
 
 def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray | None]:
     """One body per frame: the sequence that is large throughout and leaps least (Viterbi's way)."""
-    sizes = [[np.ptp(body[is_seen(body), :2], axis=0).max() for body in bodies] for bodies in people]
+    sizes = [
+        [np.ptp(body[is_seen(body), :2], axis=0).max() for body in bodies] for bodies in people
+    ]
     largest = max((size for frame in sizes for size in frame), default=1.0)
     value: list[float] = []
     bodies: list[np.ndarray] = []
@@ -354,7 +358,9 @@ def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray | None]:
         for i, body in enumerate(new):
             for j, old in enumerate(bodies):
                 both = is_seen(body) & is_seen(old)
-                leap = np.linalg.norm((body - old)[both, :2], axis=1).mean() if both.any() else largest
+                leap = (
+                    np.linalg.norm((body - old)[both, :2], axis=1).mean() if both.any() else largest
+                )
                 steps[i, j] = value[j] - min(2 * leap / largest, 1.0)
         back.append(steps.argmax(axis=1))
         value = [size / largest + steps[i].max() for i, size in enumerate(sizes[frame])]
@@ -378,7 +384,8 @@ FACE = np.array([
     (0, -25), (0, -16), (0, -8), (0, 0), (-9, 7), (-5, 9), (0, 10), (5, 9), (9, 7),
     (-32, -20), (-27, -23), (-19, -23), (-13, -19), (-19, -17), (-26, -17),
     (13, -19), (19, -23), (27, -23), (32, -20), (26, -17), (19, -17),
-    (-18, 27), (-11, 21), (-5, 18), (0, 19), (5, 18), (11, 21), (18, 27), (11, 34), (5, 37), (0, 38), (-5, 37), (-11, 34),
+    (-18, 27), (-11, 21), (-5, 18), (0, 19), (5, 18), (11, 21), (18, 27), (11, 34), (5, 37),
+    (0, 38), (-5, 37), (-11, 34),
     (-15, 27), (-5, 24), (0, 24), (5, 24), (15, 27), (5, 30), (0, 31), (-5, 30), (-22, -20), (22, -20),
 ], np.float64)
 HAND = np.array([
@@ -570,11 +577,17 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float
         distance = np.linalg.norm(points - wrist, axis=1)
         return points[(distance < reach) & (distance < np.linalg.norm(points - other, axis=1))]
 
+    def apart(points: np.ndarray) -> np.ndarray:
+        """Without discs of the body, which have the same colours."""
+        joints = body[is_seen(body) & (np.arange(18) != own), :2]
+        distance = np.linalg.norm(points[:, None] - joints, axis=2)
+        return points[(distance > 1.3 * radius).all(axis=1)]
+
     blue = np.zeros_like(ink.black)
-    x, y = near(ink.joint == LEFT_KNEE).T
+    x, y = apart(near(ink.joint == LEFT_KNEE)).T
     blue[y, x] = True
     dots = find_dots(blue, radius)
-    pixels = near((ink.bone >= 0) & (ink.joint != LEFT_KNEE))
+    pixels = apart(near((ink.bone >= 0) & (ink.joint != LEFT_KNEE)))
     labels = ink.bone[pixels[:, 1], pixels[:, 0]].astype(int)
     # The bones of the palm are the longest, so some of them can be seen: they tell the fingers.
     bases = [bone for bone in range(0, 20, 4) if (labels == bone).sum() >= 3]
@@ -587,10 +600,34 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float
     fits = []
     for mirrored in (1, -1):
         for scale in (0.7, 1.0):
-            frame = np.array([mirrored * np.array([-axis[1], axis[0]]), -axis]) * scale * length / 100
-            fits.append(register(HAND, HAND_SPRINGS, root + HAND @ frame, dots, (pixels, labels), root))
+            frame = (
+                np.array([mirrored * np.array([-axis[1], axis[0]]), -axis]) * scale * length / 100
+            )
+            fits.append(
+                register(HAND, HAND_SPRINGS, root + HAND @ frame, dots, (pixels, labels), root)
+            )
     points, _ = min(fits, key=lambda fit: fit[1])
-    return settle(points, dots)
+    return settle(points, dots) * is_confirmed(points, pixels, labels, radius)[:, None]
+
+
+def is_confirmed(
+    points: np.ndarray, pixels: np.ndarray, labels: np.ndarray, radius: float
+) -> np.ndarray:
+    """Which joints of a hand (21, 2) end a bone whose coloured pixels lie where it is: (21,).
+
+    Blue discs alone do not tell which finger they are on, and a joint taken for another one does
+    more harm than a missing one.
+    """
+    confirmed = np.zeros(21, bool)
+    for bone, (a, b) in enumerate(HAND_EDGES):
+        own = pixels[labels == bone]
+        if len(own) >= 3:
+            along = points[b] - points[a]
+            way = (((own - points[a]) @ along) / max(along @ along, 1)).clip(0, 1)
+            away = np.linalg.norm(points[a] + way[:, None] * along - own, axis=1)
+            if np.quantile(away, 0.8) < 0.5 * radius:
+                confirmed[[a, b]] = True
+    return confirmed if confirmed.sum() >= 4 else np.zeros(21, bool)
 
 
 # ---- Clips --------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
 
 def is_training_clip(poses: Path, settings: dict) -> bool:
     """Whether the poses to follow are those of the clip that the run was trained on, or the clip itself."""
-    own = [Path(settings[name]).resolve() for name in ("clip", "poses") if settings[name]]
+    own = [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
     return poses.resolve() in own
 
 

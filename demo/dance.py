@@ -1,8 +1,8 @@
 """The whole road on puppets, where the truth is known: `python demo/dance.py`, a few minutes on a laptop.
 
 Renders a clip of a puppet that the demo model has never seen, finds its poses in the pixels, trains on 8
-of its 36 frames, and has it dance another dance. Leaves in `runs/demo/` the result, the true video, the poses, a contact sheet
-and the figures. Several puppets get a folder each, and a sheet and figures of all of them.
+of its 36 frames, and has it dance another dance. Leaves in `runs/demo/` the result, the true video, the
+poses, a contact sheet and the figures. Several puppets get a folder each, and a sheet and figures of all.
 """
 
 import argparse
