@@ -6,11 +6,9 @@ import numpy as np
 
 from pose import HAND_EDGES, LIMBS, Pose, is_seen
 
-INFERRED = (
-    0.5  # the score of keypoints whose own mark is covered, where the marks around tell where
-)
-NECK, LEFT_KNEE, EARS = 1, 12, (16, 17)
-# LEFT # its disc is as blue as the joints of hands
+INFERRED = 0.5  # score of keypoints whose own mark is covered, where the marks around tell where
+NECK, EARS = 1, (16, 17)
+LEFT_KNEE = 12  # its disc is as blue as the joints of hands
 
 
 # ---- Colours ------------------------------------------------------------------------------------
