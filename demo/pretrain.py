@@ -1,8 +1,9 @@
 """Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
-width, trained in two rounds: on puppets as they are, then, going on from there, on other puppets of which
-most are in disguise (`scenery.py`). A round has four stages, each of which resumes where it stopped:
+width, trained in rounds that go on from each other: on puppets as they are, on other puppets of which most
+are in disguise (`scenery.py`), and on large ones in upright frames, as people are filmed with telephones,
+in turn with those of the round before. A round has four stages, each of which resumes where it stopped:
 
 1. render a pool of puppets, each identity in several poses, with control images and captions;
 2. train the VAE on the frames;
@@ -29,9 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,7 +47,6 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
-FIRST_IDENTITY = 10_000  # training identities are numbered from here; the lower seeds are held out
 POSES = 8  # per identity, drawn from ten seconds of motion
 LEARNING_RATE = (
     0.001  # of fine-tuning on a clip; 5e-4 to 3e-3 differ by 0.2 dB, none at all loses 0.4
@@ -66,6 +65,7 @@ class Round:
 
     identities: range
     disguised: float  # share of them
+    height: int  # of the frames, which are SIZE wide
     crop_steps: int
     whole_steps: int
     whole_lr: float
@@ -74,50 +74,48 @@ class Round:
 
 
 ROUNDS = (
-    Round(range(FIRST_IDENTITY, FIRST_IDENTITY + 2500), 0.0, 1000, 900, 1.5e-3, 2150, 1e-3),
-    Round(range(FIRST_IDENTITY + 2500, FIRST_IDENTITY + 5000), 0.7, 0, 1400, 1.5e-3, 1500, 6e-4),
+    Round(range(10_000, 12_500), 0.0, SIZE, 1000, 900, 1.5e-3, 2150, 1e-3),
+    Round(range(12_500, 15_000), 0.7, SIZE, 0, 1400, 1.5e-3, 1500, 6e-4),
+    Round(range(15_000, 16_000), 0.8, 224, 0, 0, 0.0, 450, 4e-4),
 )
 
 
 # ---- 1. The pool of puppets -------------------------------------------------------------------------
 
 
-def render_identity(seed: int, disguised: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Frames (POSES, SIZE, SIZE, 3) uint8, control images alike, masks (POSES, SIZE/4, SIZE/4) uint8, caption."""
+def render_identity(
+    seed: int, disguised: float, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Frames (POSES, H, W, 3) uint8, control images alike, masks (POSES, H/4, W/4) uint8, caption."""
     rng = np.random.default_rng((3, seed))
     in_disguise = rng.random() < disguised
     puppet = random_puppet(seed)
     states = motion(seed, POSES * 15)[::15]  # 1.25 s apart
-    window, left, top = SIZE, 0, 0
-    if in_disguise and rng.random() < 0.4:  # closer to the camera
-        window = int(SIZE / rng.uniform(1.05, 1.5))
-        left, top = rng.integers(0, SIZE - window + 1, 2).tolist()
+    # The part of the square picture that is shown; some are closer to the camera.
+    zoom = rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0
+    side, window = (round(height * zoom), (height, SIZE))
+    top, left = (int(rng.integers(side - shown + 1)) for shown in window)
+    if zoom == 1:
+        left = (side - SIZE) // 2
     frames, hints, masks = [], [], []
     for state in states:
-        frame, pose, mask = render(puppet, state, SIZE if window == SIZE else 2 * SIZE)
-        if window < SIZE:
-            box = (2 * left, 2 * top, 2 * (left + window), 2 * (top + window))
-            frame, mask = (
-                np.asarray(Image.fromarray(image).resize((SIZE, SIZE), method, box))
-                for image, method in (
-                    (frame, Image.Resampling.LANCZOS),
-                    (mask, Image.Resampling.NEAREST),
-                )
-            )
-            pose = place_pose(pose, SIZE / window, SIZE / window, -left / window, -top / window)
-        frames.append(frame)
-        hints.append(draw_pose(pose, SIZE, SIZE))
-        masks.append(mask)
+        frame, pose, mask = render(puppet, state, side)
+        shown = np.s_[top : top + height, left : left + SIZE]
+        pose = place_pose(pose, side / SIZE, side / height, -left / SIZE, -top / height)
+        frames.append(frame[shown])
+        hints.append(draw_pose(pose, height, SIZE))
+        masks.append(mask[shown])
     frames, masks = np.stack(frames), np.stack(masks)
     if in_disguise:
         frames = disguise(frames, masks, seed)
-    masks = masks.reshape(POSES, SIZE // 4, 4, SIZE // 4, 4).any((2, 4)).astype(np.uint8)
+    masks = masks.reshape(POSES, height // 4, 4, SIZE // 4, 4).any((2, 4)).astype(np.uint8)
     return frames, np.stack(hints), masks, "a person" if in_disguise else caption(puppet)
 
 
-def render_pool(work: Path, identities: range, disguised: float) -> dict[str, np.ndarray]:
+def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
     """Renders what is not rendered yet; returns memory-mapped arrays with one row per identity."""
-    shapes = {"frames": (SIZE, SIZE, 3), "hints": (SIZE, SIZE, 3), "masks": (SIZE // 4, SIZE // 4)}
+    identities, frame = plan.identities, (plan.height, SIZE, 3)
+    shapes = {"frames": frame, "hints": frame, "masks": (plan.height // 4, SIZE // 4)}
     done = work / "captions.json"
     if not done.exists():
         pool = {
@@ -128,7 +126,7 @@ def render_pool(work: Path, identities: range, disguised: float) -> dict[str, np
         }
         captions = []
         with multiprocessing.Pool() as workers:
-            draw = partial(render_identity, disguised=disguised)
+            draw = partial(render_identity, disguised=plan.disguised, height=plan.height)
             rendered = workers.imap(draw, identities, chunksize=8)
             for i in trange(len(identities), desc="rendering puppets", mininterval=10):
                 pool["frames"][i], pool["hints"][i], pool["masks"][i], words = next(rendered)
@@ -278,23 +276,16 @@ def train_vae(vae: VAE, pool: dict, work: Path, plan: Round) -> None:
 # ---- 3. The latents ---------------------------------------------------------------------------------
 
 
-def encode_pool(vae: VAE, pool: dict, work: Path) -> tuple[np.ndarray, float]:
-    """The pool's latents (identities, POSES, 4, SIZE/4, SIZE/4), scaled to unit variance, and that scale."""
+def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
+    """The pool's latents, as the VAE gives them: (identities, POSES, 4, H/4, W/4)."""
     path = work / "latents.npy"
     if not path.exists():
         latents = []
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for i in trange(0, len(pool["frames"]), 8, desc="encoding", mininterval=10):
-                latents.append(
-                    vae.encode(image_tensor(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy()
-                )
-        np.save(
-            path,
-            np.concatenate(latents).reshape(len(pool["frames"]), POSES, 4, SIZE // 4, SIZE // 4),
-        )
-    latents = np.load(path).astype(np.float32)
-    scale = float(1 / latents.std())
-    return latents * scale, scale
+            for frames in tqdm(pool["frames"], desc="encoding", mininterval=10):
+                latents.append(vae.encode(image_tensor(frames) * 2 - 1)[0].half().numpy())
+        np.save(path, np.stack(latents))
+    return np.load(path).astype(np.float32)
 
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
@@ -372,14 +363,13 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
 
 def train_networks(
     networks: nn.ModuleDict,
-    pool: dict,
-    latents: np.ndarray,
+    pools: list[tuple[dict, np.ndarray]],
     tokenizer: Tokenizer,
     work: Path,
     plan: Round,
-    clips: int = 6,
     frames: int = 3,
 ) -> None:
+    """Trains on pools and their latents in turn, on as many clips as make 6 square ones' pixels."""
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
     first_progress = 0.0 if plan is ROUNDS[0] else 0.2
@@ -387,6 +377,8 @@ def train_networks(
     def loss_at(step: int) -> Tensor:
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
+        pool, latents = pools[step % len(pools)]
+        clips = 6 * SIZE // pool["frames"].shape[2]
         batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):
             context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
@@ -413,14 +405,17 @@ def main():
     for number, plan in enumerate(ROUNDS, start=1):
         work = args.work / f"round{number}"
         work.mkdir(parents=True, exist_ok=True)
-        pool = render_pool(work, plan.identities, plan.disguised)
+        pool = render_pool(work, plan)
         train_vae(vae, pool, work, plan)
-        latents, scale = encode_pool(vae, pool, work)
+        latents = encode_pool(vae, pool, work)
+        if plan.whole_steps:  # then latents of rounds before are another VAE's
+            pools, scale = [], float(1 / latents.std())
+        pools.append((pool, latents * scale))
         if number == 1:
             tokenizer = Tokenizer(*learn_merges(pool["captions"], 200), length=TEXT.length)
             torch.manual_seed(2)
             networks = new_networks(tokenizer)
-        train_networks(networks, pool, latents, tokenizer, work, plan)
+        train_networks(networks, pools, tokenizer, work, plan)
     vae.config = replace(vae.config, scale=scale)
     model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, learning_rate=LEARNING_RATE)
     save_model(model, args.out)

@@ -73,16 +73,20 @@ def recolouring(rng: np.random.Generator) -> np.ndarray:
 
 
 def disguise(frames: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
-    """One identity's frames uint8 (F, S, S, 3) with person masks bool (F, S, S), in one new look."""
+    """One identity's frames uint8 (F, H, W, 3) with person masks bool (F, H, W), in one new look.
+
+    Frames are upright or square: W is at most H.
+    """
     rng = np.random.default_rng(seed)
-    size = frames.shape[1]
+    size, width = frames.shape[1:3]
     looks = frames.astype(np.float32)
     if rng.random() < 0.8:
         looks = looks @ recolouring(rng).T.astype(np.float32)
     if rng.random() < 0.7:
-        looks = np.where(masks[..., None], looks, random_scene(rng, size))
+        looks = np.where(masks[..., None], looks, random_scene(rng, size)[:, :width])
     if rng.random() < 0.7:  # light that falls unevenly
-        looks = looks * (1 + rng.uniform(0, 0.6) * (smooth_field(rng, 4, size)[..., None] - 0.5))
+        light = smooth_field(rng, 4, size)[:, :width, None] - 0.5
+        looks = looks * (1 + rng.uniform(0, 0.6) * light)
     contrast, brightness = rng.uniform(0.7, 1.2), rng.uniform(-30, 30)
     looks = (looks - 128) * contrast + 128 + brightness
     looks += rng.uniform(0, 5) * rng.standard_normal(looks.shape, np.float32)
