@@ -4,7 +4,7 @@ CMU's networks have seen people; these have seen paper puppets, in the pool that
 (or has rendered) and some larger ones. They are the same code, narrower and with fewer stages, and
 trained on what decoding will show them: the crops and the inputs are made by `openpose.py` itself, and a
 target lies where decoding turns it into the true keypoint. Body, hand and face are trained one after
-the other; a run that is interrupted resumes.
+the other, or in processes of their own (`--parts`); a run that is interrupted resumes.
 
     python demo/pretrain_openpose.py --evaluate
 
@@ -51,6 +51,7 @@ SIGMA = 7  # pixels of the input: how far a keypoint's peak reaches, as in OpenP
 LIMB_REACH = 8  # pixels of the input: half the width of a limb's field
 LARGE = 2 * SIZE  # pixels: the side of the larger frames
 EVALUATED = 200  # puppets, numbered from 0, which neither training has seen
+NETS = ("body", "hand", "face")
 PARTS = {"body": slice(0, 18), "face": slice(18, 88), "hands": slice(88, 130)}
 
 
@@ -328,7 +329,10 @@ def main():
     parser.add_argument("--identities", type=int, default=2500, help="puppets in the pool")
     parser.add_argument("--large", type=int, default=600, help="puppets drawn twice as large")
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=(4000, 2500, 1500), metavar=("BODY", "HAND", "FACE")
+        "--steps", type=int, nargs=3, default=(3000, 2000, 1200), metavar=("BODY", "HAND", "FACE")
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=NETS, default=NETS, help="to train; all, to write weights"
     )
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the demo's networks")
     args = parser.parse_args()
@@ -339,8 +343,11 @@ def main():
         pools = load_pools(args.pool, args.work, args.identities, args.large)
         torch.manual_seed(3)
         nets = OpenPose(**SIZES)
-        for part, steps in zip(("body", "hand", "face"), args.steps):
-            train(part, nets.get_submodule(part), pools, args.work, steps, 16, 2e-3)
+        for part, steps in zip(NETS, args.steps):
+            if part in args.parts:
+                train(part, nets.get_submodule(part), pools, args.work, steps, 16, 1e-3)
+        if set(args.parts) != set(NETS):
+            return
         save_openpose(nets, args.out)
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.1f} MB")
 
