@@ -763,16 +763,15 @@ def find_poses(
     nets: OpenPose,
     frames: np.ndarray,
     person: int = 1,
-    hands: bool = True,
-    face: bool = True,
+    whole_bodies: Sequence[int] | None = None,
     smooth: bool = False,
     progress: bool = False,
 ) -> list[Pose]:
     """One person's pose in every frame, uint8 RGB (F, H, W, 3), empty where they are not found.
 
     `person` counts from 1, the most prominent. Short gaps are interpolated, see `fill_gaps`, and
-    hands and faces are looked for there too. Raises ValueError when nobody is found, or fewer
-    people than `person`.
+    hands and face are looked for there too, in all frames or in those that `whole_bodies` names.
+    Raises ValueError when nobody is found, or fewer people than `person`.
     """
     people = detect_bodies(nets, frames, progress)
     tracks = follow_people(people, frames.shape[2] / frames.shape[1])
@@ -786,8 +785,12 @@ def find_poses(
     poses = [Pose()] * len(frames)
     for frame, pose in zip(tracks[person - 1].frames, tracks[person - 1].people):
         poses[frame] = pose
-    alone = [[pose] for pose in fill_gaps(poses)]  # nobody else's hands cost time
-    poses = [pose for (pose,) in detect_parts(nets, frames, alone, hands, face, progress)]
+    poses = fill_gaps(poses)
+    whole_bodies = set(range(len(frames)) if whole_bodies is None else whole_bodies)
+    alone = [[pose] if i in whole_bodies else [] for i, pose in enumerate(poses)]
+    for frame, found in enumerate(detect_parts(nets, frames, alone, progress=progress)):
+        if found:
+            (poses[frame],) = found
     poses = fill_gaps(poses)
     return smooth_poses(poses) if smooth else poses
 
@@ -842,9 +845,9 @@ def main(args: argparse.Namespace) -> None:
     height, width = frames.shape[1:3]
     keep_freed_memory()
     nets = load_openpose(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    parts = not args.body_only
+    whole_bodies = [] if args.body_only else None
     try:
-        poses = find_poses(nets, frames, args.person, parts, parts, args.smooth, progress=True)
+        poses = find_poses(nets, frames, args.person, whole_bodies, args.smooth, progress=True)
     except ValueError as error:
         raise ValueError(f"{args.clip}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Makes a video of the person of a run, following any poses: `python sample.py --poses poses.json`.
+"""Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
 Writes the video, a contact sheet (target pose, result) and the settings with what happened, side by side.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import compute_device, keep_freed_memory, load_model
+from driver import Driver, read_driver
 from evaluate import psnr
-from pose import Pose, absences, draw_pose, load_poses, place_pose, read_canvas
+from pose import Pose, absences, draw_pose, place_pose
 from posecrafter import (
     ddim_timesteps,
     decode_latents,
@@ -27,29 +28,38 @@ from posecrafter import (
     sample,
     select_reference,
 )
-from train import Run, load_run, load_trained, newest_run, parse_range
-from video import VIDEOS_WRITTEN, contact_sheet, cover, open_video, replacing, save_image
+from retarget import proportions, retarget
+from train import Run, add_pose_arguments, load_run, load_trained, newest_run, parse_range
+from video import (
+    VIDEOS_WRITTEN,
+    add_sound,
+    contact_sheet,
+    cover,
+    has_sound,
+    open_video,
+    replacing,
+    save_image,
+)
 
 
-def read_target_poses(path: Path, within: range | None, run: Run) -> list[Pose]:
-    """The poses to follow, on the run's canvas, which they cover as the training frames did.
+def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
+    """The driver's poses on the run's canvas, which they cover as the training frames did.
 
-    Raises ValueError when the range leaves the file, or for frames without a person.
+    Raises ValueError for frames without a person.
     """
-    poses = load_poses(path)
-    within = within or range(len(poses))
-    if within.stop > len(poses):
-        raise ValueError(
-            f"{path}: has {len(poses)} frames, so no frames {within.start}:{within.stop}"
-        )
-    poses = poses[within.start : within.stop]
-    if missing := absences(poses, within.start):
+    if missing := absences(driver.poses, driver.within.start):
         raise ValueError(
             f"{path}: no person in frames {missing}; leave them out with --range, or fill them in"
         )
     height, width = run.frames.shape[1:3]
-    placing = cover(*(read_canvas(path) or (height, width)), height, width)
-    return [place_pose(pose, *placing.placement) for pose in poses]
+    placing = cover(*(driver.canvas or (height, width)), height, width)
+    return [place_pose(pose, *placing.placement) for pose in driver.poses]
+
+
+def is_training_clip(poses: Path, settings: dict) -> bool:
+    """Whether the poses to follow are those of the clip that the run was trained on, or the clip itself."""
+    own = [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
+    return poses.resolve() in own
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -72,10 +82,20 @@ def parse_arguments(
         "--poses",
         type=Path,
         required=True,
-        help="OpenPose keypoints to follow, a JSON list or a folder",
+        help="what to follow: OpenPose JSON, or a video or images of anyone, or of a drawn skeleton",
+    )
+    add_pose_arguments(parser)
+    parser.add_argument(
+        "--smooth", action="store_true", help="take the jitter out of poses found in footage"
     )
     parser.add_argument(
         "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
+    )
+    parser.add_argument(
+        "--retarget",
+        action=argparse.BooleanOptionalAction,
+        help="give the poses the proportions of the person of the run, and their place on the ground "
+        "(default: unless they are the training clip's own)",
     )
     parser.add_argument(
         "--run", type=Path, help="run folder that train.py made (default: the newest)"
@@ -112,7 +132,8 @@ def parse_arguments(
         help="where sampling starts from",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --start noise")
-    parser.add_argument("--fps", type=float, help="of the result (default: the clip's)")
+    parser.add_argument("--fps", type=float, help="of the result (default: the driver's)")
+    parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's samples/)"
     )
@@ -123,7 +144,23 @@ def main(args: argparse.Namespace) -> np.ndarray:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
     settings = run.settings
-    targets = read_target_poses(args.poses, args.range, run)
+    height, width = run.frames.shape[1:3]
+    driver = read_driver(
+        args.poses,
+        args.poses_are,
+        args.range,
+        settings["model"],
+        run.folder / "poses",
+        args.person,
+        args.smooth,
+    )
+    targets, ratios = place_targets(driver, args.poses, run), None
+    if args.retarget or (args.retarget is None and not is_training_clip(args.poses, settings)):
+        try:
+            ratios = proportions(targets, run.poses, width / height)
+        except ValueError as error:
+            raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
+        targets = retarget(targets, run.poses, width / height)
     k = choose_reference(args.reference, run, targets)
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not 0 <= args.edit_step <= args.ddim_steps:
@@ -143,7 +180,6 @@ def main(args: argparse.Namespace) -> np.ndarray:
     model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
     load_trained(model, run.folder / "trained.safetensors")
 
-    height, width = run.frames.shape[1:3]
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
     first_target = len(poses) - len(targets)
     hints = draw_hints(poses, height, width).to(device)
@@ -178,16 +214,25 @@ def main(args: argparse.Namespace) -> np.ndarray:
     frames = []
     decoded = decode_latents(model, latents)
     faithfulness = None if args.no_insert else psnr(next(decoded)[None], run.frames[k : k + 1])
-    with open_video(out, args.fps or settings["fps"], height, width) as write:
+    fps = args.fps or driver.fps or settings["fps"]
+    with open_video(out, fps, height, width) as write:
         for frame in tqdm(decoded, desc="decoding", total=len(targets)):
             write(frame)
             frames.append(frame)
+    # At another speed the sound would run away from the movements.
+    sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
+    if sound:
+        add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
     drawn = [draw_pose(pose, height, width) for pose in targets]
     save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
     report = {
         "run": str(run.folder),
         "poses": str(args.poses),
         "frames": len(frames),
+        "fps": fps,
+        "sound": sound,
+        "retargeted": ratios is not None,
+        "proportions": ratios,  # the subject's to the driver's
         "prompt": args.prompt or settings["prompt"],
         "guidance": args.guidance,
         "ddim_steps": args.ddim_steps,

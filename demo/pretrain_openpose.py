@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import DEMO, keep_freed_memory, load_openpose, save_openpose
-from demo.pretrain import FIRST_IDENTITY, POSES, SIZE, optimise, render_pool
+from demo.pretrain import POSES, ROUNDS, SIZE, optimise, render_pool
 from demo.puppet import motion, pose_of, random_puppet, render
 from openpose import (
     LIMB_MAPS,
@@ -50,6 +50,7 @@ SIZES = {"width": 0.1875, "stages": (2, 2, 1), "hand_sizes": (184,), "face_size"
 SIGMA = 7  # pixels of the input: how far a keypoint's peak reaches, as in OpenPose's training
 LIMB_REACH = 8  # pixels of the input: half the width of a limb's field
 LARGE = 2 * SIZE  # pixels: the side of the larger frames
+LARGE_SEEDS = range(ROUNDS[0].identities.stop, ROUNDS[0].identities.stop + 600)
 EVALUATED = 200  # puppets, numbered from 0, which neither training has seen
 NETS = ("body", "hand", "face")
 PARTS = {"body": slice(0, 18), "face": slice(18, 88), "hands": slice(88, 130)}
@@ -75,24 +76,23 @@ def render_large(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return frame, mask.reshape(LARGE // 4, 4, LARGE // 4, 4).any((1, 3)), stacked(pose)
 
 
-def load_pools(pool: Path, work: Path, identities: int, large: int) -> list[dict[str, np.ndarray]]:
+def load_pools(pool: Path, work: Path) -> list[dict[str, np.ndarray]]:
     """Frames (N, S, S, 3), masks (N, S/4, S/4) and keypoints (N, 130, 3): of the pool, and larger ones.
 
     Renders what is not rendered yet.
     """
-    small = render_pool(pool, identities)
+    seeds = ROUNDS[0].identities
+    small = render_pool(pool, seeds, disguised=0.0)
     path = work / "keypoints.npy"
     if not path.exists():
         with multiprocessing.Pool() as workers:
-            seeds = range(FIRST_IDENTITY, FIRST_IDENTITY + len(small["frames"]))
             found = workers.imap(keypoints_of, seeds, chunksize=8)
             np.save(path, np.stack(list(tqdm(found, "keypoints", len(seeds), mininterval=10))))
     path = work / "large.npz"
     if not path.exists():
         with multiprocessing.Pool() as workers:
-            seeds = FIRST_IDENTITY + len(small["frames"]) + np.arange(large)
-            drawn = workers.imap(render_large, seeds, chunksize=8)
-            columns = zip(*tqdm(drawn, "rendering larger puppets", large, mininterval=10))
+            drawn = workers.imap(render_large, LARGE_SEEDS, chunksize=8)
+            columns = zip(*tqdm(drawn, "larger puppets", len(LARGE_SEEDS), mininterval=10))
             np.savez(path, **dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns))))
     flat = {name: small[name].reshape(-1, *small[name].shape[2:]) for name in ("frames", "masks")}
     keypoints = np.load(work / "keypoints.npy").reshape(-1, 130, 3)
@@ -320,14 +320,15 @@ def evaluate(nets: OpenPose, seeds: Sequence[int], side: int = SIZE) -> dict[str
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--pool", type=Path, default=Path("runs/pretrain"), help="of pretrain.py; made if missing"
+        "--pool",
+        type=Path,
+        default=Path("runs/pretrain/round1"),
+        help="of puppets, shared with pretrain.py; made if missing (default: %(default)s)",
     )
     parser.add_argument(
         "--work", type=Path, default=Path("runs/pretrain_openpose"), help="checkpoints and curves"
     )
     parser.add_argument("--out", type=Path, default=DEMO / "openpose", help="for the weights")
-    parser.add_argument("--identities", type=int, default=2500, help="puppets in the pool")
-    parser.add_argument("--large", type=int, default=600, help="puppets drawn twice as large")
     parser.add_argument(
         "--steps", type=int, nargs=3, default=(3000, 2000, 1200), metavar=("BODY", "HAND", "FACE")
     )
@@ -340,7 +341,7 @@ def main():
     if not args.evaluate:
         args.work.mkdir(parents=True, exist_ok=True)
         args.pool.mkdir(parents=True, exist_ok=True)
-        pools = load_pools(args.pool, args.work, args.identities, args.large)
+        pools = load_pools(args.pool, args.work)
         torch.manual_seed(3)
         nets = OpenPose(**SIZES)
         for part, steps in zip(NETS, args.steps):
