@@ -17,7 +17,8 @@ import pickle
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -251,13 +252,13 @@ def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu")
     else the public ones. Raises as `load_model` does.
     """
     folder = model_path(name) / "openpose"
-    width = read_config(folder, lambda config: config["width"]) or 1.0
+    sizes = read_config(folder, read_openpose_config) or {}
     if folder.is_dir():
         files = {part: folder / f"{part}.safetensors" for part in OPENPOSE_PARTS}
     else:
         files = public_files(OPENPOSE_PARTS, half=False)
     with torch.device("meta"):
-        openpose = OpenPose(width)
+        openpose = OpenPose(**sizes)
     for part, path in files.items():
         fill(openpose.get_submodule(part), part, path, device, torch.float32)
     return openpose.eval()
@@ -415,6 +416,15 @@ def read_text_config(config: dict) -> TextConfig:
         mlp_width=config["intermediate_size"],
         length=config["max_position_embeddings"],
     )
+
+
+def read_openpose_config(config: dict) -> dict:
+    return {
+        "width": float(config["width"]),
+        "stages": [int(stages) for stages in config["stages"]],
+        "hand_sizes": [int(side) for side in config["hand_sizes"]],
+        "face_size": int(config["face_size"]),
+    }
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
@@ -755,7 +765,6 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
     written beside the folder first, so that a full disk or a crash leaves what was there before.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "unet": (model.unet, "diffusion_pytorch_model", unet_config_json(model.unet)),
         "controlnet": (
@@ -770,19 +779,38 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
             text_config_json(model.text_encoder, model.tokenizer),
         ),
     }
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary)
+    with replaced_folder(folder) as new:
         for part, (network, stem, config) in parts.items():
             write_json(new / part / "config.json", config)
             write_tensors(new / part / f"{stem}.safetensors", network, dtype)
         if model.openpose is not None:
-            write_json(new / "openpose" / "config.json", {"width": model.openpose.body.width})
-            for part in OPENPOSE_PARTS:
-                network = model.openpose.get_submodule(part)
-                write_tensors(new / "openpose" / f"{part}.safetensors", network, dtype)
+            write_openpose(model.openpose, new / "openpose", dtype)
         save_tokenizer(model.tokenizer, new / "tokenizer")
         settings = {"size": model.size, "learning_rate": model.learning_rate}
         write_json(new / "posecrafter.json", settings)
+
+
+def save_openpose(
+    openpose: OpenPose, folder: str | Path, dtype: torch.dtype = torch.float16
+) -> None:
+    """Writes the `openpose/` of a model's folder, and as safely."""
+    with replaced_folder(Path(folder)) as new:
+        write_openpose(openpose, new, dtype)
+
+
+def write_openpose(openpose: OpenPose, folder: Path, dtype: torch.dtype) -> None:
+    write_json(folder / "config.json", openpose.config)
+    for part in OPENPOSE_PARTS:
+        write_tensors(folder / f"{part}.safetensors", openpose.get_submodule(part), dtype)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder whose files, once all are written, replace those of the same names in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary)
+        yield new
         for path in sorted(new.rglob("*")):
             target = folder / path.relative_to(new)
             if path.is_dir():

@@ -88,7 +88,7 @@ class PoseMachine(nn.Module):
 class BodyNet(PoseMachine):
     """Where 18 keypoints are, and along which directions limbs join them (`body_pose_model`)."""
 
-    def __init__(self, width: float = 1.0):
+    def __init__(self, width: float = 1.0, stages: int = 6):
         super().__init__(width)
         self.features = self.add(BODY_FEATURES)
         channels = self.get_submodule(self.features[-1]).out_channels
@@ -96,13 +96,13 @@ class BodyNet(PoseMachine):
         limbs = self.add(BODY_STAGE_1, "L1", channels, LIMB_MAPS)
         keypoints = self.add(BODY_STAGE_1, "L2", channels, BODY_MAPS)
         self.branches = [(limbs, keypoints)]
-        for stage in range(2, 7):  # these see what the last one said beside the features
+        for stage in range(2, stages + 1):  # these see what the last one said beside the features
             limbs = self.add(LATER_STAGE, f"stage{stage}_L1", inputs, LIMB_MAPS)
             keypoints = self.add(LATER_STAGE, f"stage{stage}_L2", inputs, BODY_MAPS)
             self.branches.append((limbs, keypoints))
 
     def stages(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What each of the six stages says, as `forward`; training puts a loss on every one."""
+        """What each stage says, as `forward`; training puts a loss on every one."""
         features = x = F.relu(self.run(self.features, images))
         said = []
         for limbs, keypoints in self.branches:
@@ -121,17 +121,17 @@ class BodyNet(PoseMachine):
 class PartNet(PoseMachine):
     """Where the keypoints of one hand (21, `hand_pose_model`) or one face (70, `facenet`) are."""
 
-    def __init__(self, keypoints: int, width: float = 1.0):
+    def __init__(self, keypoints: int, width: float = 1.0, stages: int = 6):
         super().__init__(width)
         maps = keypoints + 1
         self.features = self.add(PART_FEATURES)
         channels = self.get_submodule(self.features[-1]).out_channels
         self.chains = [self.add(PART_STAGE_1, inputs=channels, maps=maps)]
-        for stage in range(2, 7):
+        for stage in range(2, stages + 1):
             self.chains.append(self.add(LATER_STAGE, f"stage{stage}", maps + channels, maps))
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """What each of the six stages says, as `forward`; training puts a loss on every one."""
+        """What each stage says, as `forward`; training puts a loss on every one."""
         features = x = F.relu(self.run(self.features, images))
         said = []
         for layers in self.chains:
@@ -146,14 +146,37 @@ class PartNet(PoseMachine):
         return self.stages(images)[-1]
 
 
-class OpenPose(nn.Module):
-    """The three networks. `width` multiplies their channels; 1 is the public files' size."""
+HAND_SIZES = (184, 368, 552, 736)  # pixels: 0.5, 1, 1.5 and 2 times 368
+FACE_SIZE = 384  # pixels
 
-    def __init__(self, width: float = 1.0):
+
+class OpenPose(nn.Module):
+    """The three networks, by default of the public files' sizes; `OpenPose(**config)` is its twin.
+
+    width: multiplies the public networks' channels
+    stages: of body, hand and face
+    hand_sizes: in pixels, at which a hand is shown; the maps are averaged over them
+    face_size: in pixels, at which a face is shown
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        stages: Sequence[int] = (6, 6, 6),
+        hand_sizes: Sequence[int] = HAND_SIZES,
+        face_size: int = FACE_SIZE,
+    ):
         super().__init__()
-        self.body = BodyNet(width)
-        self.hand = PartNet(21, width)
-        self.face = PartNet(70, width)
+        self.config = {
+            "width": width,
+            "stages": tuple(stages),
+            "hand_sizes": tuple(hand_sizes),
+            "face_size": face_size,
+        }
+        body, hand, face = stages
+        self.body = BodyNet(width, body)
+        self.hand = PartNet(21, width, hand)
+        self.face = PartNet(70, width, face)
 
 
 def run_in_batches(net: nn.Module, images: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -393,9 +416,7 @@ def assemble(
 Box = tuple[int, int, int]  # left, top and side of a square, in pixels
 
 LEAST_BOX = 20  # pixels: smaller hands and faces are not looked for
-HAND_SIZES = (184, 368, 552, 736)  # pixels: 0.5, 1, 1.5 and 2 times 368
-HAND_MAP = 128  # pixels: the size at which the maps of all scales are averaged and read
-FACE_SIZE = 384  # pixels
+HAND_MAP = 128  # pixels: the size at which the maps of all sizes are averaged and read
 NOSE, RIGHT_ARM, LEFT_ARM = 0, slice(2, 5), slice(5, 8)  # of an arm shoulder, elbow, wrist
 
 
@@ -441,18 +462,28 @@ def face_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
     return {"face": (int(x), int(y), int(side))} if side >= LEAST_BOX else {}
 
 
-def find_hands(net: PartNet, crops: Sequence[Tensor]) -> np.ndarray:
-    """Crops of one hand each, uint8 (h, w, 3) -> (N, 21, 3): x, y in the crop's pixels, score."""
-    blurred = []
+def hand_input(crops: Sequence[Tensor], side: int) -> Tensor:
+    """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side), blurred a little first."""
+    images = []
     for crop in crops:
         rows, columns = (blurring(size, 0.8, 3, "reflect") for size in crop.shape[:2])
-        blurred.append(separable(rows, grey_levels(crop), columns).round())
-    heatmaps = 0
-    for side in HAND_SIZES:
-        images = torch.stack([network_input(levels, side, side) for levels in blurred])
-        maps = run_in_batches(net, images)[:, :21]
+        blurred = separable(rows, grey_levels(crop), columns).round()
+        images.append(network_input(blurred, side, side))
+    return torch.stack(images)
+
+
+def face_input(crops: Sequence[Tensor], side: int) -> Tensor:
+    """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side)."""
+    return torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
+
+
+def find_hands(nets: OpenPose, crops: Sequence[Tensor]) -> np.ndarray:
+    """Crops of one hand each, uint8 (h, w, 3) -> (N, 21, 3): x, y in the crop's pixels, score."""
+    heatmaps, sides = 0, nets.config["hand_sizes"]
+    for side in sides:
+        maps = run_in_batches(nets.hand, hand_input(crops, side))[:, :21]
         to_map = cells_to_pixels(maps.shape[-1], side, HAND_MAP)
-        heatmaps += separable(to_map, maps, to_map) / len(HAND_SIZES)
+        heatmaps += separable(to_map, maps, to_map) / len(sides)
     return decode_hands(heatmaps, [crop.shape[:2] for crop in crops])
 
 
@@ -501,15 +532,15 @@ def highest_pixels(maps: Tensor, height: int, width: int) -> np.ndarray:
     return points
 
 
-def find_faces(net: PartNet, crops: Sequence[Tensor]) -> np.ndarray:
+def find_faces(nets: OpenPose, crops: Sequence[Tensor]) -> np.ndarray:
     """Crops of one face each, uint8 (h, w, 3) -> (N, 70, 3): x, y in the crop's pixels, score.
 
     The port also returns the background's highest pixel as a 71st point, and closes the gaps that
     missing points leave. Ours stay in their places.
     """
-    images = [network_input(grey_levels(crop), FACE_SIZE, FACE_SIZE) for crop in crops]
+    images = face_input(crops, nets.config["face_size"])
     faces = []
-    for maps, crop in zip(run_in_batches(net, torch.stack(images))[:, :70], crops):
+    for maps, crop in zip(run_in_batches(nets.face, images)[:, :70], crops):
         height, width = crop.shape[:2]
         maps = F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=True)[0]
         faces.append(highest_pixels(maps, height, width))
@@ -571,10 +602,10 @@ def detect_parts(
     device = next(nets.body.parameters()).device
     height, width = frames.shape[1:3]
     size = np.array([width, height, 1])
-    looks = [("hands", hand_boxes, find_hands, nets.hand)] if hands else []
-    looks += [("faces", face_boxes, find_faces, nets.face)] if face else []
+    looks = [("hands", hand_boxes, find_hands)] if hands else []
+    looks += [("faces", face_boxes, find_faces)] if face else []
     people = [list(in_frame) for in_frame in people]
-    for label, boxes, find, net in looks:
+    for label, boxes, find in looks:
         jobs = [
             (frame, index, part, box)
             for frame, in_frame in enumerate(people)
@@ -588,7 +619,7 @@ def detect_parts(
                     torch.tensor(frames[frame, y : y + side, x : x + side], device=device)
                     for frame, _, _, (x, y, side) in few
                 ]
-                for (frame, index, part, (x, y, _)), points in zip(few, find(net, crops)):
+                for (frame, index, part, (x, y, _)), points in zip(few, find(nets, crops)):
                     points = (points + is_seen(points)[:, None] * (x, y, 0)) / size
                     found = {part: points.astype(np.float32)}
                     people[frame][index] = replace(people[frame][index], **found)
@@ -732,16 +763,15 @@ def find_poses(
     nets: OpenPose,
     frames: np.ndarray,
     person: int = 1,
-    hands: bool = True,
-    face: bool = True,
+    whole_bodies: Sequence[int] | None = None,
     smooth: bool = False,
     progress: bool = False,
 ) -> list[Pose]:
     """One person's pose in every frame, uint8 RGB (F, H, W, 3), empty where they are not found.
 
     `person` counts from 1, the most prominent. Short gaps are interpolated, see `fill_gaps`, and
-    hands and faces are looked for there too. Raises ValueError when nobody is found, or fewer
-    people than `person`.
+    hands and face are looked for there too, in all frames or in those that `whole_bodies` names.
+    Raises ValueError when nobody is found, or fewer people than `person`.
     """
     people = detect_bodies(nets, frames, progress)
     tracks = follow_people(people, frames.shape[2] / frames.shape[1])
@@ -755,8 +785,12 @@ def find_poses(
     poses = [Pose()] * len(frames)
     for frame, pose in zip(tracks[person - 1].frames, tracks[person - 1].people):
         poses[frame] = pose
-    alone = [[pose] for pose in fill_gaps(poses)]  # nobody else's hands cost time
-    poses = [pose for (pose,) in detect_parts(nets, frames, alone, hands, face, progress)]
+    poses = fill_gaps(poses)
+    whole_bodies = set(range(len(frames)) if whole_bodies is None else whole_bodies)
+    alone = [[pose] if i in whole_bodies else [] for i, pose in enumerate(poses)]
+    for frame, found in enumerate(detect_parts(nets, frames, alone, progress=progress)):
+        if found:
+            (poses[frame],) = found
     poses = fill_gaps(poses)
     return smooth_poses(poses) if smooth else poses
 
@@ -811,9 +845,9 @@ def main(args: argparse.Namespace) -> None:
     height, width = frames.shape[1:3]
     keep_freed_memory()
     nets = load_openpose(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    parts = not args.body_only
+    whole_bodies = [] if args.body_only else None
     try:
-        poses = find_poses(nets, frames, args.person, parts, parts, args.smooth, progress=True)
+        poses = find_poses(nets, frames, args.person, whole_bodies, args.smooth, progress=True)
     except ValueError as error:
         raise ValueError(f"{args.clip}: {error}") from None
 

@@ -235,7 +235,7 @@ def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
 
 # ---------------------------------------------------------------------------------------- drawing
 
-_LIMBS = np.array(
+LIMBS = np.array(
     [  # pairs of COCO-18 keypoints, in the order in which OpenPose paints them
         (1, 2),
         (1, 5),
@@ -257,7 +257,7 @@ _LIMBS = np.array(
     ]
 )
 # Each finger is four joints, starting from the wrist.
-_HAND_EDGES = [(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)]
+HAND_EDGES = [(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)]
 
 
 def _rainbow(count: int) -> list[tuple[int, ...]]:
@@ -303,15 +303,15 @@ def draw_pose(
             draw.bitmap(tuple(corners[index].tolist()), stamp, fill=colours[index])
 
     points, seen = pixels(pose.body), is_seen(pose.body)
-    ellipses = _ellipses(points[_LIMBS[:, 0]], points[_LIMBS[:, 1]], 4 * scale).tolist()
-    for limb in np.flatnonzero(seen[_LIMBS].all(axis=1)):
+    ellipses = _ellipses(points[LIMBS[:, 0]], points[LIMBS[:, 1]], 4 * scale).tolist()
+    for limb in np.flatnonzero(seen[LIMBS].all(axis=1)):
         draw.polygon([tuple(corner) for corner in ellipses[limb]], fill=_LIMB_COLOURS[limb])
     discs(points, seen, 4, _BODY_COLOURS)
 
     for hand in (pose.left_hand, pose.right_hand) if hands else ():
         points, seen = pixels(hand), is_seen(hand)
         ends = points.astype(int).tolist()
-        for (start, end), colour in zip(_HAND_EDGES, _HAND_COLOURS):
+        for (start, end), colour in zip(HAND_EDGES, _HAND_COLOURS):
             if seen[start] and seen[end]:
                 # 3: OpenCV, which the annotator draws with, makes lines of thickness 2 that wide
                 draw.line([*ends[start], *ends[end]], fill=colour, width=round(3 * scale))

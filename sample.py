@@ -1,4 +1,4 @@
-"""Makes a video of the person of a run, following any poses: `python sample.py --poses poses.json`.
+"""Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
 Writes the video, a contact sheet (target pose, result) and the settings with what happened, side by side.
 """
@@ -20,9 +20,10 @@ from checkpoint import (
     locate_parts,
     networks_without_weights,
 )
+from driver import Driver, read_driver
 from evaluate import psnr
 from memory import operations, sampling_peak
-from pose import Pose, absences, draw_pose, load_poses, place_pose, read_canvas
+from pose import Pose, absences, draw_pose, place_pose
 from posecrafter import (
     ddim_timesteps,
     decode_latents,
@@ -36,30 +37,39 @@ from posecrafter import (
     sample,
     select_reference,
 )
+from retarget import proportions, retarget
 from slicing import plans
-from train import Run, load_run, load_trained, newest_run, parse_range
-from video import VIDEOS_WRITTEN, contact_sheet, cover, open_video, replacing, save_image
+from train import Run, add_pose_arguments, load_run, load_trained, newest_run, parse_range
+from video import (
+    VIDEOS_WRITTEN,
+    add_sound,
+    contact_sheet,
+    cover,
+    has_sound,
+    open_video,
+    replacing,
+    save_image,
+)
 
 
-def read_target_poses(path: Path, within: range | None, run: Run) -> list[Pose]:
-    """The poses to follow, on the run's canvas, which they cover as the training frames did.
+def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
+    """The driver's poses on the run's canvas, which they cover as the training frames did.
 
-    Raises ValueError when the range leaves the file, or for frames without a person.
+    Raises ValueError for frames without a person.
     """
-    poses = load_poses(path)
-    within = within or range(len(poses))
-    if within.stop > len(poses):
-        raise ValueError(
-            f"{path}: has {len(poses)} frames, so no frames {within.start}:{within.stop}"
-        )
-    poses = poses[within.start : within.stop]
-    if missing := absences(poses, within.start):
+    if missing := absences(driver.poses, driver.within.start):
         raise ValueError(
             f"{path}: no person in frames {missing}; leave them out with --range, or fill them in"
         )
     height, width = run.frames.shape[1:3]
-    placing = cover(*(read_canvas(path) or (height, width)), height, width)
-    return [place_pose(pose, *placing.placement) for pose in poses]
+    placing = cover(*(driver.canvas or (height, width)), height, width)
+    return [place_pose(pose, *placing.placement) for pose in driver.poses]
+
+
+def is_training_clip(poses: Path, settings: dict) -> bool:
+    """Whether the poses to follow are those of the clip that the run was trained on, or the clip itself."""
+    own = [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
+    return poses.resolve() in own
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -82,10 +92,20 @@ def parse_arguments(
         "--poses",
         type=Path,
         required=True,
-        help="OpenPose keypoints to follow, a JSON list or a folder",
+        help="what to follow: OpenPose JSON, or a video or images of anyone, or of a drawn skeleton",
+    )
+    add_pose_arguments(parser)
+    parser.add_argument(
+        "--smooth", action="store_true", help="take the jitter out of poses found in footage"
     )
     parser.add_argument(
         "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
+    )
+    parser.add_argument(
+        "--retarget",
+        action=argparse.BooleanOptionalAction,
+        help="give the poses the proportions of the person of the run, and their place on the ground "
+        "(default: unless they are the training clip's own)",
     )
     parser.add_argument(
         "--run", type=Path, help="run folder that train.py made (default: the newest)"
@@ -139,7 +159,8 @@ def parse_arguments(
         action="store_true",
         help="load nothing; print how much there is to compute, and the memory it takes on a graphics card",
     )
-    parser.add_argument("--fps", type=float, help="of the result (default: the clip's)")
+    parser.add_argument("--fps", type=float, help="of the result (default: the driver's)")
+    parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's samples/)"
     )
@@ -183,8 +204,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
     settings = run.settings
-    targets = read_target_poses(args.poses, args.range, run)
-    k = choose_reference(args.reference, run, targets)
+    height, width = run.frames.shape[1:3]
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not 0 <= args.edit_step <= args.ddim_steps:
         raise ValueError(
@@ -195,11 +215,30 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     out = args.out or run.folder / "samples" / f"{args.poses.stem}.mp4"
     if out.suffix not in VIDEOS_WRITTEN:
         raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    if out.with_suffix(".json").resolve() == args.poses.resolve():
-        raise ValueError(f"{out}: its settings would overwrite {args.poses}; choose another --out")
-
+    if args.poses.resolve() in [
+        out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json")
+    ]:
+        raise ValueError(f"{out}: it and its sheet and settings would overwrite {args.poses}")
     if args.slice is not None and args.slice < 1:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
+
+    driver = read_driver(
+        args.poses,
+        args.poses_are,
+        args.range,
+        settings["model"],
+        run.folder / "poses",
+        args.person,
+        args.smooth,
+    )
+    targets, ratios = place_targets(driver, args.poses, run), None
+    if args.retarget or (args.retarget is None and not is_training_clip(args.poses, settings)):
+        try:
+            ratios = proportions(targets, run.poses, width / height)
+        except ValueError as error:
+            raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
+        targets = retarget(targets, run.poses, width / height)
+    k = choose_reference(args.reference, run, targets)
     if args.plan:
         plan(args, run, len(targets) + (not args.no_insert))
         return None
@@ -211,7 +250,6 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
 
-    height, width = run.frames.shape[1:3]
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
     first_target = len(poses) - len(targets)
     hints = embed_hints(model, poses, height, width)
@@ -254,16 +292,25 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     frames = []
     decoded = decode_latents(model, latents)
     faithfulness = None if args.no_insert else psnr(next(decoded)[None], run.frames[k : k + 1])
-    with open_video(out, args.fps or settings["fps"], height, width) as write:
+    fps = args.fps or driver.fps or settings["fps"]
+    with open_video(out, fps, height, width) as write:
         for frame in tqdm(decoded, desc="decoding", total=len(targets)):
             write(frame)
             frames.append(frame)
+    # At another speed the sound would run away from the movements.
+    sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
+    if sound:
+        add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
     drawn = [draw_pose(pose, height, width) for pose in targets]
     save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
     report = {
         "run": str(run.folder),
         "poses": str(args.poses),
         "frames": len(frames),
+        "fps": fps,
+        "sound": sound,
+        "retargeted": ratios is not None,
+        "proportions": ratios,  # the subject's to the driver's
         "prompt": args.prompt or settings["prompt"],
         "guidance": args.guidance,
         "ddim_steps": args.ddim_steps,

@@ -1,4 +1,4 @@
-"""Fine-tunes the model on a few frames of one clip: `python train.py clip.mp4 --poses clip.poses.json`.
+"""Fine-tunes the model on a few frames of one clip: `python train.py clip.mp4`.
 
 Leaves a run folder that `sample.py` makes new videos from:
 
@@ -8,6 +8,7 @@ Leaves a run folder that `sample.py` makes new videos from:
     settings.json         everything needed to do it again
     loss.csv              step, timestep, loss
     preview.png           the frames and their control images, to check that the poses fit
+    poses/                what was found in pixels, to be found only once
 
 An interrupted run goes on where it stopped when the same command is given again.
 """
@@ -26,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 from checkpoint import Model, compute_device, keep_freed_memory, load_model
-from pose import Pose, draw_pose, has_person, load_poses, place_pose, read_canvas, save_poses
+from driver import KINDS, read_driver, uniform_frames
+from pose import Pose, draw_pose, has_person, load_poses, place_pose, save_poses
 from posecrafter import (
     embed_hints,
     encode_frames,
@@ -62,9 +64,7 @@ class Run:
 def load_run(folder: Path) -> Run:
     """Reads a run folder. Raises FileNotFoundError when there is none, or it is not finished."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such run; make one with: python train.py CLIP --poses POSES"
-        )
+        raise FileNotFoundError(f"{folder}: no such run; make one with: python train.py CLIP")
     if not (folder / "trained.safetensors").exists():
         raise FileNotFoundError(
             f"{folder}: training has not finished; give its command again to go on"
@@ -78,9 +78,7 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     """The finished run that was made last. Raises FileNotFoundError when there is none."""
     finished = sorted(runs.glob("*/trained.safetensors"), key=lambda path: path.stat().st_mtime)
     if not finished:
-        raise FileNotFoundError(
-            f"{runs}/: no finished run; make one with: python train.py CLIP --poses POSES"
-        )
+        raise FileNotFoundError(f"{runs}/: no finished run; make one with: python train.py CLIP")
     return finished[-1].parent
 
 
@@ -102,36 +100,43 @@ def load_trained(model: Model, path: Path) -> None:
 
 
 def read_training_frames(
-    clip: Path, poses_path: Path, frames: int, within: range | None
+    clip: Path, frames: int, within: range | None, poses_path: Path | None, **finding
 ) -> tuple[np.ndarray, list[Pose], list[int], float]:
     """N frames uniformly from a range of the clip, with their poses, indices and frame rate.
 
+    Without `poses_path` the poses are found in the clip itself; `finding` goes on to `read_driver`.
     Raises ValueError when the range holds fewer frames, the poses are another clip's, or a chosen
     frame has no person.
     """
-    poses, count = load_poses(poses_path), count_frames(clip)
-    if abs(count - len(poses)) > 2:  # decoders do not always agree on a video's last frames
-        raise ValueError(f"{poses_path}: has {len(poses)} poses, but {clip} has {count} frames")
-    within = within or range(min(count, len(poses)))
-    if frames < 1 or len(within) < frames:
-        asked = f"{frames} frames asked for, but {within.start}:{within.stop}"
-        raise ValueError(f"{clip}: {asked} has {len(within)}")
-    if within.stop > len(poses):
-        raise ValueError(f"{clip}: frames up to {within.stop} asked for, but it has {count}")
-    indices = np.linspace(within.start, within.stop - 1, frames).round().astype(int).tolist()
-    for index in indices:
-        if not has_person(poses[index]):
+    count = count_frames(clip)
+    asked = within or range(count)
+    if frames < 1 or len(asked) < frames:
+        raise ValueError(
+            f"{clip}: {frames} frames asked for, but {asked.start}:{asked.stop} has {len(asked)}"
+        )
+    if asked.stop > count:
+        raise ValueError(f"{clip}: frames up to {asked.stop} asked for, but it has {count}")
+    if poses_path is None:
+        finding |= {"kind": "video", "whole_bodies": frames}
+    driver = read_driver(poses_path or clip, within=within, **finding)
+    if abs(count - driver.total) > 2:  # decoders do not always agree on a video's last frames
+        raise ValueError(f"{poses_path}: has {driver.total} poses, but {clip} has {count} frames")
+    first = driver.within.start
+    indices = uniform_frames(range(first, min(driver.within.stop, count)), frames)
+    poses = [driver.poses[index - first] for index in indices]
+    for index, pose in zip(indices, poses):
+        if not has_person(pose):
             advice = "choose another --range or --frames"
             raise ValueError(f"{clip}: no person in frame {index} (of its poses); {advice}")
     images, fps = read_frames(clip, indices)
     height, width = images.shape[1:3]
-    canvas = read_canvas(poses_path) or (height, width)
+    canvas = driver.canvas or (height, width)
     if abs(canvas[0] / canvas[1] / (height / width) - 1) > 0.02:
         raise ValueError(
             f"{poses_path}: poses on a canvas of {canvas[1]:g}x{canvas[0]:g}, "
             f"but {clip} has frames of {width}x{height}: another clip's?"
         )
-    return images, [poses[index] for index in indices], indices, fps
+    return images, poses, indices, fps
 
 
 def parse_range(text: str) -> range:
@@ -207,14 +212,28 @@ def train(
     return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
 
 
+def add_pose_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `read_driver` that both command lines have."""
+    parser.add_argument("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
+    parser.add_argument(
+        "--person",
+        type=int,
+        default=1,
+        help="whom to follow in footage, 1 being the most prominent (default)",
+    )
+
+
 def parse_arguments(
     command: list[str] | None = None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clip", type=Path, help="video, or folder of images, of one person")
     parser.add_argument(
-        "--poses", type=Path, help="the clip's OpenPose keypoints, a JSON list or a folder"
+        "--poses",
+        type=Path,
+        help="the clip's poses, OpenPose JSON or a drawn skeleton (default: found in its pixels)",
     )
+    add_pose_arguments(parser)
     parser.add_argument(
         "--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)"
     )
@@ -254,10 +273,6 @@ def parse_arguments(
 def main(args: argparse.Namespace) -> None:
     if not args.clip.exists():
         raise FileNotFoundError(f"{args.clip}: no such clip")
-    if args.poses is None:
-        raise ValueError(
-            f"{args.clip}: give its poses with --poses; finding them in the pixels is still to come"
-        )
     folder = args.run or Path("runs") / args.clip.stem
     if (folder / "trained.safetensors").exists():
         raise ValueError(
@@ -267,7 +282,14 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps {args.steps}: give a number above 0")
 
     images, poses, indices, fps = read_training_frames(
-        args.clip, args.poses, args.frames, args.range
+        args.clip,
+        args.frames,
+        args.range,
+        args.poses,
+        kind=args.poses_are,
+        model=args.model,
+        cache=folder / "poses",
+        person=args.person,
     )
 
     keep_freed_memory()
@@ -280,6 +302,7 @@ def main(args: argparse.Namespace) -> None:
     height, width = placing.height, placing.width
     settings = {
         "clip": str(args.clip),
+        "poses": args.poses and str(args.poses),
         "frames": indices,
         "fps": fps,
         "height": height,

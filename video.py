@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -310,6 +311,30 @@ def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with replacing(path) as unfinished:
         image.save(unfinished)
+
+
+def has_sound(path: str | Path) -> bool:
+    """Whether this is a video with a sound track."""
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() in IMAGES:
+        return False
+    with closing(imageio_ffmpeg.read_frames(path)) as reader:
+        return "audio_codec" in next(reader)
+
+
+def add_sound(path: str | Path, source: str | Path, start: float, seconds: float) -> None:
+    """Lays `seconds` of another video's sound, from `start` on, under a silent video, in place.
+
+    Raises OSError when ffmpeg cannot, and then leaves the video as it was.
+    """
+    with replacing(Path(path)) as unfinished:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", path]
+        command += ["-ss", start, "-i", source, "-map", "0:v", "-map", "1:a:0", "-t", seconds]
+        command += ["-c:v", "copy", "-c:a", "aac", "-movflags", "+faststart", unfinished]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
+            raise OSError(f"{source}: its sound could not be copied ({reason})")
 
 
 # ----------------------------------------------------------------------------------------- sheets

@@ -1,8 +1,8 @@
 """The whole road on puppets, where the truth is known: `python demo/dance.py`, a few minutes on a laptop.
 
-Renders a clip of a puppet that the demo model has never seen, trains on 8 of its first 36 frames, and
-has it dance another dance. Leaves in `runs/demo/` the result, the true video, the poses, a contact sheet
-and the figures. Several puppets get a folder each, and a sheet and figures of all of them.
+Renders a clip of a puppet that the demo model has never seen, finds its poses in the pixels, trains on 8
+of its 36 frames, and has it dance another dance. Leaves in `runs/demo/` the result, the true video, the
+poses, a contact sheet and the figures. Several puppets get a folder each, and a sheet and figures of all.
 """
 
 import argparse
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample
 import train
 from demo.puppet import clip
+from driver import read_driver
 from evaluate import psnr, ssim
 from pose import draw_pose, save_poses
 from video import contact_sheet, save_image, write_video
@@ -34,20 +35,21 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     Writes everything to `run`; an earlier dance there is replaced. Other options go on to
     `sample.py`. Raises ValueError for a folder that holds anything else.
     """
-    if run.exists() and not (run / "clip.poses.json").exists() and any(run.iterdir()):
+    if run.exists() and not (run / "truth.mp4").exists() and any(run.iterdir()):
         raise ValueError(f"{run}: holds something that is not a dance; choose another --run")
     shutil.rmtree(run, ignore_errors=True)
     (run / "clip").mkdir(parents=True)
-    frames, poses, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
-    truth, target_poses, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
-    save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
+    frames, _, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
+    truth, _, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
     for i, frame in enumerate(frames):  # as PNG, which loses nothing
         save_image(run / "clip" / f"{i:04d}.png", frame)
-    save_poses(run / "poses.json", target_poses, SIZE, SIZE)
     write_video(run / "truth.mp4", truth, FPS)
 
-    command = [run / "clip", "--poses", run / "clip.poses.json", "--model", "demo", "--run", run]
+    command = [run / "clip", "--model", "demo", "--run", run]
     train.main(train.parse_arguments(list(map(str, command)))[1])
+    # Poses are all that the true video is looked at for.
+    target_poses = read_driver(run / "truth.mp4", model="demo").poses
+    save_poses(run / "poses.json", target_poses, SIZE, SIZE)
     command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS]
     command += ["--out", run / "result.mp4", *sample_options]
     result = sample.main(sample.parse_arguments(list(map(str, command)))[1])

@@ -1,10 +1,12 @@
 """Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
-width, trained in four stages, each of which resumes where it stopped:
+width, trained in rounds that go on from each other: on puppets as they are, on other puppets of which most
+are in disguise (`scenery.py`), and on large ones in upright frames, as people are filmed with telephones,
+in turn with those of the round before. A round has four stages, each of which resumes where it stopped:
 
 1. render a pool of puppets, each identity in several poses, with control images and captions;
-2. train the VAE on crops of the frames;
+2. train the VAE on the frames;
 3. encode the pool once;
 4. train UNet, ControlNet and text encoder together, on short clips of one identity.
 
@@ -22,14 +24,14 @@ import math
 import multiprocessing
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,16 +39,18 @@ from checkpoint import Model, keep_freed_memory, save_model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import caption, motion, random_puppet, render
+from demo.scenery import disguise
 from demo.vocabulary import learn_merges
-from pose import draw_pose
+from pose import draw_pose, place_pose
 from posecrafter import ALPHAS_CUMPROD, image_tensor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
-FIRST_IDENTITY = 10_000  # training identities are numbered from here; the lower seeds are held out
 POSES = 8  # per identity, drawn from ten seconds of motion
-LEARNING_RATE = 0.001  # of fine-tuning on a clip; 5e-4 to 3e-3 differ by 0.2 dB, none at all loses 0.4
+LEARNING_RATE = (
+    0.001  # of fine-tuning on a clip; 5e-4 to 3e-3 differ by 0.2 dB, none at all loses 0.4
+)
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(
     widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8
@@ -55,38 +59,76 @@ VAE_CONFIG = VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6, s
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round of training: its pool, its numbers of steps and the learning rates they start from."""
+
+    identities: range
+    disguised: float  # share of them
+    height: int  # of the frames, which are SIZE wide
+    crop_steps: int
+    whole_steps: int
+    whole_lr: float
+    steps: int
+    lr: float
+
+
+ROUNDS = (
+    Round(range(10_000, 12_500), 0.0, SIZE, 1000, 900, 1.5e-3, 2150, 1e-3),
+    Round(range(12_500, 15_000), 0.7, SIZE, 0, 1400, 1.5e-3, 1500, 6e-4),
+    Round(range(15_000, 16_000), 0.8, 224, 0, 0, 0.0, 450, 4e-4),
+)
+
+
 # ---- 1. The pool of puppets -------------------------------------------------------------------------
 
 
-def render_identity(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Frames (POSES, SIZE, SIZE, 3) uint8, control images alike, masks (POSES, SIZE/4, SIZE/4) uint8, caption."""
+def render_identity(
+    seed: int, disguised: float, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Frames (POSES, H, W, 3) uint8, control images alike, masks (POSES, H/4, W/4) uint8, caption."""
+    rng = np.random.default_rng((3, seed))
+    in_disguise = rng.random() < disguised
     puppet = random_puppet(seed)
     states = motion(seed, POSES * 15)[::15]  # 1.25 s apart
+    # The part of the square picture that is shown; some are closer to the camera.
+    zoom = rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0
+    side, window = (round(height * zoom), (height, SIZE))
+    top, left = (int(rng.integers(side - shown + 1)) for shown in window)
+    if zoom == 1:
+        left = (side - SIZE) // 2
     frames, hints, masks = [], [], []
     for state in states:
-        frame, pose, mask = render(puppet, state, SIZE)
-        frames.append(frame)
-        hints.append(draw_pose(pose, SIZE, SIZE))
-        masks.append(mask.reshape(SIZE // 4, 4, SIZE // 4, 4).any((1, 3)))
-    return np.stack(frames), np.stack(hints), np.stack(masks).astype(np.uint8), caption(puppet)
+        frame, pose, mask = render(puppet, state, side)
+        shown = np.s_[top : top + height, left : left + SIZE]
+        pose = place_pose(pose, side / SIZE, side / height, -left / SIZE, -top / height)
+        frames.append(frame[shown])
+        hints.append(draw_pose(pose, height, SIZE))
+        masks.append(mask[shown])
+    frames, masks = np.stack(frames), np.stack(masks)
+    if in_disguise:
+        frames = disguise(frames, masks, seed)
+    masks = masks.reshape(POSES, height // 4, 4, SIZE // 4, 4).any((2, 4)).astype(np.uint8)
+    return frames, np.stack(hints), masks, "a person" if in_disguise else caption(puppet)
 
 
-def render_pool(work: Path, identities: int) -> dict[str, np.ndarray]:
+def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
     """Renders what is not rendered yet; returns memory-mapped arrays with one row per identity."""
-    shapes = {"frames": (SIZE, SIZE, 3), "hints": (SIZE, SIZE, 3), "masks": (SIZE // 4, SIZE // 4)}
+    identities, frame = plan.identities, (plan.height, SIZE, 3)
+    shapes = {"frames": frame, "hints": frame, "masks": (plan.height // 4, SIZE // 4)}
     done = work / "captions.json"
     if not done.exists():
         pool = {
             name: np.lib.format.open_memmap(
-                work / f"{name}.npy", "w+", np.uint8, (identities, POSES, *shape)
+                work / f"{name}.npy", "w+", np.uint8, (len(identities), POSES, *shape)
             )
             for name, shape in shapes.items()
         }
         captions = []
         with multiprocessing.Pool() as workers:
-            seeds = range(FIRST_IDENTITY, FIRST_IDENTITY + identities)
-            rendered = workers.imap(render_identity, seeds, chunksize=8)
-            for i in trange(identities, desc="rendering puppets", mininterval=10):
+            draw = partial(render_identity, disguised=plan.disguised, height=plan.height)
+            rendered = workers.imap(draw, identities, chunksize=8)
+            for i in trange(len(identities), desc="rendering puppets", mininterval=10):
                 pool["frames"][i], pool["hints"][i], pool["masks"][i], words = next(rendered)
                 captions.append(words)
         for array in pool.values():
@@ -183,15 +225,19 @@ def optimise(
 # ---- 2. The VAE -------------------------------------------------------------------------------------
 
 
-def train_vae(pool: dict, work: Path, crop_steps: int, whole_steps: int) -> VAE:
+def new_vae() -> VAE:
+    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
+    start_residuals_at_zero(vae)
+    return vae
+
+
+def train_vae(vae: VAE, pool: dict, work: Path, plan: Round) -> None:
     """First on crops around the person, many and cheap, then on whole frames, as it is used.
 
     The second stage matters: a group norm over a crop has other statistics than over a frame, and
     colours come out wrong without it. L1 + L2 + gradient loss, the person counting three times, and
     a light pull to N(0, 1).
     """
-    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
-    start_residuals_at_zero(vae)
     frames, masks = pool["frames"], pool["masks"]
 
     def random_crop(rng, crop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -223,31 +269,23 @@ def train_vae(pool: dict, work: Path, crop_steps: int, whole_steps: int) -> VAE:
         partial(loss_at, stage=1, batch=32, crop=64),
         partial(loss_at, stage=3, batch=8, crop=SIZE),
     )
-    optimise("vae", networks, crops, crop_steps, 2e-3, 0.995, work)
-    optimise("vae_whole", networks, whole, whole_steps, 1.5e-3, 0.995, work)
-    return vae
+    optimise("vae", networks, crops, plan.crop_steps, 2e-3, 0.995, work)
+    optimise("vae_whole", networks, whole, plan.whole_steps, plan.whole_lr, 0.995, work)
 
 
 # ---- 3. The latents ---------------------------------------------------------------------------------
 
 
-def encode_pool(vae: VAE, pool: dict, work: Path) -> tuple[np.ndarray, float]:
-    """The pool's latents (identities, POSES, 4, SIZE/4, SIZE/4), scaled to unit variance, and that scale."""
+def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
+    """The pool's latents, as the VAE gives them: (identities, POSES, 4, H/4, W/4)."""
     path = work / "latents.npy"
     if not path.exists():
         latents = []
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for i in trange(0, len(pool["frames"]), 8, desc="encoding", mininterval=10):
-                latents.append(
-                    vae.encode(image_tensor(pool["frames"][i : i + 8]) * 2 - 1)[0].half().numpy()
-                )
-        np.save(
-            path,
-            np.concatenate(latents).reshape(len(pool["frames"]), POSES, 4, SIZE // 4, SIZE // 4),
-        )
-    latents = np.load(path).astype(np.float32)
-    scale = float(1 / latents.std())
-    return latents * scale, scale
+            for frames in tqdm(pool["frames"], desc="encoding", mininterval=10):
+                latents.append(vae.encode(image_tensor(frames) * 2 - 1)[0].half().numpy())
+        np.save(path, np.stack(latents))
+    return np.load(path).astype(np.float32)
 
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
@@ -312,16 +350,7 @@ def training_batch(
     }
 
 
-def train_networks(
-    pool: dict,
-    latents: np.ndarray,
-    tokenizer: Tokenizer,
-    work: Path,
-    steps: int,
-    clips: int = 6,
-    frames: int = 3,
-) -> nn.ModuleDict:
-    torch.manual_seed(2)
+def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
     text = TextEncoder(TextConfig(**{**TEXT.__dict__, "vocab_size": len(tokenizer.vocab)}))
     unet, controlnet = UNet(UNET), ControlNet(UNET, HINT_WIDTHS)
     for module in unet.modules():
@@ -329,19 +358,35 @@ def train_networks(
             del module.attn_temp, module.conv_temp
     networks = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text})
     start_residuals_at_zero(networks)
-    networks.to(memory_format=torch.channels_last)
+    return networks.to(memory_format=torch.channels_last)
+
+
+def train_networks(
+    networks: nn.ModuleDict,
+    pools: list[tuple[dict, np.ndarray]],
+    tokenizer: Tokenizer,
+    work: Path,
+    plan: Round,
+    frames: int = 3,
+) -> None:
+    """Trains on pools and their latents in turn, on as many clips as make 6 square ones' pixels."""
+    unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
+    # A round that goes on from another has learned to look at frame 0 already.
+    first_progress = 0.0 if plan is ROUNDS[0] else 0.2
 
     def loss_at(step: int) -> Tensor:
-        batch = training_batch(
-            np.random.default_rng((2, step)), pool, latents, step / steps, clips, frames
-        )
+        progress = first_progress + (1 - first_progress) * step / plan.steps
+        rng = np.random.default_rng((2, step))
+        pool, latents = pools[step % len(pools)]
+        clips = 6 * SIZE // pool["frames"].shape[2]
+        batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):
             context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
             control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
             predicted = unet(batch["latents"], batch["timestep"], context, control)
         return (batch["weight"] * (predicted.float() - batch["noise"]) ** 2).mean()
 
-    return optimise("networks", networks, loss_at, steps, 1e-3, 0.998, work)
+    optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work)
 
 
 def main():
@@ -352,22 +397,25 @@ def main():
     parser.add_argument(
         "--out", type=Path, default=Path("demo/weights"), help="where the finished model goes"
     )
-    parser.add_argument("--identities", type=int, default=2500, help="puppets in the pool")
-    parser.add_argument(
-        "--vae-steps", type=int, nargs=2, default=(1000, 900), metavar=("CROPS", "WHOLE")
-    )
-    parser.add_argument("--steps", type=int, default=2150)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
 
     keep_freed_memory()
     torch.manual_seed(1)
-    pool = render_pool(args.work, args.identities)
-    vae = train_vae(pool, args.work, *args.vae_steps)
-    latents, scale = encode_pool(vae, pool, args.work)
-    vocab, merges = learn_merges(pool["captions"], 200)
-    tokenizer = Tokenizer(vocab, merges, length=TEXT.length)
-    networks = train_networks(pool, latents, tokenizer, args.work, args.steps)
+    vae = new_vae()
+    for number, plan in enumerate(ROUNDS, start=1):
+        work = args.work / f"round{number}"
+        work.mkdir(parents=True, exist_ok=True)
+        pool = render_pool(work, plan)
+        train_vae(vae, pool, work, plan)
+        latents = encode_pool(vae, pool, work)
+        if plan.whole_steps:  # then latents of rounds before are another VAE's
+            pools, scale = [], float(1 / latents.std())
+        pools.append((pool, latents * scale))
+        if number == 1:
+            tokenizer = Tokenizer(*learn_merges(pool["captions"], 200), length=TEXT.length)
+            torch.manual_seed(2)
+            networks = new_networks(tokenizer)
+        train_networks(networks, pools, tokenizer, work, plan)
     vae.config = replace(vae.config, scale=scale)
     model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, learning_rate=LEARNING_RATE)
     save_model(model, args.out)

@@ -508,6 +508,12 @@ def _face(puppet: Puppet, state: State, head: _Head) -> np.ndarray:
     )
 
 
+def pose_of(puppet: Puppet, state: State) -> Pose:
+    """The pose that `render` gives, without the picture."""
+    bones = _skeleton(puppet, state)
+    return _pose(puppet, state, bones, _face(puppet, state, bones.head))
+
+
 def _pose(puppet: Puppet, state: State, bones: _Skeleton, face: np.ndarray) -> Pose:
     eyes = bones.head.front([(side * 0.39, -0.07) for side in SIDES])
     ears = bones.head.solid([(side * 0.97, 0.0, -0.1) for side in SIDES])

@@ -314,11 +314,11 @@ def test_half_precision_files_are_preferred_in_half_precision_only(saved, tmp_pa
 
 
 def test_a_model_s_own_openpose_is_saved_and_loaded(model, tmp_path):
-    openpose = OpenPose(width=0.05)
+    openpose = OpenPose(0.05, stages=(3, 2, 1), hand_sizes=(40, 80), face_size=64)
     path = tmp_path / "model"
     save_model(Model(**{**model.__dict__, "openpose": openpose}), path, torch.float32)
     loaded = load_openpose(path)
-    assert loaded.body.width == 0.05 and not loaded.training
+    assert loaded.config == openpose.config and not loaded.training
     assert same(loaded.state_dict(), openpose.state_dict())
     assert load_model(path).openpose is None  # it takes time, and is rarely needed
 
@@ -813,7 +813,7 @@ def test_sd15_is_downloaded_once(hub, small, model):
 
 def test_the_public_openpose_is_downloaded(hub, monkeypatch, tmp_path):
     openpose = OpenPose(width=0.05)
-    monkeypatch.setattr(checkpoint, "OpenPose", lambda width: OpenPose(0.05 * width))
+    monkeypatch.setattr(checkpoint, "OpenPose", lambda: OpenPose(width=0.05))
     for part, name in [
         ("body", "body_pose_model"),
         ("hand", "hand_pose_model"),

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import driver
 import sample
 import train
 from checkpoint import Model, save_model
@@ -18,11 +20,11 @@ from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import clip
 from demo.vocabulary import learn_merges
-from pose import Pose, save_poses
+from pose import Pose, load_poses, save_poses
 from posecrafter import training_loss
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from video import read_frames, save_image, write_video
+from video import add_sound, has_sound, read_frames, save_image, write_video
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
@@ -203,6 +205,35 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     assert len((workplace / "runs" / "interrupted" / "loss.csv").read_text().splitlines()) == 4
 
 
+def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, monkeypatch):
+    frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=12, size=SIZE)
+    looked_at = []
+
+    def find(nets, frames, person=1, whole_bodies=None, smooth=False, progress=False):
+        looked_at.append(whole_bodies)
+        return poses[: len(frames)]
+
+    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
+    monkeypatch.setattr(driver, "find_poses", find)
+    main(workplace, *TRAIN[:2], *TRAIN[4:], "--run", "runs/pixels", "--frames", 4)
+    assert looked_at == [[0, 4, 7, 11]]
+    given = load_poses(workplace / "runs" / "first" / "frames.poses.json")
+    found = load_poses(workplace / "runs" / "pixels" / "frames.poses.json")
+    assert all(np.abs(a.body - b.body).max() < 1e-4 for a, b in zip(given, found, strict=True))
+
+    write_video(workplace / "loud.mp4", frames[:6], 8)
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-f", "lavfi", "-i", "sine", "-t", "1"]
+    subprocess.run([*ffmpeg, workplace / "tone.wav"], check=True, capture_output=True)
+    add_sound(workplace / "loud.mp4", workplace / "tone.wav", 0, 1)
+    command = ("sample.py", "--poses", "loud.mp4", "--run", "runs/pixels", "--ddim-steps", 3)
+    main(workplace, *command, "--out", "loud_result.mp4")
+    main(workplace, *command, "--out", "silent_result.mp4", "--no-audio")
+    assert looked_at[1:] == [list(range(6))], "found twice"
+    assert has_sound(workplace / "loud_result.mp4")
+    assert not has_sound(workplace / "silent_result.mp4")
+    assert read_frames(workplace / "loud_result.mp4")[1] == 8, "the driver's speed, not the clip's"
+
+
 # ---- Bad inputs: one line, exit code 2, nothing written -----------------------------------------
 
 
@@ -213,10 +244,6 @@ def test_a_missing_clip_is_named(workplace):
 def test_an_unreadable_clip_is_named(workplace):
     (workplace / "broken.mp4").write_bytes(b"not a video" * 100)
     assert "broken.mp4: not a readable" in refusal(workplace, "train.py", "broken.mp4", *TRAIN[2:])
-
-
-def test_a_clip_without_poses_is_refused(workplace):
-    assert "--poses" in refusal(workplace, "train.py", "clip.mp4", "--model", "model")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +289,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--ddim-steps", 0), "0 DDIM steps"),
         (("--slice", 0), "--slice 0"),
         (("--out", "result.gif"), "must end in .mp4"),
-        (("--out", "clip.mp4"), "would overwrite clip.json"),
+        (("--out", "clip.mp4"), "would overwrite"),
     ],
 )
 def test_sampling_refuses(workplace, trained, options, words):

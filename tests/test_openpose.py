@@ -492,7 +492,9 @@ def test_finding_poses_follows_one_and_says_when_there_is_nobody_to_follow():
     script = [[standing(30, 80, 40), standing(90 + i, 90, 80)] for i in range(9)]
     script[4] = []
     large = find_poses(acted(script, height, width), frames)
-    small = find_poses(acted(script, height, width), frames, person=2, hands=False, smooth=True)
+    small = find_poses(
+        acted(script, height, width), frames, person=2, whole_bodies=[0], smooth=True
+    )
     assert all(position(pose) > 0.65 for pose in large)
     assert all(position(pose) < 0.35 for pose in small)
     assert (large[4].body[:, 2] == np.float32(INTERPOLATED)).all()
@@ -510,8 +512,12 @@ def test_hands_are_found_where_the_arm_was_only_interpolated():
     x, y, side = hand_boxes(body, height, width)["left_hand"]
     frames = np.full((3, height, width, 3), 90, np.uint8)
     frames[:, y + side // 2 : y + side // 2 + 7, x + side // 2 : x + side // 2 + 7] = (255, 0, 0)
-    poses = find_poses(acted([[body], [no_arm], [body]], height, width), frames, face=False)
+    poses = find_poses(acted([[body], [no_arm], [body]], height, width), frames)
     assert poses[1].left_hand[8, 2] > INTERPOLATED
+    assert poses[0].left_hand.any()
+    poses = find_poses(acted([[body], [no_arm], [body]], height, width), frames, whole_bodies=[1])
+    assert poses[1].left_hand.any()
+    assert not poses[0].left_hand.any() and poses[0].body.any()
 
 
 # ---- The command line ---------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""The poses to follow, from whatever the user has: a JSON file, footage of anyone, a drawn skeleton.
+
+`train.py` reads the poses of its own clip this way, `sample.py` those of the driver.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import keep_freed_memory, load_openpose
+from drawn import is_drawn, read_drawn
+from openpose import find_poses
+from pose import Pose, load_poses, read_canvas, save_poses
+from video import count_frames, read_frames
+
+KINDS = ("json", "drawn", "video")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A sequence of poses, canvas-normalised, and what its source says beside them."""
+
+    poses: list[Pose]  # of the frames `within`
+    within: range
+    total: int  # frames in the whole source
+    canvas: tuple[int, int] | None  # (height, width); a JSON file may not say
+    fps: float | None  # frames per second; a JSON file does not say
+
+
+def read_driver(
+    path: Path,
+    kind: str | None = None,
+    within: range | None = None,
+    model: str = "sd15",
+    cache: Path | None = None,
+    person: int = 1,
+    smooth: bool = False,
+    whole_bodies: int | None = None,
+) -> Driver:
+    """Reads the poses of the frames `within` (default: all) of a JSON file, or of a video or images.
+
+    kind: one of KINDS; None finds out. Footage is looked at with the OpenPose networks of `model` (see
+    `load_openpose`), following one `person` (1: the most prominent), optionally `smooth`ed; hands and
+    face, which take most of the time, in all frames or in so many `whole_bodies` of them, uniformly.
+    What they find is kept in the folder `cache`.
+
+    Raises FileNotFoundError, OSError and ValueError, naming the file and what is wrong with it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; poses are OpenPose JSON, a video or images"
+        )
+    if kind is None and (path.suffix.lower() == ".json" or holds_json(path)):
+        kind = "json"
+    poses = load_poses(path) if kind == "json" else None
+    total = len(poses) if poses is not None else count_frames(path)
+    within = within or range(total)
+    if within.stop > total:
+        raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
+    if poses is not None:
+        return Driver(poses[within.start : within.stop], within, total, read_canvas(path), None)
+
+    frames, fps = read_frames(path, within)
+    canvas = frames.shape[1:3]
+    if kind is None:
+        kind = "drawn" if is_drawn(frames[:: max(1, len(frames) // 16)]) else "video"
+    if kind == "drawn":
+        return Driver(read_drawn(frames), within, total, canvas, fps)
+
+    asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
+    name = f"{path.stem}.{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.poses.json"
+    found = cache and cache / name
+    if found and found.exists():
+        return Driver(load_poses(found), within, total, canvas, fps)
+    keep_freed_memory()
+    nets = load_openpose(model, "cuda" if torch.cuda.is_available() else "cpu")
+    whole = uniform_frames(range(len(frames)), whole_bodies or len(frames))
+    try:
+        poses = find_poses(nets, frames, person, whole, smooth=smooth, progress=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if found:
+        cache.mkdir(parents=True, exist_ok=True)
+        save_poses(found, poses, canvas[1], canvas[0])
+        poses = load_poses(found)  # rounded, as the next run will read them
+    return Driver(poses, within, total, canvas, fps)
+
+
+def uniform_frames(within: range, number: int) -> list[int]:
+    """`number` frames of a range, evenly spaced from its first to its last."""
+    return np.linspace(within.start, within.stop - 1, number).round().astype(int).tolist()
+
+
+def holds_json(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.json"))
+
+
+def fingerprint(path: Path) -> list:
+    """What changes when the file, or a file in the folder, does."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path.resolve()]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -1,0 +1,249 @@
+"""One person's motion in another one's proportions: `retarget(driver, subject, aspect)`.
+
+A driver who is built differently asks the model for a body that it has not seen in training, and the
+subject's face and figure give way (the paper's supplement, Fig. 3c). Here every bone keeps the direction
+that the driver gives it and takes the length that it has in the subject; face and hands keep their shape
+and take the subject's size; feet stand where the subject's stand.
+
+Inside, points are (x, y) in canvas heights, so that lengths do not depend on the canvas's shape, and
+missing ones are nan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pose import Pose, has_person, is_seen
+
+# Keypoints of the body, and two joints of our own: the head's centre and the middle of the hips.
+NOSE, NECK, EYES, EARS = 0, 1, [14, 15], [16, 17]
+SHOULDERS, WRISTS, HIPS, ANKLES = [2, 5], [4, 7], [8, 11], [10, 13]
+HEAD, PELVIS, JOINTS = 18, 19, 20
+
+# The tree: each joint's parent and the bone between them, parents first. Left and right share a bone.
+# The head is one piece. Through the pelvis, the torso's length and the hips' width have ratios of their
+# own: somebody with narrow hips need not have a short back.
+TREE: dict[int, tuple[int, str]] = {
+    HEAD: (NECK, "neck"),
+    **{joint: (HEAD, "head") for joint in (NOSE, *EYES, *EARS)},
+    **{joint: (NECK, "shoulder") for joint in SHOULDERS},
+    **{joint: (joint - 1, "upper arm") for joint in (3, 6)},
+    **{joint: (joint - 1, "forearm") for joint in WRISTS},
+    PELVIS: (NECK, "torso"),
+    **{joint: (PELVIS, "hip") for joint in HIPS},
+    **{joint: (joint - 1, "thigh") for joint in (9, 12)},
+    **{joint: (joint - 1, "shin") for joint in ANKLES},
+}
+
+JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
+PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
+# A bone that points at the camera looks short, so medians depend on what the dance was; the longest that
+# a bone ever looks depends on how many frames there are, and on the detector's mistakes. Between parts of
+# one real dance, where every ratio should be 1, arms and legs are 10 % off with the median, 6 % with the
+# upper quartile, 8 % with the maximum.
+LENGTH = 0.75
+SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
+# Feet are on the ground for most of a clip and above it for the rest: the height of the lower foot that
+# three quarters of the frames do not go below is the ground's, and no single mistake of a detector's.
+GROUND = 0.75
+
+
+def retarget(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> list[Pose]:
+    """The driver's poses, frame by frame, as the subject would take them.
+
+    `driver` and `subject` are poses on one canvas of width / height = `aspect`, for example the
+    poses to follow and those of the training frames. What the driver misses stays missing. A driver
+    with the subject's proportions comes back unchanged, apart from `_placement`.
+
+    Raises ValueError if either has nobody in it, or no part of the body is seen in both.
+    """
+    ratios = proportions(driver, subject, aspect)
+    source, target = _read(driver, aspect), _read(subject, aspect)
+    joints = np.stack([_carry(frame, ratios) for frame in source.joints])
+    joints += _placement(source.joints, joints, target.joints, ratios["scale"])[:, None]
+
+    def attach(part: np.ndarray, joint: int, ratio: float) -> np.ndarray:
+        """A part of the driver (F, K, 2), scaled and moved to where its joint has gone."""
+        return joints[:, joint, None] + ratio * (part - source.joints[:, joint, None])
+
+    face = attach(source.face, HEAD, ratios["head"])
+    right, left = (attach(hand, wrist, ratios["hand"]) for hand, wrist in zip(source.hands, WRISTS))
+    parts = zip(joints[:, :HEAD], face, left, right)
+    return [
+        Pose(*(_write(moved, part, aspect) for moved, part in zip(frame, vars(pose).values())))
+        for frame, pose in zip(parts, driver)
+    ]
+
+
+# ---- Points -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Points:
+    joints: np.ndarray  # (F, JOINTS, 2)
+    face: np.ndarray  # (F, 70, 2)
+    hands: tuple[np.ndarray, np.ndarray]  # right and left, (F, 21, 2)
+
+
+def _read(poses: Sequence[Pose], aspect: float) -> _Points:
+    """Joints that others stand in for are filled in: `_write` leaves them out again."""
+
+    def points(name: str) -> np.ndarray:
+        part = np.stack([getattr(pose, name) for pose in poses]).astype(np.float64)
+        return np.where(part[..., 2:] > 0, part[..., :2] * (aspect, 1), np.nan)
+
+    body, face = points("body"), points("face")
+    hands = points("right_hand"), points("left_hand")
+    joints = np.full((len(poses), JOINTS, 2), np.nan)
+    joints[:, :HEAD] = body
+
+    def fill(joint: int, *others: np.ndarray) -> None:
+        for other in others:
+            joints[:, joint] = np.where(np.isnan(joints[:, joint]), other, joints[:, joint])
+
+    fill(NECK, body[:, SHOULDERS].mean(axis=1))  # which is where COCO's necks come from
+    fill(PELVIS, body[:, HIPS].mean(axis=1))
+    features = np.concatenate([body[:, EYES + EARS], face], axis=1)
+    fill(HEAD, face[:, JAW].mean(axis=1), body[:, NOSE], _centre(features))
+    for wrist, hand in zip(WRISTS, hands):
+        fill(wrist, hand[:, 0], _centre(hand))
+    return _Points(joints, face, hands)
+
+
+def _write(points: np.ndarray, part: np.ndarray, aspect: float) -> np.ndarray:
+    """Points (K, 2) in place of those of a pose's part (K, 3), where that part has seen them."""
+    moved = np.concatenate([points / (aspect, 1), part[:, 2:]], axis=1)
+    return np.where(is_seen(part)[:, None], moved, 0).astype(np.float32)
+
+
+def _centre(points: np.ndarray) -> np.ndarray:
+    """The mean (F, 2) of the points (F, K, 2) that are seen; nan where none is."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(points, axis=1) / (~np.isnan(points)).sum(axis=1)
+
+
+# ---- Proportions --------------------------------------------------------------------------------
+
+
+def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> dict[str, float]:
+    """How many times longer the subject's bones are: by bone, with "head", "hand" and "scale".
+
+    "scale", the median over the bones, also stands for those that either clip does not show.
+    Raises what `retarget` raises.
+    """
+    for whose, poses in {"driver": driver, "subject": subject}.items():
+        if not any(has_person(pose) for pose in poses):
+            raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
+    ours, theirs = (_lengths(_read(poses, aspect)) for poses in (subject, driver))
+    measured = {
+        name: float(ours[name] / theirs[name])
+        for name in ours
+        if ours[name] > SHORTEST and theirs[name] > SHORTEST  # which nan is not
+    }
+    # the same thing measured in two ways: the first is the better one
+    for name, instead in (("neck", "neck to nose"), ("head", "between eyes")):
+        if instead in measured:
+            measured.setdefault(name, measured[instead])
+    bones = list(dict.fromkeys(bone for _, bone in TREE.values()))
+    seen = [measured[bone] for bone in bones if bone in measured]
+    if not seen:
+        raise ValueError("retargeting: the poses of driver and subject share no bone")
+    scale = float(np.median(seen))
+    ratios = {bone: measured.get(bone, scale) for bone in bones}
+    ratios["hand"] = measured.get("hand", ratios["forearm"])
+    return ratios | {"scale": scale}
+
+
+def _lengths(points: _Points) -> dict[str, float]:
+    """How long each bone is, and what else can be measured; nan if it is never seen."""
+    joints, jaw = points.joints, points.face[:, JAW]
+
+    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(a - b, axis=-1)
+
+    def spread(part: np.ndarray) -> np.ndarray:
+        """The distance of a part's points (F, K, 2) from their mean: (F,)."""
+        return np.sqrt((distance(part, part.mean(axis=1, keepdims=True)) ** 2).mean(axis=1))
+
+    limbs: dict[str, list[np.ndarray]] = {}
+    for joint, (parent, bone) in TREE.items():
+        limbs.setdefault(bone, []).append(distance(joints[:, joint], joints[:, parent]))
+    # The head's place and size like for like: never a jaw's in one clip and a nose's in the other.
+    return {bone: _usual_length(*both_sides) for bone, both_sides in limbs.items()} | {
+        "neck": _usual_length(distance(jaw.mean(axis=1), joints[:, NECK])),
+        "neck to nose": _usual_length(distance(joints[:, NOSE], joints[:, NECK])),
+        "head": _usual_length(spread(jaw)),
+        "between eyes": _usual_length(distance(joints[:, EYES[0]], joints[:, EYES[1]])),
+        # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
+        "hand": _usual_length(*(spread(hand[:, PALM]) for hand in points.hands), quantile=0.5),
+    }
+
+
+def _usual_length(*lengths: np.ndarray, quantile: float = LENGTH) -> float:
+    seen = np.concatenate(lengths)
+    seen = seen[~np.isnan(seen)]
+    return float(np.quantile(seen, quantile)) if len(seen) else np.nan
+
+
+# ---- Motion -------------------------------------------------------------------------------------
+
+
+def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
+    """One frame's joints (JOINTS, 2), each at its bone's new length from its parent.
+
+    Where the parent is missing, the joint is carried by the nearest ancestor that is seen, with the
+    mean ratio of the bones between them; where none is seen, it is a root, scaled about the origin.
+    """
+    moved = ratios["scale"] * joints
+    for joint, (parent, bone) in TREE.items():
+        passed = [ratios[bone]]
+        while np.isnan(joints[parent, 0]) and parent in TREE:
+            parent, bone = TREE[parent]
+            passed.append(ratios[bone])
+        if not np.isnan(joints[parent, 0]):
+            moved[joint] = moved[parent] + np.mean(passed) * (joints[joint] - joints[parent])
+    return moved
+
+
+def _placement(
+    driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale: float
+) -> np.ndarray:
+    """Where on the canvas: the shift (F, 2) of `moved`, the driver's joints after `_carry`.
+
+    Across, the pelvis takes the driver's path times `scale`, about the path's median. A driver
+    elsewhere on the canvas stays there up to a shoulders' width from where the training frames show
+    the subject, and no further away: the model knows no subject there. Upright, the lower foot is as
+    high above the subject's ground as it was above the driver's, times `scale`. Where either clip is
+    without feet, the neck takes their part, and comes as high as in the training frames.
+    """
+    frames = np.arange(len(driver))
+    shoulders = np.linalg.norm(subject[:, SHOULDERS[0]] - subject[:, SHOULDERS[1]], axis=1)
+    width = np.nan_to_num(_usual_length(shoulders))
+    shift = np.empty((len(driver), 2))
+    for axis, slack in enumerate((width, 0)):
+        before, after, goal = (_courses(joints, axis) for joints in (driver, moved, subject))
+        anchor = next(name for name in goal if _usual(name, before) and _usual(name, goal))
+        if anchor == "lower foot":
+            start, end = (np.nanquantile(course[anchor], GROUND) for course in (before, goal))
+        else:
+            start, there = np.nanmedian(before[anchor]), goal[anchor]
+            end = np.clip(start, np.nanmin(there) - slack, np.nanmax(there) + slack)
+        path = scale * (before[anchor] - start) + end - after[anchor]
+        seen = ~np.isnan(path)
+        shift[:, axis] = np.interp(frames, frames[seen], path[seen])
+    return shift
+
+
+def _courses(joints: np.ndarray, axis: int) -> dict[str, np.ndarray]:
+    """What can tell a body's place, best first: the course (F,) of one coordinate of each."""
+    foot = np.fmax(*joints[:, ANKLES, 1].T)
+    best = {"lower foot": foot} if axis == 1 else {"pelvis": joints[:, PELVIS, 0]}
+    centre = _centre(joints)[:, axis]
+    return best | {"neck": joints[:, NECK, axis], "head": joints[:, HEAD, axis], "centre": centre}
+
+
+def _usual(name: str, courses: dict[str, np.ndarray]) -> bool:
+    """Whether at least half of the frames that show anything show this."""
+    seen, anything = (~np.isnan(courses[key]) for key in (name, "centre"))
+    return 2 * seen.sum() >= anything.sum()

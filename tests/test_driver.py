@@ -1,0 +1,172 @@
+"""Poses from whatever the user has: found out, read, found in pixels once, and refused with a reason."""
+
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+import driver
+from demo.puppet import clip
+from driver import read_driver, uniform_frames
+from pose import Pose, draw_pose, save_poses
+from video import add_sound, count_frames, has_sound, read_frames, save_image, write_video
+
+SIZE = 128
+
+
+@pytest.fixture(scope="module")
+def puppet() -> tuple[np.ndarray, list[Pose]]:
+    frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=12, size=SIZE)
+    return frames, poses
+
+
+@pytest.fixture
+def finder(monkeypatch, puppet):
+    """Instead of the networks, which take minutes: knows the puppet's poses, and counts its calls."""
+    calls = []
+
+    def find(nets, frames, person=1, whole_bodies=None, smooth=False, progress=False):
+        calls.append((len(frames), person, whole_bodies, smooth))
+        return puppet[1][: len(frames)]
+
+    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
+    monkeypatch.setattr(driver, "find_poses", find)
+    return calls
+
+
+def test_a_json_list_and_a_folder_of_json_are_read_as_such(tmp_path, puppet):
+    _, poses = puppet
+    save_poses(tmp_path / "list.json", poses, 200, 100)
+    (tmp_path / "folder").mkdir()
+    for i, pose in enumerate(poses):
+        save_poses(tmp_path / "folder" / f"{i}.json", [pose], 200, 100)
+    for name in ("list.json", "folder"):
+        found = read_driver(tmp_path / name, within=range(3, 7))
+        assert (found.total, len(found.poses)) == (12, 4)
+        assert found.canvas == (100, 200) and found.fps is None
+        np.testing.assert_allclose(found.poses[0].body[:14], poses[3].body[:14], atol=1e-4)
+
+
+def test_a_drawn_skeleton_is_told_from_footage_and_can_be_declared(tmp_path, puppet, finder):
+    frames, poses = puppet
+    drawn = [draw_pose(pose, 256, 256) for pose in poses]
+    write_video(tmp_path / "drawn.mp4", drawn, 12)
+    write_video(tmp_path / "footage.mp4", frames, 12)
+    read = read_driver(tmp_path / "drawn.mp4")
+    assert not finder, "the networks were asked about a drawing"
+    assert np.abs(read.poses[5].body[2:8, :2] - poses[5].body[2:8, :2]).max() < 0.02
+    assert (read.canvas, read.fps) == ((256, 256), 12)
+    read_driver(tmp_path / "footage.mp4")
+    assert len(finder) == 1
+    read_driver(tmp_path / "drawn.mp4", kind="video")
+    assert len(finder) == 2
+
+
+def test_what_was_found_in_pixels_is_kept_until_anything_changes(tmp_path, puppet, finder):
+    frames, poses = puppet
+    clip_path, cache = tmp_path / "clip.mp4", tmp_path / "cache"
+    write_video(clip_path, frames, 12)
+    first = read_driver(clip_path, cache=cache)
+    again = read_driver(clip_path, cache=cache)
+    assert len(finder) == 1
+    assert all(np.array_equal(a.body, b.body) for a, b in zip(first.poses, again.poses))
+    np.testing.assert_allclose(first.poses[3].body[:14], poses[3].body[:14], atol=1e-4)
+    for n, change in enumerate(({"person": 2}, {"smooth": True}, {"within": range(4)}), start=2):
+        read_driver(clip_path, cache=cache, **change)
+        assert len(finder) == n
+    write_video(clip_path, frames[:9], 12)
+    assert len(read_driver(clip_path, cache=cache).poses) == 9
+    assert len(finder) == 5
+
+
+def test_only_the_frames_asked_for_are_looked_at_and_hands_only_where_wanted(
+    tmp_path, puppet, finder
+):
+    (tmp_path / "frames").mkdir()
+    for i, frame in enumerate(puppet[0]):
+        save_image(tmp_path / "frames" / f"{i}.png", frame)
+    found = read_driver(tmp_path / "frames", within=range(2, 11), whole_bodies=3)
+    assert finder == [(9, 1, [0, 4, 8], False)]
+    assert uniform_frames(found.within, 3) == [2, 6, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gone.mp4", "no such file or folder"),
+        ("text.mp4", "not a readable video"),
+        ("text.json", "not a JSON file"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(tmp_path, name, words):
+    for text in ("text.mp4", "text.json"):
+        (tmp_path / text).write_text("hello")
+    with pytest.raises((OSError, ValueError), match=words) as refused:
+        read_driver(tmp_path / name)
+    assert name in str(refused.value)
+
+
+def test_frames_outside_the_clip_are_refused(tmp_path, puppet, finder):
+    write_video(tmp_path / "clip.mp4", puppet[0], 12)
+    with pytest.raises(ValueError, match="has 12 frames, so no frames 5:20"):
+        read_driver(tmp_path / "clip.mp4", within=range(5, 20))
+
+
+def test_nobody_in_the_clip_is_said_with_its_name(tmp_path, monkeypatch):
+    landscape = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "landscape.mp4", landscape, 12)
+
+    def nobody(*arguments, **options):
+        raise ValueError("no person in any of the 3 frames")
+
+    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
+    monkeypatch.setattr(driver, "find_poses", nobody)
+    with pytest.raises(ValueError, match=r"landscape.mp4: no person in any of the 3 frames"):
+        read_driver(tmp_path / "landscape.mp4", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+# ---- Sound --------------------------------------------------------------------------------------
+
+
+def with_sound(path, frames: np.ndarray) -> None:
+    """Writes a video with a second of silence, then of a tone."""
+    write_video(path, frames, 6)
+    tone = path.with_suffix(".wav")
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
+    tones = "aevalsrc=if(gt(t\\,1)\\,sin(2764*t)\\,0):d=2"
+    subprocess.run([*ffmpeg, "-f", "lavfi", "-i", tones, tone], check=True)
+    add_sound(path, tone, 0, 2)
+
+
+def loudness(path) -> np.ndarray:
+    """The mean level of each half second."""
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", path]
+    raw = subprocess.run(
+        [*ffmpeg, "-f", "s16le", "-ac", "1", "-ar", "8000", "-"], capture_output=True
+    )
+    samples = np.abs(np.frombuffer(raw.stdout, np.int16).astype(float))
+    return samples[: len(samples) // 4000 * 4000].reshape(-1, 4000).mean(axis=1)
+
+
+def test_sound_is_laid_under_a_video_from_where_it_belongs(tmp_path, puppet):
+    with_sound(tmp_path / "loud.mp4", puppet[0])
+    write_video(tmp_path / "result.mp4", puppet[0][3:9], 6)
+    assert has_sound(tmp_path / "loud.mp4") and not has_sound(tmp_path / "result.mp4")
+    silent = read_frames(tmp_path / "result.mp4")[0]
+    add_sound(tmp_path / "result.mp4", tmp_path / "loud.mp4", start=0.5, seconds=1)
+    assert has_sound(tmp_path / "result.mp4") and count_frames(tmp_path / "result.mp4") == 6
+    assert np.array_equal(read_frames(tmp_path / "result.mp4")[0], silent)
+    before, after = loudness(tmp_path / "result.mp4")[:2]
+    assert after > 1000 > 100 > before
+
+
+def test_sound_that_cannot_be_copied_leaves_the_video_as_it_was(tmp_path, puppet):
+    write_video(tmp_path / "result.mp4", puppet[0], 6)
+    before = (tmp_path / "result.mp4").read_bytes()
+    (tmp_path / "text.mp4").write_text("hello")
+    with pytest.raises(OSError, match="sound could not be copied"):
+        add_sound(tmp_path / "result.mp4", tmp_path / "text.mp4", 0, 1)
+    assert (tmp_path / "result.mp4").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
