@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,6 +77,9 @@ class WithoutCUDA(TorchFunctionMode):
             return write(*args[:2])
         if function is Tensor.contiguous and not args[0].is_contiguous(**kwargs):
             return torch.empty_like(args[0], **kwargs)
+        if function is F.interpolate:
+            resized = args[0].new_empty(*args[0].shape[:2], *kwargs["size"])
+            return torch.empty_like(resized, memory_format=torch.channels_last)
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             here = function(*args, **kwargs | {"device": "cpu"})
             return torch.empty(here.shape, dtype=here.dtype, device=kwargs["device"])
