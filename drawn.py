@@ -1,6 +1,8 @@
 """Poses from drawn skeletons: videos that show OpenPose's or DWPose's drawing and nothing else."""
 
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -371,7 +373,7 @@ def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray | None]:
     return chosen[::-1]
 
 
-# ---- Face and hands -----------------------------------------------------------------------------
+# ---- Faces --------------------------------------------------------------------------------------
 
 # A face from the front and an open hand, y down, in the orders of `Pose`.
 # fmt: off
@@ -402,7 +404,6 @@ def springs_between_neighbours(template: np.ndarray, count: int = 5) -> np.ndarr
 
 
 FACE_SPRINGS = springs_between_neighbours(FACE)
-HAND_SPRINGS = np.array([*HAND_EDGES, (1, 5), (5, 9), (9, 13), (13, 17)])
 
 
 @dataclass(frozen=True)
@@ -441,7 +442,11 @@ def find_dots(mask: np.ndarray, radius: float) -> Dots:
 
 
 def affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The least-squares affine map of source (K, 2) onto target (K, 2), applied to source."""
+    """Source (K, 2) after the affine map that brings it nearest to target (K, 2): (K, 2).
+
+    Turns, sizes and views from the side of a flat template are affine maps, so what remains between
+    the result and the target is how the template bent.
+    """
     ones = np.hstack([source, np.ones((len(source), 1))])
     return ones @ np.linalg.lstsq(ones, target, rcond=None)[0]
 
@@ -462,19 +467,14 @@ def match(distance: np.ndarray, room: np.ndarray, temperature: float, far: float
 
 
 def register(
-    template: np.ndarray,
-    springs: np.ndarray,
-    start: np.ndarray,
-    dots: Dots,
-    bones: tuple[np.ndarray, np.ndarray] | None = None,
-    root: np.ndarray | None = None,
+    template: np.ndarray, springs: np.ndarray, start: np.ndarray, dots: Dots
 ) -> tuple[np.ndarray, float]:
     """Moves points from `start` (K, 2) onto dots: a springy template that softens step by step.
 
-    Each step pulls points to the dots that they go with, bones to the pixels that have their
-    colours, and neighbours to where an affine image of the template has them (as in Chui and
-    Rangarajan, "A new point matching algorithm for non-rigid registration", 2003). `bones` are
-    pixels (P, 2) and which of the hand's bones (P,) each shows. Returns the points and their misfit.
+    Each step pulls points to the dots that they go with, and neighbours, which `springs` (S, 2)
+    pair, to where an affine image of the template (K, 2) has them (as in Chui and Rangarajan, "A new
+    point matching algorithm for non-rigid registration", 2003): stiff while it is open which dot is
+    whose, soft at the end, as faces differ. Returns the points (K, 2) and their misfit.
     """
     points, count, radius = start, len(start), dots.radius
     first, second = springs.T
@@ -486,20 +486,6 @@ def register(
         distance = np.linalg.norm(points[:, None] - dots.centres, axis=2)
         share = match(distance, room, temperature, 4 * temperature)
         matrix, right = np.diag(share.sum(axis=1)), share @ dots.centres
-        if root is not None:
-            matrix[0, 0] += 20
-            right[0] += 20 * root
-        if bones is not None:
-            pixels, index = bones
-            a, b = np.array(HAND_EDGES)[index].T
-            along = points[b] - points[a]
-            way = (((pixels - points[a]) * along).sum(1) / (along**2).sum(1).clip(1)).clip(0, 1)
-            away = np.linalg.norm(points[a] + way[:, None] * along - pixels, axis=1)
-            weight = 0.3 / (1 + (away / (3 * temperature)) ** 2)
-            for i, way_i in ((a, 1 - way), (b, way)):
-                np.add.at(right, i, (weight * way_i)[:, None] * pixels)
-                for j, way_j in ((a, 1 - way), (b, way)):
-                    np.add.at(matrix, (i, j), weight * way_i * way_j)
         image = affine(template, points)
         rest = image[second] - image[first]
         for i, j, sign in ((first, second, -1), (second, first, 1)):
@@ -510,7 +496,7 @@ def register(
     distance = np.linalg.norm(points[:, None] - dots.centres, axis=2)
     misfit = distance.min(axis=0).mean() + distance.min(axis=1).mean()
     bent = np.linalg.norm(points - affine(template, points), axis=1).mean()
-    return points, misfit + 0.3 * bent + (away.mean() if bones is not None else 0)
+    return points, misfit + 0.3 * bent
 
 
 def settle(points: np.ndarray, dots: Dots) -> np.ndarray:
@@ -559,73 +545,238 @@ def complete_head(body: np.ndarray, face: np.ndarray) -> np.ndarray:
     return body
 
 
-def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float) -> np.ndarray:
-    """The hand (21, 3) in pixels at a body's `own` wrist, not nearer to the opposite; or zeros."""
+# ---- Hands --------------------------------------------------------------------------------------
+
+# Bone k of the 20 runs from joint FROM[k] to joint TO[k] and has its own hue. The bones of the palm
+# (0, 4, 8, 12, 16) are long enough to show between the discs of nearly every hand, so they tell the
+# fingers apart; beyond them mostly a blue blot of discs is left. So a hand is fitted as a whole: of
+# the shapes that hands have, the one whose discs make this blot and whose bones have these colours.
+FROM, TO = np.array(HAND_EDGES).T
+
+
+@lru_cache
+def hand_prior() -> np.ndarray:
+    """How hands look: the precision matrix (21, 21) of a Gaussian over one coordinate of all joints.
+
+    From random bends and spreads of `HAND` in three dimensions, seen from anywhere, in units of its
+    length: x and y are two projections of the same, so one matrix serves for both, for left and right
+    and for any direction. Places are free: only differences of joints count.
+    """
+    rng = np.random.default_rng(0)
+    count = 4000
+    bones = (HAND[TO] - HAND[FROM]).reshape(5, 4, 2) / 100
+    length, angle = np.linalg.norm(bones, axis=2), np.arctan2(bones[..., 0], -bones[..., 1])
+    fist = rng.uniform(-0.1, 1, (count, 1)).clip(0)
+    curl = (fist + rng.normal(0, 0.2, (count, 5))).clip(-0.1, 1.1)[..., None]  # of each finger
+    fan = rng.normal(0, 0.08, (count, 1, 1)) * (np.arange(5)[:, None] - 2.5)
+    spread = angle + (fan + rng.normal(0, 0.1, (count, 5, 1))) * (0, 1, 1, 1)
+    flexed = curl * (0, 1.3, 1.6, 0.9) * rng.uniform(0.5, 1, (count, 5, 4))
+    flexed[..., 0] += rng.normal(0, 0.1, (count, 5))
+    thumb_aside = rng.normal(0, 0.25, (count, 1)) - 0.3 * curl[:, 0] * (0, 1, 1, 1)
+    spread[:, 0] += thumb_aside
+    flexed[:, 0] = curl[:, 0] * (0, 0.4, 0.5, 0.7)
+    flexed[:, 0, 0] = rng.uniform(0, 0.9, count)
+    flexed = flexed.cumsum(axis=2)
+    along = [np.sin(spread) * np.cos(flexed), -np.cos(spread) * np.cos(flexed), np.sin(flexed)]
+    steps = np.stack(along) * length * rng.normal(1, 0.1, (count, 5, 1))
+    joints = steps.cumsum(axis=3).reshape(3 * count, 20)
+    covariance = joints.T @ joints / len(joints) + 0.02**2 * np.eye(20)  # detectors are not exact
+    from_wrist = np.hstack([-np.ones((20, 1)), np.eye(20)])
+    return from_wrist.T @ np.linalg.inv(covariance) @ from_wrist
+
+
+@dataclass(frozen=True)
+class HandInk:
+    """What is drawn of one hand, in pixels of the padded frame."""
+
+    blue: np.ndarray  # (N, 2): pixels of discs
+    whole: np.ndarray  # (M, 2): those around which a whole disc fits, where joints may be
+    bones: np.ndarray  # (P, 2): pixels of bones
+    labels: np.ndarray  # (P,): which of the 20 bones each shows
+    root: np.ndarray  # (2,): of `whole`, the nearest to the body's wrist
+
+
+def find_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float) -> HandInk | None:
+    """What hangs together around a body's `own` wrist and is not nearer to the `opposite` one."""
     if not body[own, 2]:
-        return np.zeros((21, 3))
+        return None
     wrist = body[own, :2]
     other = body[opposite, :2] if body[opposite, 2] else np.full(2, np.inf)
     reach = 0.35 * np.ptp(body[is_seen(body), :2], axis=0).max()
     low = np.maximum(np.floor(wrist - reach), 0).astype(int)
     high = np.ceil(wrist + reach).astype(int) + 1
 
-    def near(mask: np.ndarray) -> np.ndarray:
+    def near(mask: np.ndarray, body_discs: np.ndarray) -> np.ndarray:
+        """Pixels (N, 2) of a mask, without discs of the body, which have the same colours."""
         y, x = np.nonzero(mask[low[1] : high[1], low[0] : high[0]])
         points = np.stack([x, y], axis=1) + low
         distance = np.linalg.norm(points - wrist, axis=1)
-        return points[(distance < reach) & (distance < np.linalg.norm(points - other, axis=1))]
+        mine = (distance < reach) & (distance < np.linalg.norm(points - other, axis=1))
+        from_discs = np.linalg.norm(points[:, None] - body_discs, axis=2)
+        return points[mine & (from_discs > 1.3 * radius).all(axis=1)]
 
-    def apart(points: np.ndarray) -> np.ndarray:
-        """Without discs of the body, which have the same colours."""
-        joints = body[is_seen(body) & (np.arange(18) != own), :2]
-        distance = np.linalg.norm(points[:, None] - joints, axis=2)
-        return points[(distance > 1.3 * radius).all(axis=1)]
+    seen, is_blue = is_seen(body), ink.joint == LEFT_KNEE
+    blue = near(is_blue, body[seen & (np.arange(18) != own), :2])
+    bones = near((ink.bone >= 0) & ~is_blue, body[seen, :2])
+    mask = np.zeros_like(ink.black)
+    mask[blue[:, 1], blue[:, 0]] = True
+    x, y = np.moveaxis(blue[:, None] + disc_offsets(0.9 * radius), -1, 0)
+    whole = blue[mask[y, x].mean(axis=1) >= 0.85]  # video softens the edges
+    if not len(whole):
+        return None
 
-    blue = np.zeros_like(ink.black)
-    x, y = apart(near(ink.joint == LEFT_KNEE)).T
-    blue[y, x] = True
-    dots = find_dots(blue, radius)
-    pixels = apart(near((ink.bone >= 0) & (ink.joint != LEFT_KNEE)))
-    labels = ink.bone[pixels[:, 1], pixels[:, 0]].astype(int)
-    # The bones of the palm are the longest, so some of them can be seen: they tell the fingers.
-    bases = [bone for bone in range(0, 20, 4) if (labels == bone).sum() >= 3]
-    if len(dots.centres) < 4 or len(bases) < 2:
-        return np.zeros((21, 3))
-    root = dots.centres[np.linalg.norm(dots.centres - wrist, axis=1).argmin()]
-    away = dots.centres - root
-    axis = away.mean(axis=0) / max(np.linalg.norm(away.mean(axis=0)), 1e-6)
-    length = np.linalg.norm(away, axis=1).max()
-    fits = []
-    for mirrored in (1, -1):
-        for scale in (0.7, 1.0):
-            frame = (
-                np.array([mirrored * np.array([-axis[1], axis[0]]), -axis]) * scale * length / 100
-            )
-            fits.append(
-                register(HAND, HAND_SPRINGS, root + HAND @ frame, dots, (pixels, labels), root)
-            )
-    points, _ = min(fits, key=lambda fit: fit[1])
-    return settle(points, dots) * is_confirmed(points, pixels, labels, radius)[:, None]
+    # What hangs together, in cells as large as the gaps that white dots and limbs may leave.
+    pixels = np.concatenate([whole, blue, bones])
+    x, y = (pixels // (1.5 * radius)).astype(int).T + 1
+    cells = np.full((y.max() + 2, x.max() + 2), -1)
+    cells[y, x] = 0
+    places, labels = label_components(cells)
+    cells[places[:, 1], places[:, 0]] = labels
+    nearest = np.linalg.norm(whole - wrist, axis=1).argmin()
+    together = cells[y, x] == cells[y[nearest], x[nearest]]
+    in_whole, in_blue, in_bones = np.split(together, np.cumsum([len(whole), len(blue)]))
+    bones = bones[in_bones]
+    labels = ink.bone[bones[:, 1], bones[:, 0]].astype(int)
+    return HandInk(blue[in_blue], whole[in_whole], bones, labels, whole[nearest].astype(float))
 
 
-def is_confirmed(
-    points: np.ndarray, pixels: np.ndarray, labels: np.ndarray, radius: float
-) -> np.ndarray:
-    """Which joints of a hand (21, 2) end a bone whose coloured pixels lie where it is: (21,).
+def start_hand(hand: HandInk, root: np.ndarray, size: float, stretch: float, radius: float):
+    """A first guess (21, 2): the palm's bones reach as far as they are seen, fingers as they do on
+    average, but longer by the factor `stretch`."""
+    matrix, right = hand_prior() / size**2, np.zeros((21, 2))
+    matrix[0, 0] += 1
+    right[0] = root
+    for base in range(0, 20, 4):
+        pixels = hand.bones[hand.labels == base]
+        if len(pixels) >= 3:
+            distance = np.linalg.norm(pixels - root, axis=1)
+            far = pixels[distance >= np.quantile(distance, 0.8)].mean(axis=0)
+            along = (far - root) / max(np.linalg.norm(far - root), 1.0)
+            matrix[TO[base], TO[base]] += 0.1
+            right[TO[base]] = 0.1 * (far + radius * along)
+    points = np.linalg.solve(matrix, right)
+    fingers = points[1:].reshape(5, 4, 2)
+    fingers[:, 1:] = fingers[:, :1] + stretch * (fingers[:, 1:] - fingers[:, :1])
+    return points
 
-    Blue discs alone do not tell which finger they are on, and a joint taken for another one does
-    more harm than a missing one.
+
+def project_on_bones(points: np.ndarray, hand: HandInk) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel of a bone (P,): how far along that bone of `points` (21, 2) it lies, from 0 to 1,
+    and how far from it in pixels."""
+    start, along = points[FROM[hand.labels]], (points[TO] - points[FROM])[hand.labels]
+    way = ((hand.bones - start) * along).sum(axis=1) / (along**2).sum(axis=1).clip(1)
+    way = way.clip(0, 1)
+    return way, np.linalg.norm(start + way[:, None] * along - hand.bones, axis=1)
+
+
+def fit_hand(points: np.ndarray, hand: HandInk, root: np.ndarray, size: float, radius: float):
+    """Moves the joints `points` (21, 2) to where they explain what is drawn.
+
+    Least squares, again and again: `hand_prior` holds the shape, pixels of bones pull their bone,
+    blue pixels that no disc covers pull the nearest one over them, and discs that are not in the blue
+    are pulled there. What is far away pulls less; step by step near things count more and the shape
+    less (as in robust point matching, Chui and Rangarajan, 2003).
     """
-    confirmed = np.zeros(21, bool)
-    for bone, (a, b) in enumerate(HAND_EDGES):
-        own = pixels[labels == bone]
-        if len(own) >= 3:
-            along = points[b] - points[a]
-            way = (((own - points[a]) @ along) / max(along @ along, 1)).clip(0, 1)
-            away = np.linalg.norm(points[a] + way[:, None] * along - own, axis=1)
-            if np.quantile(away, 0.8) < 0.5 * radius:
-                confirmed[[a, b]] = True
-    return confirmed if confirmed.sum() >= 4 else np.zeros(21, bool)
+    a, b, each = FROM[hand.labels], TO[hand.labels], np.arange(21)
+    blue = hand.blue[:: max(1, len(hand.blue) // 200)]
+    whole = hand.whole[:: max(1, len(hand.whole) // 200)]
+    for step in np.linspace(0, 1, 24):
+        far = max(0.25 * size, 3.0) ** (1 - step)  # in pixels
+        matrix, right = hand_prior() / size**2 * 4 ** (1 - step), np.zeros((21, 2))
+        matrix[0, 0] += 0.05
+        right[0] += 0.05 * root
+
+        way, away = project_on_bones(points, hand)
+        weight = 0.3 / (1 + (away / (2 * far + 2)) ** 2) ** 2
+        for i, share in ((a, 1 - way), (b, way)):
+            np.add.at(right, i, (weight * share)[:, None] * hand.bones)
+            for j, other_share in ((a, 1 - way), (b, way)):
+                np.add.at(matrix, (i, j), weight * share * other_share)
+
+        offsets = points[:, None] - blue
+        distance = np.linalg.norm(offsets, axis=2)
+        nearest, distance = distance.argmin(axis=0), distance.min(axis=0)
+        bare = np.flatnonzero(distance > radius)
+        nearest, distance = nearest[bare], distance[bare]
+        weight = 0.1 / (1 + (distance / (4 * far + 3 * radius)) ** 2)
+        target = blue[bare] + radius * offsets[nearest, bare] / distance[:, None]
+        np.add.at(matrix, (nearest, nearest), weight)
+        np.add.at(right, nearest, weight[:, None] * target)
+
+        distance = np.linalg.norm(points[:, None] - whole, axis=2)
+        nearest, distance = distance.argmin(axis=1), distance.min(axis=1)
+        weight = 0.5 / (1 + (distance / (3 * far + radius)) ** 2) * (distance > 0.5)
+        matrix[each, each] += weight
+        right += weight[:, None] * whole[nearest]
+        points = np.linalg.solve(matrix, right)
+    return points
+
+
+def judge_hand(
+    points: np.ndarray, hand: HandInk, black: np.ndarray, size: float, radius: float
+) -> tuple[float, np.ndarray]:
+    """The misfit of a hand (21, 2), 0 being best, and which joints are confirmed (21,).
+
+    The misfit sums the shares of what is not explained: blue that no disc covers, pixels beside their
+    bone, joints outside the blue, bones over black; and how unlike a hand it is. A finger is confirmed
+    if pixels of its bones are seen, most of them where it is, and its joints and bones are on ink:
+    a joint taken for another finger's does more harm than a missing one.
+    """
+    bare = np.linalg.norm(points[:, None] - hand.blue, axis=2).min(axis=0) > radius + 0.7
+    beside = project_on_bones(points, hand)[1] > 2 + 0.25 * radius
+    outside = np.linalg.norm(points[:, None] - hand.whole, axis=2).min(axis=1) > 1 + 0.25 * radius
+    x, y = np.rint(np.linspace(points[FROM], points[TO], 9)).astype(int).T
+    empty = black[y.clip(0, black.shape[0] - 1), x.clip(0, black.shape[1] - 1)].mean(
+        axis=1
+    )  # (20,)
+    unlike = np.einsum("id,ij,jd->", points, hand_prior(), points) / (40 * size**2)
+    misfit = bare.mean() + beside.mean() + outside.mean() + empty.mean() + 0.02 * unlike
+
+    shown = np.bincount(hand.labels // 4, minlength=5)
+    hit = np.bincount(hand.labels // 4, weights=~beside, minlength=5)
+    finger = (shown >= 3) & (hit >= 0.8 * shown) & (empty.reshape(5, 4).mean(axis=1) < 0.15)
+    return misfit, np.append(finger.any(), np.repeat(finger, 4)) & ~outside
+
+
+def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float) -> np.ndarray:
+    """The hand (21, 3) in pixels at a body's `own` wrist, or zeros.
+
+    Joints have the score 1 where the whole hand explains what is drawn, else `INFERRED`.
+    """
+    hand = find_hand(ink, body, own, opposite, radius)
+    shown = np.bincount(hand.labels, minlength=20)[::4] >= 3 if hand else np.zeros(5, bool)
+    if shown.sum() < 2 or len(hand.blue) < 2 * radius**2:
+        return np.zeros((21, 3))
+    # The wrist is where the bones of the palm meet, if it is not the disc nearest to the body's.
+    across, right = 1e-3 * np.eye(2), 1e-3 * hand.root
+    for base in np.flatnonzero(shown):
+        pixels = hand.bones[hand.labels == 4 * base]
+        centre = np.median(pixels, axis=0)
+        normal = np.linalg.eigh((pixels - centre).T @ (pixels - centre))[1][:, 0]
+        across += len(pixels) * np.outer(normal, normal)
+        right += len(pixels) * normal * (normal @ centre)
+    across, right = (
+        across + 0.02 * np.trace(across) * np.eye(2),
+        right + 0.02 * np.trace(across) * hand.root,
+    )
+    meeting = np.linalg.solve(across, right)
+    meeting = hand.whole[np.linalg.norm(hand.whole - meeting, axis=1).argmin()].astype(float)
+    roots = [hand.root, meeting][: 2 if np.linalg.norm(meeting - hand.root) > 0.5 * radius else 1]
+
+    best, misfit, confirmed = np.zeros((21, 2)), np.inf, np.zeros(21, bool)
+    for root, stretch in itertools.product(roots, (1.0, 0.7, 1.3)):
+        if misfit < 0.1:
+            break
+        distance = np.linalg.norm(np.concatenate([hand.blue, hand.bones]) - root, axis=1)
+        size = max(np.quantile(distance, 0.98), 1.0)
+        points = start_hand(hand, root, size, stretch, radius)
+        points = fit_hand(points, hand, root, size, radius)
+        judged = judge_hand(points, hand, ink.black, size, radius)
+        if judged[0] < misfit:
+            best, (misfit, confirmed) = points, judged
+    score = 1.0 if misfit < 0.1 else INFERRED if misfit < 0.15 else 0.0  # beyond: wrong fingers
+    part = np.hstack([best, np.full((21, 1), score)])
+    return part * (confirmed & (score > 0))[:, None]
 
 
 # ---- Clips --------------------------------------------------------------------------------------

@@ -22,9 +22,8 @@ from torch import Tensor
 class Slicing:
     """How large a slice is, and whether the UNet's skips wait outside the device's memory."""
 
-    numbers: int = (
-        2**21
-    )  # in a slice of a layer's input; a frame of SD 1.5's finest maps has 1.3 million
+    # in a slice of a layer's input; a frame of SD 1.5's finest maps has 1.3 million
+    numbers: int = 2**21
     offload: bool = False
 
 
@@ -57,8 +56,10 @@ def plans(
     """
     frame = prod(finest[1:])
     if device.type != "cuda":
-        # One frame: its maps stay in a processor's cache from one layer to the next.
-        return [Slicing(frame * (frames_per_slice or 1), offload == "always")]
+        # One frame, whose maps stay in a processor's cache from one layer to the next; of small ones more, as
+        # every call has its price.
+        numbers = frame * frames_per_slice if frames_per_slice else max(frame, 2**20)
+        return [Slicing(numbers, offload == "always")]
     per_slice = frames_per_slice or 8  # enough to keep a large card busy
     slow = [True] if offload == "always" else [False] if offload == "never" else [False, True]
     ways = [

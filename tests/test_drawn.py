@@ -75,6 +75,27 @@ def test_what_is_not_drawn_stays_missing():
         assert not is_seen(read.left_hand).any() and not is_seen(read.right_hand).any()
 
 
+def test_drawn_hands_are_read_back():
+    poses = puppets(4)
+    distances, count = [], 0
+    for read, true in zip(read_drawn(drawing(poses, 512, 512)), poses):
+        for a, b in ((read.left_hand, true.left_hand), (read.right_hand, true.right_hand)):
+            both = is_seen(a) & is_seen(b)  # also tells left from right: hands are far apart
+            distances += list(512 * np.linalg.norm((a - b)[both, :2], axis=1))
+            count += is_seen(b).sum()
+    assert len(distances) > 0.5 * count
+    assert np.median(distances) < 2 and np.quantile(distances, 0.95) < 10
+
+
+def test_a_hand_that_is_not_drawn_stays_missing():
+    poses = puppets()
+    for pose in poses:
+        pose.left_hand[:] = 0
+    read = read_drawn(drawing(poses, 512, 512))
+    assert not any(is_seen(pose.left_hand).any() for pose in read)
+    assert any(is_seen(pose.right_hand).any() for pose in read)
+
+
 def test_the_larger_of_two_people_is_read():
     large = [place_pose(pose, 0.7, 0.7, 0.4, 0.2) for pose in puppets()]
     small = [place_pose(pose, 0.4, 0.4, -0.05, 0.3) for pose in puppets()]
