@@ -114,6 +114,7 @@ def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_named(weights, tmp_p
         load_network(LPIPS, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, on its own format
 def test_a_file_that_is_a_program_is_not_run(tmp_path):
     path = tmp_path / FILES["i3d"].path
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
