@@ -277,17 +277,21 @@ def plot(curves: dict[str, np.ndarray], width: int = 960, panel: int = 220) -> I
 def worst_frames(
     result: np.ndarray, truth: np.ndarray, quality: np.ndarray, count: int = 8, height: int = 192
 ) -> Image.Image:
-    """A strip of the frames of lowest quality (F,), worst first: truth above, result below."""
+    """A strip of the frames of lowest quality (F,), in dB, worst first: truth above, result below."""
     font = ImageFont.load_default(size=max(12, height // 12))
     gap, line = 8, round(1.6 * font.size)
     width = round(height * truth.shape[2] / truth.shape[1])
     worst = np.argsort(quality, kind="stable")[:count].tolist()
-    size = gap + len(worst) * (width + gap), line + 2 * (height + gap)
+    margin = gap + round(font.getlength("result")) + gap
+    size = margin + len(worst) * (width + gap), line + 2 * (height + gap)
     strip = Image.new("RGB", size, PAPER)
     ink = ImageDraw.Draw(strip)
+    for row, label in enumerate(("truth", "result")):
+        y = line + row * (height + gap) + height // 2
+        ink.text((gap, y), label, INK, font, anchor="lm")
     for column, index in enumerate(worst):
-        left = gap + column * (width + gap)
-        title = f"{index}: {quality[index]:.1f}"
+        left = margin + column * (width + gap)
+        title = f"{index}: {quality[index]:.1f} dB"
         ink.text((left + width // 2, line // 2), title, INK, font, anchor="mm")
         for row, frames in enumerate((truth, result)):
             frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.LANCZOS)

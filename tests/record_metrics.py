@@ -53,7 +53,9 @@ def record_lpips() -> dict[str, torch.Tensor]:
         prefix, _, kind = name.rpartition(".")
         public[name] = f"{names[prefix]}.{kind}" if prefix in names else name
     shapes = {public[name]: shape for name, shape in shapes_of(network).items()}
-    weights = made_up_weights({n: s for n, s in shapes.items() if n.startswith(("features", "lin"))})
+    weights = made_up_weights(
+        {n: s for n, s in shapes.items() if n.startswith(("features", "lin"))}
+    )
     state = network.state_dict()  # its scaling layer and the second names of its lins included
     for name in state:
         stored = public[name]
