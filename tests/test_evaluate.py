@@ -221,7 +221,7 @@ def test_the_truth_is_fitted_to_the_result_on_request(work):
     for i, frame in enumerate(large):
         save_image(work / "truth" / f"{i}.png", frame)
     options = ["--truth", work / "truth", "--range", "2:7"]
-    with pytest.raises(ValueError, match="96x96 pixels, but .* has 48x48; --fit"):
+    with pytest.raises(ValueError, match=r"96x96 pixels, but .* has 48x48; --fit"):
         run(work, *options)
     assert run(work, *options, "--fit")["psnr"] > 15
 
