@@ -626,7 +626,7 @@ LAYOUTS = {
     "controlnet": [("", str), ("control_model.", ldm_unet), ("", ldm_unet)],
     "vae": [("", str), ("", old_vae), ("first_stage_model.", ldm_vae), ("", ldm_vae)],
     "text_encoder": [
-        ("", str),
+        ("text_model.", bare_text),
         ("", bare_text),
         ("cond_stage_model.transformer.", str),
         ("cond_stage_model.transformer.", bare_text),
@@ -634,6 +634,11 @@ LAYOUTS = {
     "body": [("", str)],
     "hand": [("", str)],
     "face": [("", str)],
+    "alexnet": [("", str)],
+    "lpips": [("", str)],
+    "inception": [("", str)],
+    "i3d": [("", str)],
+    "image_encoder": [("", str)],
 }
 TITLES = {
     "unet": "UNet of Stable Diffusion 1.5",
@@ -643,14 +648,21 @@ TITLES = {
     "body": "body network of OpenPose",
     "hand": "hand network of OpenPose",
     "face": "face network of OpenPose",
+    "alexnet": "AlexNet of LPIPS",
+    "lpips": "weights of LPIPS 0.1 on AlexNet",
+    "inception": "Inception network of FID",
+    "i3d": "I3D network of FVD",
+    "image_encoder": "image encoder of CLIP ViT-L/14",
 }
 
-# What files carry beside the networks: averages and tables of the training, CLIP's other ends.
+# What files carry beside the networks: averages, counts and tables of the training, CLIP's other
+# ends, the classifiers behind the features that metrics compare.
 IGNORED = re.compile(
     r"model_ema\.|loss\.|.*\.position_ids$|betas$|lvlb_weights$|logvar$"
     r"|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?$"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])$"
-    r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection)"
+    r"|(cond_stage_model\.(transformer\.)?)?(logit_scale|text_projection)"
+    r"|.*\.num_batches_tracked$|(fc|classifier\.\d)\.(weight|bias)$"
 )
 
 # Tensors that tell another architecture, which would else fail on some less telling detail.

@@ -1,7 +1,9 @@
-"""CLIP's text side: a prompt becomes tokens, tokens become the context that the UNet attends to.
+"""CLIP: a prompt becomes tokens, tokens become the context that the UNet attends to; a picture
+becomes an embedding, which tells how alike two pictures are.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
-Stable Diffusion 1.5 uses the text tower of ViT-L/14, frozen, up to its last layer norm.
+Stable Diffusion 1.5 uses the text tower of ViT-L/14, frozen, up to its last layer norm; the metrics
+CLIP-I and CLIP-T use the image tower of the same, whole.
 """
 
 import json
@@ -13,8 +15,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------- prompt -> tokens
@@ -264,3 +268,84 @@ class TextEncoder(nn.Module):
         x = model.embeddings.token_embedding(tokens)  # (..., T, width)
         x = x + model.embeddings.position_embedding.weight[:count]
         return model.final_layer_norm(model.encoder(x))
+
+
+# ---------------------------------------------------------------- picture -> embedding
+
+# What CLIP's training took for the mean and deviation of red, green and blue.
+COLOUR_MEAN = (0.48145466, 0.4578275, 0.40821073)
+COLOUR_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Sizes of the image encoder; the defaults are CLIP ViT-L/14's, 303,966,208 parameters."""
+
+    size: int = 224  # pixels of each side
+    patch: int = 14  # pixels of each side of what becomes one token
+    width: int = 1024
+    heads: int = 16
+    layers: int = 24
+    mlp_width: int = 4096
+    embedding: int = 768
+
+
+class PatchEmbedding(nn.Module):
+    """Images (N, 3, H, W) -> tokens (N, 1 + patches, width), the first one for the whole."""
+
+    def __init__(self, config: ImageConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
+        tokens = 1 + (config.size // config.patch) ** 2
+        self.position_embedding = nn.Embedding(tokens, config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
+        whole = self.class_embedding.expand(len(images), 1, -1)
+        return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
+
+
+class ImageEncoder(nn.Module):
+    """What `prepare_images` gives, (N, 3, size, size) -> embeddings (N, embedding)."""
+
+    def __init__(self, config: ImageConfig = ImageConfig()):
+        super().__init__()
+        self.config = config
+        self.vision_model = nn.ModuleDict(
+            {
+                "embeddings": PatchEmbedding(config),
+                "pre_layrnorm": nn.LayerNorm(config.width),  # spelled so in the public file
+                "encoder": Transformer(
+                    config.width, config.heads, config.layers, config.mlp_width, causal=False
+                ),
+                "post_layernorm": nn.LayerNorm(config.width),
+            }
+        )
+        self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        model = self.vision_model
+        x = model.encoder(model.pre_layrnorm(model.embeddings(images)))
+        return self.visual_projection(model.post_layernorm(x[:, 0]))
+
+
+def prepare_images(frames: np.ndarray, size: int) -> Tensor:
+    """Frames uint8 RGB (F, H, W, 3) -> what CLIP was trained to see, (F, 3, size, size).
+
+    As transformers' processor does it with PIL: the short side resized to `size`, bicubic, then the
+    middle of the long one.
+    """
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    new_height, new_width = size * height // short, size * width // short
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    pictures = [
+        Image.fromarray(frame)
+        .resize((new_width, new_height), Image.Resampling.BICUBIC)
+        .crop((left, top, left + size, top + size))
+        for frame in frames
+    ]
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    mean, deviation = (x.new_tensor(v)[:, None, None] for v in (COLOUR_MEAN, COLOUR_DEVIATION))
+    return (x - mean) / deviation

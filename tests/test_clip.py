@@ -1,4 +1,4 @@
-"""The text encoder and the tokenizer, held against the public implementations."""
+"""The text encoder, the tokenizer and the image encoder, held against the public implementations."""
 
 import gzip
 import random
@@ -7,12 +7,25 @@ import unicodedata
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from weights import fill
 
-from clip import BYTE_SYMBOLS, END, START, WORD_END, TextConfig, TextEncoder, Tokenizer
+from clip import (
+    BYTE_SYMBOLS,
+    END,
+    START,
+    WORD_END,
+    ImageConfig,
+    ImageEncoder,
+    TextConfig,
+    TextEncoder,
+    Tokenizer,
+    prepare_images,
+)
 from demo.vocabulary import learn_merges
+from evaluate import clip_embeddings, clip_i, clip_t
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = TextConfig(vocab_size=600, width=32, heads=4, layers=3, mlp_width=80, length=20)
@@ -268,3 +281,78 @@ def test_saving_and_loading_gives_the_same_tokenizer(demo_tokenizer, tmp_path):
     loaded = Tokenizer.load(tmp_path, length=20)
     assert (loaded.vocab, loaded.merges) == (demo_tokenizer.vocab, demo_tokenizer.merges)
     assert loaded("a puppet").tolist() == demo_tokenizer("a puppet").tolist()
+
+
+# ---------------------------------------------------------------- image encoder
+
+SMALL_IMAGES = ImageConfig(28, 7, width=32, heads=4, layers=3, mlp_width=80, embedding=24)
+
+
+def small_image_encoder() -> ImageEncoder:
+    encoder = ImageEncoder(SMALL_IMAGES)
+    encoder.load_state_dict(fill({n: value.shape for n, value in encoder.state_dict().items()}))
+    return encoder.eval()
+
+
+def public_image_encoder(ours: ImageEncoder):
+    """transformers' image tower with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    config = ours.config
+    theirs = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=config.width, intermediate_size=config.mlp_width,
+        projection_dim=config.embedding, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, image_size=config.size, patch_size=config.patch,
+    )).eval()  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def public_preparation(frames: np.ndarray, size: int) -> torch.Tensor:
+    """What transformers' own processor makes of frames, by way of PIL."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    return processor(list(frames), return_tensors="pt").pixel_values
+
+
+def frames_of(height: int, width: int, seed: int = 0, count: int = 3) -> np.ndarray:
+    random = np.random.RandomState(seed)
+    coarse = random.randint(0, 200, (count, 6, 6, 3)).repeat(height // 6 + 1, axis=1)
+    coarse = coarse.repeat(width // 6 + 1, axis=2)[:, :height, :width]
+    return (coarse + random.randint(0, 56, coarse.shape)).astype(np.uint8)
+
+
+# larger and smaller than the encoder's 224, wide, tall and with an odd pixel to crop
+@pytest.mark.parametrize("height, width", [(240, 427), (301, 256), (64, 64), (97, 50)])
+def test_frames_are_prepared_as_by_transformers(height, width):
+    frames = frames_of(height, width, count=2)
+    torch.testing.assert_close(
+        prepare_images(frames, 224), public_preparation(frames, 224), rtol=0, atol=1e-5
+    )
+
+
+def test_clip_i_and_clip_t_are_those_of_transformers():
+    ours = small_image_encoder()
+    theirs = public_image_encoder(ours)
+    result, training = frames_of(60, 80, seed=1, count=5), frames_of(60, 80, seed=2)
+    with torch.no_grad():
+        a, b = (
+            torch.nn.functional.normalize(theirs(public_preparation(frames, 28)).image_embeds)
+            for frames in (result, training)
+        )
+    found, known = (clip_embeddings(ours, frames) for frames in (result, training))
+    np.testing.assert_allclose(found, a, rtol=0, atol=1e-5)
+    assert clip_i(found, known) == pytest.approx((a @ b.T).mean().item(), rel=1e-4)
+    expected = torch.cosine_similarity(a[:-1], a[1:]).mean().item()
+    assert clip_t(found) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parity
+def test_the_full_size_image_encoder_computes_what_transformers_computes():
+    ours = ImageEncoder()
+    ours.load_state_dict(fill({n: value.shape for n, value in ours.state_dict().items()}))
+    images = prepare_images(frames_of(240, 427, count=1), 224)
+    with torch.no_grad():
+        expected = public_image_encoder(ours)(images).image_embeds
+        assert (ours(images) - expected).abs().max() < 1e-4 * expected.abs().max()

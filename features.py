@@ -1,0 +1,446 @@
+"""The networks whose features metrics compare: AlexNet for LPIPS, Inception for FID, I3D for FVD.
+
+Each is said as the table that it is, under the names of its public file. They read pictures in
+[-1, 1], of any size, and are frozen. CLIP's image encoder, for CLIP-I and CLIP-T, is in `clip.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+from urllib.request import urlopen
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from torch import Tensor, nn
+
+from checkpoint import PublicFile, fill
+from clip import ImageEncoder
+from video import replacing
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# ---- LPIPS --------------------------------------------------------------------------------------
+
+# Channels, kernel, stride and padding of AlexNet's convolutions, by their places in the public
+# file ("One weird trick", Krizhevsky 2014, as in torchvision). Its max pools stand before two.
+ALEXNET = {
+    "0": (64, 11, 4, 2),
+    "3": (192, 5, 1, 2),
+    "6": (384, 3, 1, 1),
+    "8": (256, 3, 1, 1),
+    "10": (256, 3, 1, 1),
+}
+POOLED = ("3", "6")
+# LPIPS's own numbers for what [-1, 1] is shifted and scaled by, per colour
+LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+
+class AlexNet(nn.Module):
+    """Images (N, 3, H, W) -> the maps after each of the five convolutions and its ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, inputs = nn.ModuleDict(), 3
+        for place, (channels, kernel, stride, padding) in ALEXNET.items():
+            self.features[place] = nn.Conv2d(inputs, channels, kernel, stride, padding)
+            inputs = channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for place, convolution in self.features.items():
+            if place in POOLED:
+                x = F.max_pool2d(x, 3, 2)
+            x = F.relu(convolution(x))
+            maps.append(x)
+        return maps
+
+
+class LPIPS(nn.Module):
+    """How different two pictures look (Zhang et al. 2018, version 0.1): 0 for equal ones.
+
+    `net` and `lins` come from two public files: AlexNet's and LPIPS's, a weight per channel.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.lins = AlexNet(), nn.ModuleDict()
+        for index, (channels, *_) in enumerate(ALEXNET.values()):
+            weights = nn.Conv2d(channels, 1, 1, bias=False)
+            self.lins[f"lin{index}"] = nn.ModuleDict(
+                {"model": nn.Sequential(nn.Identity(), weights)}
+            )
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] and as many others -> distances (N,)."""
+        distance = 0
+        for lin, ours, theirs in zip(self.lins.values(), self.directions(a), self.directions(b)):
+            distance = distance + lin.model((ours - theirs) ** 2).mean(dim=(1, 2, 3))
+        return distance
+
+    def directions(self, x: Tensor) -> list[Tensor]:
+        """AlexNet's maps, each pixel's channels divided by their length."""
+        shift, scale = (x.new_tensor(v)[:, None, None] for v in (LPIPS_SHIFT, LPIPS_SCALE))
+        maps = self.net((x - shift) / scale)
+        return [each / (each.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for each in maps]
+
+
+# ---- Networks said as tables --------------------------------------------------------------------
+
+
+class BatchNorm(nn.Module):
+    """A batch norm that has done learning: a scale and a shift per channel."""
+
+    def __init__(self, channels: int, epsilon: float):
+        super().__init__()
+        self.epsilon = epsilon
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((channels,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *numbers, eps=self.epsilon)
+
+
+class Table(nn.Module):
+    """Chains of layers side by side, whose outputs are stacked along the channels.
+
+    A step of a chain is a function, a convolution (name, channels, kernel) with its stride if it is
+    not 1, a block (name, table), or a table without a name, whose layers are named with ours.
+    `convolution(inputs, channels, kernel, ...)` makes the layer; `channels` are those that come out.
+    """
+
+    def __init__(self, table: list[list], inputs: int, convolution: Callable[..., nn.Module]):
+        super().__init__()
+        self.table, self.convolution = table, convolution
+        self.channels = self.build(table, inputs)
+
+    def build(self, table: list[list], inputs: int) -> int:
+        outputs = 0
+        for chain in table:
+            channels = inputs
+            for step in chain:
+                match step:
+                    case list():
+                        channels = self.build(step, channels)
+                    case (name, list(block)):
+                        self.add_module(name, Table(block, channels, self.convolution))
+                        channels = self.get_submodule(name).channels
+                    case (name, wanted, *rest):
+                        self.add_module(name, self.convolution(channels, wanted, *rest))
+                        channels = wanted
+            outputs += channels
+        return outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.table, x)
+
+    def run(self, table: list[list], x: Tensor) -> Tensor:
+        outputs = []
+        for chain in table:
+            y = x
+            for step in chain:
+                match step:
+                    case list():
+                        y = self.run(step, y)
+                    case (name, *_):
+                        y = self.get_submodule(name)(y)
+                    case function:
+                        y = function(y)
+            outputs.append(y)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+# ---- Inception, for FID -------------------------------------------------------------------------
+
+SHRINK = partial(F.max_pool2d, kernel_size=3, stride=2)
+# As TensorFlow averages: what lies beyond the edge does not count.
+AVERAGE = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAXIMUM = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+
+
+def mixed_5(pooled: int) -> list[list]:
+    return [
+        [("branch1x1", 64, 1)],
+        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        [AVERAGE, ("branch_pool", pooled, 1)],
+    ]
+
+
+def mixed_6(width: int) -> list[list]:
+    row, column = (1, 7), (7, 1)
+    return [
+        [("branch1x1", 192, 1)],
+        [("branch7x7_1", width, 1), ("branch7x7_2", width, row), ("branch7x7_3", 192, column)],
+        [
+            ("branch7x7dbl_1", width, 1),
+            ("branch7x7dbl_2", width, column),
+            ("branch7x7dbl_3", width, row),
+            ("branch7x7dbl_4", width, column),
+            ("branch7x7dbl_5", 192, row),
+        ],
+        [AVERAGE, ("branch_pool", 192, 1)],
+    ]
+
+
+def mixed_7(pool: Callable[[Tensor], Tensor]) -> list[list]:
+    row, column = (1, 3), (3, 1)
+    return [
+        [("branch1x1", 320, 1)],
+        [
+            ("branch3x3_1", 384, 1),
+            [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]],
+        ],
+        [
+            ("branch3x3dbl_1", 448, 1),
+            ("branch3x3dbl_2", 384, 3),
+            [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]],
+        ],
+        [pool, ("branch_pool", 192, 1)],
+    ]
+
+
+# fmt: off
+MIXED_6A = [
+    [("branch3x3", 384, 3, 2)],
+    [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
+    [SHRINK],
+]
+MIXED_7A = [
+    [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
+    [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+     ("branch7x7x3_4", 192, 3, 2)],
+    [SHRINK],
+]
+INCEPTION = [[
+    ("Conv2d_1a_3x3", 32, 3, 2), ("Conv2d_2a_3x3", 32, 3, 1), ("Conv2d_2b_3x3", 64, 3), SHRINK,
+    ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1), SHRINK,
+    ("Mixed_5b", mixed_5(32)), ("Mixed_5c", mixed_5(64)), ("Mixed_5d", mixed_5(64)),
+    ("Mixed_6a", MIXED_6A), ("Mixed_6b", mixed_6(128)), ("Mixed_6c", mixed_6(160)),
+    ("Mixed_6d", mixed_6(160)), ("Mixed_6e", mixed_6(192)),
+    # The last one's maximum is a slip of the network that FID was defined with, and so part of it.
+    ("Mixed_7a", MIXED_7A), ("Mixed_7b", mixed_7(AVERAGE)), ("Mixed_7c", mixed_7(MAXIMUM)),
+]]
+# fmt: on
+
+
+class Conv2d(nn.Module):
+    """Convolution, batch norm, ReLU; nothing is padded where a stride is given, even that of 1."""
+
+    def __init__(
+        self, inputs: int, channels: int, kernel: int | tuple[int, int], stride: int | None = None
+    ):
+        super().__init__()
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = 0 if stride else (height // 2, width // 2)
+        self.conv = nn.Conv2d(inputs, channels, kernel, stride or 1, padding, bias=False)
+        self.bn = BatchNorm(channels, 1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Inception(Table):
+    """Inception v3 as FID uses it (Heusel et al. 2017): the features before its classifier."""
+
+    def __init__(self):
+        super().__init__(INCEPTION, 3, Conv2d)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] -> features (N, 2048)."""
+        x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
+        return super().forward(x).mean(dim=(2, 3))
+
+
+# ---- I3D, for FVD -------------------------------------------------------------------------------
+
+
+def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Zeros around (..., T, H, W), as TensorFlow's SAME: the odd one behind."""
+    padding = []
+    for size, k, s in reversed(list(zip(x.shape[-3:], kernel, stride))):
+        excess = max(0, k - (size % s or s))
+        padding += [excess // 2, excess - excess // 2]
+    return F.pad(x, padding)
+
+
+def shrink(kernel: tuple[int, ...], stride: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    # Zeros are no more than what ReLUs give, so the padding never is the maximum.
+    return lambda x: F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
+
+
+def mixed(b0: int, b1a: int, b1b: int, b2a: int, b2b: int, b3b: int) -> list[list]:
+    return [
+        [("b0", b0, 1)],
+        [("b1a", b1a, 1), ("b1b", b1b, 3)],
+        [("b2a", b2a, 1), ("b2b", b2b, 3)],
+        [shrink((3, 3, 3), (1, 1, 1)), ("b3b", b3b, 1)],
+    ]
+
+
+# fmt: off
+INFLATED_INCEPTION = [[
+    ("Conv3d_1a_7x7", 64, 7, 2), shrink((1, 3, 3), (1, 2, 2)),
+    ("Conv3d_2b_1x1", 64, 1), ("Conv3d_2c_3x3", 192, 3), shrink((1, 3, 3), (1, 2, 2)),
+    ("Mixed_3b", mixed(64, 96, 128, 16, 32, 32)),
+    ("Mixed_3c", mixed(128, 128, 192, 32, 96, 64)), shrink((3, 3, 3), (2, 2, 2)),
+    ("Mixed_4b", mixed(192, 96, 208, 16, 48, 64)), ("Mixed_4c", mixed(160, 112, 224, 24, 64, 64)),
+    ("Mixed_4d", mixed(128, 128, 256, 24, 64, 64)), ("Mixed_4e", mixed(112, 144, 288, 32, 64, 64)),
+    ("Mixed_4f", mixed(256, 160, 320, 32, 128, 128)), shrink((2, 2, 2), (2, 2, 2)),
+    ("Mixed_5b", mixed(256, 160, 320, 32, 128, 128)),
+    ("Mixed_5c", mixed(384, 192, 384, 48, 128, 128)),
+]]
+# fmt: on
+
+
+class Conv3d(nn.Module):
+    """Convolution with TensorFlow's padding, batch norm, ReLU; the kernel is a cube."""
+
+    def __init__(self, inputs: int, channels: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.conv3d = nn.Conv3d(inputs, channels, kernel, stride, bias=False)
+        self.bn = BatchNorm(channels, 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
+        return F.relu(self.bn(self.conv3d(x)), inplace=True)
+
+
+class I3D(Table):
+    """Inflated Inception on Kinetics-400 (Carreira & Zisserman 2017), as FVD uses it: its logits."""
+
+    SHORTEST = 9  # frames: fewer leave less than the two steps in time that are averaged
+
+    def __init__(self):
+        super().__init__(INFLATED_INCEPTION, 3, Conv3d)
+        self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(self.channels, 400, 1)})
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Clips (N, T, 3, H, W) in [-1, 1] -> logits (N, 400), averaged over time.
+
+        Raises ValueError for fewer than 9 frames.
+        """
+        if clips.shape[1] < self.SHORTEST:
+            raise ValueError(f"I3D needs {self.SHORTEST} frames or more, not {clips.shape[1]}")
+        frames = F.interpolate(
+            clips.flatten(0, 1), size=(224, 224), mode="bilinear", align_corners=False
+        )
+        x = super().forward(frames.unflatten(0, clips.shape[:2]).transpose(1, 2))
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)
+        return self.logits.conv3d(x).mean(dim=(2, 3, 4))
+
+
+# ---- Where their weights come from --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WebFile:
+    """A public file that is not on the Hugging Face hub, kept where torch.hub keeps such files."""
+
+    part: str
+    url: str
+    megabytes: int
+    sha256: str = ""  # as many digits of it as the publisher tells
+
+    @property
+    def path(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    def cached(self) -> Path | None:
+        kept = Path(torch.hub.get_dir(), "checkpoints", self.path)
+        return kept if kept.is_file() else None
+
+    def fetch(self) -> Path:
+        """Raises OSError when it does not come whole; then nothing of it is kept."""
+        kept, digest, count = Path(torch.hub.get_dir(), "checkpoints", self.path), sha256(), 0
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as unfinished:
+            with urlopen(self.url, timeout=30) as source, unfinished.open("wb") as target:
+                size = int(source.headers.get("Content-Length") or 0)
+                while piece := source.read(2**20):
+                    digest.update(piece)
+                    count += target.write(piece)
+            if count < size or not digest.hexdigest().startswith(self.sha256):
+                raise OSError(f"{count} bytes came, which are not the published file")
+        return kept
+
+
+GITHUB = "https://github.com"
+FILES = {
+    file.part: file
+    for file in (
+        WebFile(
+            "alexnet",
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            244,
+            "7be5be79",
+        ),
+        WebFile(
+            "lpips",
+            f"{GITHUB}/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",
+            1,
+            "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        ),
+        WebFile(
+            "inception",
+            f"{GITHUB}/mseitzer/pytorch-fid/releases/download/fid_weights/"
+            "pt_inception-2015-12-05-6726825d.pth",
+            96,
+            "6726825d",
+        ),
+        # VideoGPT's and TATS's. The better known i3d_torchscript.pt is a program, which we do not run.
+        WebFile("i3d", f"{GITHUB}/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt", 51),
+        PublicFile("image_encoder", "openai/clip-vit-large-patch14", "model.safetensors", 1711),
+    )
+}
+# The files that a network is filled from, and which part of it.
+PARTS = {
+    LPIPS: {"alexnet": "net", "lpips": "lins"},
+    Inception: {"inception": ""},
+    I3D: {"i3d": ""},
+    ImageEncoder: {"image_encoder": ""},
+}
+
+
+def find_weights(part: str, folder: Path | None) -> Path:
+    """A part's public file: in `folder` under its public name, kept from before, or downloaded.
+
+    Raises OSError, in one line, when it is not here and cannot be downloaded.
+    """
+    file = FILES[part]
+    if folder and (folder / file.path).is_file():
+        return folder / file.path
+    if kept := file.cached():
+        return kept
+    try:
+        if isinstance(file, WebFile):
+            return file.fetch()
+        return Path(hf_hub_download(file.repo, file.path))
+    except (OSError, RuntimeError, HTTPError) as error:  # the second is hf_xet's
+        home = file.url if isinstance(file, WebFile) else f"{constants.ENDPOINT}/{file.repo}"
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"{file.path} ({file.megabytes} MB) is not here and could not be fetched from {home} "
+            f"({reason}); put it into a folder and give that as --weights"
+        ) from None
+
+
+def load_network(
+    kind: type[Network], folder: Path | None = None, device: str | torch.device = "cpu"
+) -> Network:
+    """LPIPS, Inception, I3D or CLIP's image encoder with its public weights, frozen, in float32.
+
+    folder: where to look for the files first
+    Raises OSError for a file that cannot be had, ValueError for one that does not fit.
+    """
+    paths = {part: find_weights(part, folder) for part in PARTS[kind]}
+    with torch.device("meta"):
+        network = kind()
+    for part, within in PARTS[kind].items():
+        fill(network.get_submodule(within), part, paths[part], device, torch.float32)
+    return network
