@@ -10,6 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import driver
@@ -232,6 +233,20 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, monke
     assert has_sound(workplace / "loud_result.mp4")
     assert not has_sound(workplace / "silent_result.mp4")
     assert read_frames(workplace / "loud_result.mp4")[1] == 8, "the driver's speed, not the clip's"
+
+
+def test_a_single_picture_of_an_odd_size_and_kind_can_be_the_driver(
+    workplace, trained, monkeypatch
+):
+    _, (pose,), _ = clip(identity_seed=1, motion_seed=2, frames=1, size=SIZE)
+    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
+    monkeypatch.setattr(driver, "find_poses", lambda nets, frames, *_, **__: [pose] * len(frames))
+    transparent = Image.new("RGBA", (37, 91), (200, 90, 40, 128))
+    for name, picture in {"grey.png": transparent.convert("L"), "clear.png": transparent}.items():
+        picture.save(workplace / name)
+        command = ("--poses", name, "--run", "runs/first", "--ddim-steps", 3, "--out", "one.mp4")
+        main(workplace, "sample.py", *command)
+        assert read_frames(workplace / "one.mp4")[0].shape == (1, SIZE, SIZE, 3)
 
 
 # ---- Bad inputs: one line, exit code 2, nothing written -----------------------------------------
