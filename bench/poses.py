@@ -57,7 +57,7 @@ def import_port(checkout: Path) -> tuple:
         return scipy.ndimage.label(image, np.ones((3, 3)))
 
     module("matplotlib", pyplot=module("matplotlib.pyplot"))
-    transforms = module("torchvision.transforms", ToTensor=None, ToPILImage=None)
+    transforms = module("torchvision.transforms", ToTensor=object, ToPILImage=object)
     module("torchvision", transforms=transforms)
     module("skimage", measure=module("skimage.measure", label=label))
     module("scipy.ndimage.filters", gaussian_filter=scipy.ndimage.gaussian_filter)
