@@ -154,13 +154,17 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
     assert not np.array_equal(noise, sampled("i", "--start", "noise", "--seed", 1))
 
 
-def test_neither_slices_nor_offloading_change_the_video(workplace, trained):
+def test_neither_slices_nor_offloading_change_the_video(workplace, trained, monkeypatch):
+    # in float32: rounding to bfloat16 falls differently in slices, and random weights magnify it
+    cpu = torch.device("cpu"), torch.float32
+    monkeypatch.setattr(sample, "compute_device", lambda training=False: cpu)
+
     def sampled(name: str, *options: object) -> np.ndarray:
         main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)
         return read_frames(workplace / f"{name}.mp4")[0].astype(int)
 
     plain = sampled("whole", "--slice", 100)
-    assert np.abs(plain - sampled("slices", "--slice", 1, "--offload", "always")).max() <= 8
+    assert np.abs(plain - sampled("slices", "--slice", 1, "--offload", "always")).max() <= 2
 
 
 def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsys):
