@@ -5,9 +5,11 @@ on a machine that has none, and an operation that mixes devices fails here as it
 no code of ours asks for: the CUDA context (about half a gigabyte), the workspaces of cuDNN, fragmentation.
 """
 
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from math import prod
 from types import SimpleNamespace
 
 import torch
@@ -23,12 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from controlnet import ControlNet
 from posecrafter import (
     finest_map,
+    predict_noise,
     recompute_activations,
     sample,
     trainable_parameters,
     training_loss,
 )
-from slicing import plans
+from slicing import plans, slices
 from unet import UNet
 
 CUDA = torch.device("cuda", 0)
@@ -156,6 +159,38 @@ def operations(model, height: int, width: int) -> tuple[int, int]:
     return step.get_total_flops(), decoding.get_total_flops()
 
 
+def seconds_per_frame(
+    model,
+    height: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    frames_per_slice: int | None = None,
+) -> float:
+    """How long a denoising step takes for one frame, from a trial with one slice and weights of zero.
+
+    `model` has UNet and ControlNet on the meta device, and keeps those weights.
+    """
+    for network in (model.unet, model.controlnet):
+        network.to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
+        for tensor in network.state_dict().values():
+            tensor.zero_()
+    config = model.unet.config
+    frame = (config.widths[0], height, width)
+    way = plans(device, dtype, (1, *frame), frames_per_slice)[0]
+    frames = max(1, way.numbers // prod(frame))
+    latents = torch.zeros(frames, config.in_channels, height, width, device=device)
+    hints = torch.zeros(frames, *frame, device=device, dtype=dtype)
+    context = torch.zeros(77, config.context_dim, device=device, dtype=dtype)
+    seconds = []
+    with torch.inference_mode(), slices(way):
+        for _ in range(3):  # the first warms up
+            start = time.perf_counter()
+            predict_noise(model, latents, 1, context, hints).cpu()
+            seconds.append((time.perf_counter() - start) / frames)
+    return min(seconds)
+
+
 def sampling_peak(
     model,
     frames: int,
@@ -179,6 +214,8 @@ def sampling_peak(
             for n in (MANY, 2 * MANY)
         )
         return more + (more - few) * (frames - 2 * MANY) // MANY
+    if dtype == torch.bfloat16:
+        dtype = torch.float16  # as large, and its attention never looks at the numbers, which are not there
     with without_data(device) as memory:
         networks = networks_without_data(model, device, dtype)
         config = model.unet.config

@@ -22,7 +22,7 @@ from checkpoint import (
 )
 from driver import Driver, read_driver
 from evaluate import psnr
-from memory import operations, sampling_peak
+from memory import CUDA, operations, sampling_peak, seconds_per_frame
 from pose import Pose, absences, draw_pose, place_pose
 from posecrafter import (
     ddim_timesteps,
@@ -157,7 +157,7 @@ def parse_arguments(
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="load nothing; print how much there is to compute, and the memory it takes on a graphics card",
+        help="load nothing; print how much there is to compute, the memory and the time it takes",
     )
     parser.add_argument("--fps", type=float, help="of the result (default: the driver's)")
     parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
@@ -168,7 +168,7 @@ def parse_arguments(
 
 
 def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
-    """Prints the size of the task, without weights or a graphics card."""
+    """Prints the size of the task and what it takes, without weights or a graphics card."""
     settings = run.settings
     sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
     model = SimpleNamespace(**networks_without_weights(sources))
@@ -180,24 +180,36 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
     print(
         f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
     )
-    for name, count in (
-        ("inversion", step * args.ddim_steps if inversion else 0),
-        ("sampling", step * passes * frames),
-        ("decoding", decoding * frames),
-    ):
+    work = {
+        "inversion": step * args.ddim_steps if inversion else 0,
+        "sampling": step * passes * frames,
+        "decoding": decoding * frames,
+    }
+    for name, count in work.items():
         print(f"{name}: {count / 1e12:,.1f} TFLOP")
+    device, dtype = compute_device()
+    places = {device.type: (device, dtype, "never" if args.offload == "auto" else args.offload)}
     for offload in ("never", "always"):
         if args.offload in ("auto", offload):
-            peak = sampling_peak(
-                model,
-                frames,
-                height,
-                width,
-                guidance=args.guidance,
-                frames_per_slice=args.slice,
-                offload=offload,
-            )
-            print(f"graphics card, float16, --offload {offload}: {peak / 1e9:.1f} GB at the peak")
+            places[f"graphics card, --offload {offload}"] = CUDA, torch.float16, offload
+    for name, (where, precision, offload) in places.items():
+        peak = sampling_peak(
+            model,
+            frames,
+            height,
+            width,
+            precision,
+            args.guidance,
+            args.slice,
+            offload,
+            where,
+        )
+        precision = str(precision).removeprefix("torch.")
+        print(f"{name}, {precision}: {peak / 1e9:.1f} GB at the peak")
+    keep_freed_memory()
+    seconds = seconds_per_frame(model, height, width, device, dtype, args.slice)
+    minutes = seconds * sum(work.values()) / step / 60
+    print(f"on this machine's {device.type}: about {minutes:,.0f} minutes, from a trial of one slice")
 
 
 def main(args: argparse.Namespace) -> np.ndarray | None:
@@ -276,17 +288,23 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
                 edit_latents(latents[first_target:], reference_latent, targets, run.poses[k])
             )
 
-    latents = sample(
-        model,
-        noise,
-        hints,
-        target,
-        args.ddim_steps,
-        args.guidance,
-        encode_prompt(model, ""),
-        edit,
-        plans(device, dtype, finest_map(model, noise), args.slice, args.offload),
-    )
+    try:
+        latents = sample(
+            model,
+            noise,
+            hints,
+            target,
+            args.ddim_steps,
+            args.guidance,
+            encode_prompt(model, ""),
+            edit,
+            plans(device, dtype, finest_map(model, noise), args.slice, args.offload),
+        )
+    except MemoryError as error:
+        offload = "never" if args.offload == "never" else "always"
+        size, least = noise.shape[-2:], (args.guidance, args.slice or 1, offload)
+        need = sampling_peak(model, len(poses), *size, dtype, *least) / 1e9
+        raise MemoryError(f"{error}; {len(poses)} frames need about {need:.1f} GB") from None
 
     out.parent.mkdir(parents=True, exist_ok=True)
     frames = []
@@ -334,5 +352,7 @@ if __name__ == "__main__":
     parser, args = parse_arguments()
     try:
         main(args)
-    except (OSError, ValueError) as error:
+    except (MemoryError, OSError, ValueError) as error:
         parser.exit(2, f"sample.py: {error}\n")
+    except torch.OutOfMemoryError:  # sampling knows ways around it, so this was encoding or decoding
+        parser.exit(2, "sample.py: out of graphics memory: frames of this size need a larger card\n")

@@ -89,7 +89,7 @@ def frugally(compute: Callable[[], Tensor], ways: list[Slicing]) -> Tensor:
             if len(ways) == 1:
                 raise MemoryError(
                     "out of graphics memory with the smallest slices: give fewer frames or a smaller "
-                    "--size, or leave out --offload never; --plan predicts the need"
+                    "--size, or leave out --offload never"
                 ) from None
         ways.pop(0)  # here the exception is gone, and with it what it held in memory
         torch.cuda.empty_cache()
@@ -148,11 +148,13 @@ def channel_moments(x: "Tensor | Offloaded") -> tuple[Tensor, Tensor]:
     """
     parts, weights = [], []
     for frames in spans(len(x), x.shape[1:].numel()):
-        parts.append(torch.var_mean(x[frames].float(), dim=(0, 2, 3), correction=0))
+        pixels = x[frames].permute(0, 2, 3, 1).flatten(0, 2).float()  # a view in channels_last memory
+        mean = pixels.mean(dim=0)
+        parts.append((mean, (pixels - mean).square_().mean(dim=0)))  # var_mean is six times slower
         weights.append((frames.stop - frames.start) / len(x))
     return merge_moments(
-        torch.stack([mean for _, mean in parts]),
-        torch.stack([variance for variance, _ in parts]),
+        torch.stack([mean for mean, _ in parts]),
+        torch.stack([variance for _, variance in parts]),
         torch.tensor(weights, device=parts[0][0].device)[:, None],
     )
 

@@ -359,3 +359,5 @@ if __name__ == "__main__":
         main(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"train.py: {error}\n")
+    except torch.OutOfMemoryError:
+        parser.exit(2, "train.py: out of graphics memory: give fewer --frames or a smaller --size\n")

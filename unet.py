@@ -140,6 +140,48 @@ def beside(*maps: Tensor) -> Tensor:
     return torch.cat(maps, dim=1) if len(maps) > 1 else maps[0]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention: (B, heads, L, d) and (B, heads, S, d) twice -> (B, heads, L, d)."""
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    if on_cpu and k.shape[-2] >= 64:
+        return attend_in_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scores_at_once: int = 2**20) -> Tensor:
+    """The same for bfloat16 on a CPU, where torch's kernel is held up by its exponentials; as exact as that.
+
+    A few heads, or a few of a head's queries, at a time, so that their scores stay in the caches. Scores and
+    weights are float32, multiplied in bfloat16 with float32 sums. Exponentials are of two, faster than of e.
+    A column of ones beside the values sums up the weights.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype)
+    q, k, v, result = (x.flatten(0, 1) for x in (q, k, v, out))  # (B * heads, L or S, d)
+    (_, queries, dim), keys = q.shape, k.shape[1]
+    scale = dim**-0.5 * math.log2(math.e)
+    heads_at_once = max(1, scores_at_once // (queries * keys))
+    queries_at_once = max(1, scores_at_once // keys)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        for first in range(0, len(q), heads_at_once):
+            heads = slice(first, first + heads_at_once)
+            ask, keyed, values = q[heads].float(), k[heads].float() * scale, v[heads].float()
+            # No score exceeds the norms' product; small ones need no shift to keep 2**score in range.
+            shifted = ask.norm(dim=-1).max() * keyed.norm(dim=-1).max() > 100
+            keyed, values = keyed.transpose(1, 2).contiguous(), F.pad(values, (0, 1), value=1.0)
+            for start in range(0, queries, queries_at_once):
+                block = slice(start, start + queries_at_once)
+                scores = ask[:, block] @ keyed
+                if shifted:
+                    scores -= scores.amax(dim=-1, keepdim=True)
+                sums = scores.exp2_() @ values
+                result[heads, block] = sums[..., :dim] / sums[..., dim:]
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    return out
+
+
 class Attention(nn.Module):
     """Multi-head attention: queries from `x`, keys and values from `context`."""
 
@@ -160,7 +202,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """(B, ..., dim) -> same: all of a batch entry's tokens ask the same keys and values."""
         q = self.split_heads(self.to_q(x.flatten(1, -2)))  # (B, heads, L, dim / heads)
-        h = F.scaled_dot_product_attention(q, *keys_values)
+        h = attend(q, *keys_values)
         return self.to_out[0](h.transpose(1, 2).reshape(x.shape))
 
     def split_heads(self, x: Tensor) -> Tensor:  # (B, L, dim) -> (B, heads, L, dim / heads)
@@ -245,13 +287,15 @@ class BasicTransformerBlock(nn.Module):
         return by_locations(layers, x)
 
     def temporal_attention(self, h: Tensor) -> Tensor:  # (B, F, L, C) -> same
-        by_location = h.transpose(1, 2)  # (B, L, F, C)
-        tracks = by_location.flatten(0, 1)  # (B*L, F, C)
-        tracks = self.attn_temp(tracks, self.attn_temp.keys_values(tracks))
-        tracks = F.linear(
-            tracks, self.conv_temp.weight[:, :, 0, 0], self.conv_temp.bias
-        )  # a 1x1 convolution
-        return tracks.view_as(by_location).transpose(1, 2)
+        attention = self.attn_temp
+        q, k, v = (  # (B, L, heads, F, dim / heads): each location's track is a sequence
+            to(h).unflatten(-1, (attention.heads, -1)).permute(0, 2, 3, 1, 4)
+            for to in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        tracks = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+        h = attention.to_out[0](tracks.unflatten(0, q.shape[:2]).permute(0, 3, 1, 2, 4).flatten(3))
+        # A 1x1 convolution.
+        return F.linear(h, self.conv_temp.weight[:, :, 0, 0], self.conv_temp.bias)
 
 
 class Transformer2DModel(nn.Module):

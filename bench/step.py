@@ -4,12 +4,14 @@
     python bench/step.py --controlvideo FOLDER    and the public ControlVideo code, with --python of a
                                                   environment that it runs in (diffusers 0.11.1)
 
-Each runs in a process of its own, with the same random weights at Stable Diffusion 1.5's sizes, turn by turn.
-On one frame all compute the same, so their error there, against float32, says what their speed costs.
+Each runs in processes of its own, turn by turn, with the same random weights at Stable Diffusion 1.5's sizes: the
+peers as they come, and with a C library that keeps freed memory as ours has it do. On one frame all compute the
+same, so their error there, against float32, says what their speed costs.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,20 +24,29 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS, HINTS = (320, 640, 1280, 1280), (16, 32, 96, 256)
+# What `keep_freed_memory` tells glibc, said from outside.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+    "MALLOC_ARENA_MAX": "1",
+}
 OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
 
 
 # ---- The networks, each as a function of (latents, timestep, context, hints) ---------------------
 
 
-def random_weights(network: nn.Module, seed: int) -> nn.Module:
+def random_weights(network: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
     """Weights that keep the scale of what goes through; the same for the same names, whoever asks."""
+    network = network.to(dtype).to_empty(device="cpu")
     for name, tensor in sorted(network.state_dict().items()):
         random = torch.Generator().manual_seed(seed + sum(name.encode()) * len(name))
         if "_temp." in name or tensor.ndim == 1:
             tensor.fill_(float("norm" in name and name.endswith("weight")))
         else:
-            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=random)
+            weights = torch.empty(tensor.shape).uniform_(-1, 1, generator=random)
+            tensor.copy_((weights * (3 / tensor[0].numel()) ** 0.5).bfloat16())
     return network.eval().requires_grad_(False)
 
 
@@ -48,9 +59,13 @@ def ours(widths, hints, dtype):
     from unet import Context, UNet, UNetConfig
 
     keep_freed_memory()
-    unet, controlnet = UNet(UNetConfig(widths=widths)), ControlNet(UNetConfig(widths=widths), hints)
-    for network in (random_weights(unet, 0), random_weights(controlnet, 1)):
-        network.to(dtype=dtype, memory_format=torch.channels_last)
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(widths=widths))
+        controlnet = ControlNet(UNetConfig(widths=widths), hints)
+    unet, controlnet = (
+        random_weights(network, seed, dtype).to(memory_format=torch.channels_last)
+        for seed, network in enumerate((unet, controlnet))
+    )
     known = {}
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
@@ -73,18 +88,21 @@ def diffusers_2d(widths, hints, dtype):
     import diffusers
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
-    unet = diffusers.UNet2DConditionModel(
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        **sizes,
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+            **sizes,
+        )
+        controlnet = diffusers.ControlNetModel(
+            down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            conditioning_embedding_out_channels=hints,
+            **sizes,
+        )
+    unet, controlnet = (
+        random_weights(network, seed, dtype).to(memory_format=torch.channels_last)
+        for seed, network in enumerate((unet, controlnet))
     )
-    controlnet = diffusers.ControlNetModel(
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        conditioning_embedding_out_channels=hints,
-        **sizes,
-    )
-    for network in (random_weights(unet, 0), random_weights(controlnet, 1)):
-        network.to(dtype=dtype, memory_format=torch.channels_last)
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
         context = context.expand(len(latents), -1, -1)
@@ -101,14 +119,16 @@ def diffusers_2d(widths, hints, dtype):
 
 
 def controlvideo(widths, hints, dtype):
-    from models.controlnet import ControlNetModel  # of the public code's folder, on the path
-    from models.unet import UNet3DConditionModel
+    from libs.controlnet3d import ControlNetModel  # of the public code's folder, on the path
+    from libs.unet import UNet3DConditionModel
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
-    unet = UNet3DConditionModel(**sizes)
-    controlnet = ControlNetModel(conditioning_embedding_out_channels=hints, **sizes)
-    for network in (random_weights(unet, 0), random_weights(controlnet, 1)):
-        network.to(dtype=dtype)
+    with torch.device("meta"):
+        unet = UNet3DConditionModel(**sizes)
+        controlnet = ControlNetModel(conditioning_embedding_out_channels=hints, **sizes)
+    unet, controlnet = (
+        random_weights(network, seed, dtype) for seed, network in enumerate((unet, controlnet))
+    )
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
         clip, hint = (x.transpose(0, 1)[None].contiguous() for x in (latents, hint))
@@ -160,31 +180,41 @@ def measure(args: argparse.Namespace) -> None:
     torch.save(result, args.out)
 
 
-def run(name: str, args: argparse.Namespace) -> dict:
+def run(name: str, args: argparse.Namespace, environment: dict[str, str]) -> dict:
     python = args.python if name == CONTROLVIDEO else sys.executable
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.pt"
         command = [python, __file__, *sys.argv[1:], "--measure", name, "--out", out]
-        subprocess.run([str(part) for part in command], check=True)
+        subprocess.run([str(part) for part in command], check=True, env=os.environ | environment)
         return torch.load(out, weights_only=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    reference = run(EXACT, args)["frame"]
-    rows = {}
-    for name in (OURS, DIFFUSERS, *([CONTROLVIDEO] if args.controlvideo else [])):
-        results = [run(name, args) for _ in range(args.processes)]
-        seconds = [s for result in results for s in result["seconds"][1:]]  # the first warms up
-        error = (results[0]["frame"] - reference).norm() / reference.norm()
-        rows[name] = statistics.median(seconds), min(seconds), max(seconds), error.item()
+    peers = [DIFFUSERS, *([CONTROLVIDEO] if args.controlvideo else [])]
+    rows = {OURS: (OURS, {})}
+    for peer in peers:
+        rows[peer] = peer, {}
+        rows[f"{peer}, memory kept"] = peer, KEEP_MEMORY
+    reference = run(EXACT, args, {})["frame"]
+    results = {row: [] for row in rows}
+    for _ in range(args.processes):
+        for row, (name, environment) in rows.items():
+            results[row].append(run(name, args, environment))
+            print(row, *(f"{s:.2f}" for s in results[row][-1]["seconds"]), file=sys.stderr)
+
+    table = {}
+    for row, found in results.items():
+        seconds = [s for result in found for s in result["seconds"][1:]]  # the first warms up
+        error = (found[0]["frame"] - reference).norm() / reference.norm()
+        table[row] = statistics.median(seconds), min(seconds), max(seconds), error.item()
     print(f"One step, {args.frames} frames of {args.size}x{args.size}, bfloat16:\n")
     print("| | seconds | fastest to slowest | against ours | error on one frame |")
     print("| --- | --- | --- | --- | --- |")
-    for name, (middle, best, worst, error) in rows.items():
-        ratio = middle / rows[OURS][0]
-        print(f"| {name} | {middle:.2f} | {best:.2f} to {worst:.2f} | {ratio:.2f} | {error:.4f} |")
+    for row, (middle, best, worst, error) in table.items():
+        ratio = middle / table[OURS][0]
+        print(f"| {row} | {middle:.2f} | {best:.2f} to {worst:.2f} | {ratio:.2f} | {error:.4f} |")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -192,7 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--widths", type=int, nargs=4, default=WIDTHS)
-    parser.add_argument("--runs", type=int, default=3, help="per process, after one to warm up")
+    parser.add_argument("--runs", type=int, default=2, help="per process, after one to warm up")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")
     parser.add_argument("--python", default=sys.executable, help="interpreter for --controlvideo")

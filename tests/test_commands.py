@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +174,8 @@ def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsy
     assert sorted(workplace.rglob("*")) == before
     plan = capsys.readouterr().out
     assert "6 frames of 64x64" in plan
-    assert "sampling: " in plan and "GB at the peak" in plan
+    assert "sampling: " in plan and "cpu, " in plan and "GB at the peak" in plan
+    assert re.search(r"about \d+ minutes", plan)
 
 
 def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trained):

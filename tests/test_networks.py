@@ -13,7 +13,7 @@ from weights import fill
 
 from clip import TextConfig, TextEncoder
 from controlnet import ControlNet
-from unet import UNet, UNetConfig
+from unet import UNet, UNetConfig, attend_in_blocks
 from vae import VAE, VAEConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -303,6 +303,24 @@ def test_inflation_adds_temporal_layers_to_all_transformers_but_the_middle_one_s
     layers += ["conv_temp.weight", "conv_temp.bias"]
     added = {f"{block}.{layer}" for block in blocks if "mid" not in block for layer in layers}
     assert {name for name in tensors if "_temp." in name} == added and len(added) == 15 * 7
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 20])  # of the scores: from all alike to one that takes all
+@pytest.mark.parametrize("shape", [(1, 2, 300, 256, 40), (2, 3, 1300, 700, 16), (40, 2, 5, 90, 24)])
+def test_attention_in_blocks_is_no_less_exact_than_torch_s(shape, spread):
+    clips, heads, queries, keys, dim = shape
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (  # seen as the networks see them: heads between tokens and channels
+        torch.randn(clips, n, heads, dim, generator=random).bfloat16().transpose(1, 2)
+        for n in (queries, keys, keys)
+    )
+    q = q * spread
+    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch_s = nn.functional.scaled_dot_product_attention(q, k, v)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    ours = attend_in_blocks(q, k, v)
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    assert (ours - exact).norm() < 1.2 * (torch_s - exact).norm()
 
 
 def test_the_model_has_as_many_parameters_as_the_paper_says():

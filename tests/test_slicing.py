@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 import slicing
 from controlnet import ControlNet
-from slicing import Offloaded, Slicing, by_frames, by_locations, channel_moments, slices
+from slicing import (
+    Offloaded,
+    Slicing,
+    by_frames,
+    by_locations,
+    channel_moments,
+    frugally,
+    slices,
+)
 from unet import Context, UNet, UNetConfig
 
 WHOLE = 2**40  # numbers in a slice that no clip here has
@@ -211,3 +219,26 @@ def test_settings_end_with_their_block():
         assert slicing.current.numbers == 3
         raise KeyError
     assert slicing.current == before
+
+
+# ---- When memory runs out -----------------------------------------------------------------------
+
+
+def test_the_next_way_is_taken_where_one_does_not_fit():
+    ways = [Slicing(8), Slicing(4), Slicing(2), Slicing(1)]
+
+    def compute() -> int:
+        if slicing.current.numbers > 2:
+            raise torch.OutOfMemoryError
+        return slicing.current.numbers
+
+    assert frugally(compute, ways) == 2
+    assert ways == [Slicing(2), Slicing(1)]  # what did not fit once is not tried again
+
+
+def test_when_nothing_fits_the_message_says_what_to_do():
+    def compute():
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(MemoryError, match="fewer frames or a smaller --size"):
+        frugally(compute, [Slicing(2), Slicing(1)])
