@@ -1,16 +1,18 @@
-"""Peak memory against the number of frames: measured on this machine, predicted for a graphics card.
+"""Peak memory, and for long clips time, against the number of frames; and what is predicted for a graphics card.
 
-    python bench/memory.py            prints a table of each, and draws bench/memory.png
+    python bench/memory.py            prints the tables, and draws bench/memory.png
     python bench/memory.py --size 512 --frames 8 16 32 64
 
-What is measured is a process's resident memory at its peak: one denoising step (ControlNet and UNet, random
-weights at Stable Diffusion 1.5's sizes, bfloat16), one process for each number of frames.
+What is measured is a process's resident memory at its peak, one process for each number of frames: one
+denoising step (ControlNet and UNet) at Stable Diffusion 1.5's sizes in bfloat16, and two steps of the demo
+model on clips of up to 2,000 frames of 128x128 pixels.
 """
 
 import argparse
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +23,10 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import keep_freed_memory  # noqa: E402
+from checkpoint import compute_device, keep_freed_memory, load_model  # noqa: E402
 from controlnet import ControlNet  # noqa: E402
 from memory import sampling_peak, training_peak  # noqa: E402
-from posecrafter import sample  # noqa: E402
+from posecrafter import encode_prompt, sample  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
 PREDICTED = (8, 100, 300, 1000)
@@ -35,21 +37,47 @@ def measure(args: argparse.Namespace, frames: int) -> None:
     """In a process of its own: prints its peak in bytes after one step."""
     keep_freed_memory()
     config, dtype, side = UNetConfig(widths=tuple(args.widths)), torch.bfloat16, args.size // 8
-    torch.set_default_dtype(dtype)
-    networks = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config))
-    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        networks = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config))
     for network in vars(networks).values():
-        network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        network.to(dtype).to_empty(device="cpu").to(memory_format=torch.channels_last)
+        network.eval().requires_grad_(False)
+        for tensor in network.state_dict().values():
+            tensor.zero_()
     hints = torch.zeros(frames, config.widths[0], side, side, dtype=dtype)
     hints = hints.contiguous(memory_format=torch.channels_last)
     sample(networks, torch.randn(frames, 4, side, side), hints, torch.randn(77, 768).to(dtype), 1)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def peak(frames: int) -> int:
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(frames)]
+def measure_demo(frames: int) -> None:
+    """In a process of its own: prints its peak in bytes and the seconds of a step of the demo model."""
+    keep_freed_memory()
+    device, dtype = compute_device()
+    model = load_model("demo", None, None, device, dtype)
+    side, width = 128 // model.vae.config.factor, model.unet.config.widths[0]
+    context = encode_prompt(model, "a person")
+
+    def steps(frames: int, count: int) -> float:
+        hints = torch.zeros(frames, width, side, side, dtype=dtype)
+        start = time.perf_counter()
+        sample(model, torch.randn(frames, 4, side, side), hints, context, count)
+        return (time.perf_counter() - start) / count
+
+    steps(32, 1)  # warms up
+    seconds = steps(frames, 2)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds)
+
+
+def measured(what: str, frames: int) -> list[float]:
+    command = [sys.executable, __file__, *sys.argv[1:], f"--{what}", str(frames)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout.split()[-1])
+    return [float(word) for word in done.stdout.split()]
+
+
+def slope(peaks: dict[int, float]) -> float:
+    """Megabytes per extra frame."""
+    return np.polyfit(list(peaks), list(peaks.values()), 1)[0] / MEGA
 
 
 def draw(path: Path, lines: dict[str, dict[int, float]]) -> None:
@@ -78,13 +106,22 @@ def draw(path: Path, lines: dict[str, dict[int, float]]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    measured = {frames: peak(frames) for frames in args.frames}
-    slope = np.polyfit(list(measured), list(measured.values()), 1)[0]
+    peaks = {frames: measured("measure", frames)[0] for frames in args.frames}
     print(f"Measured on the CPU, one step at {args.size}x{args.size}, bfloat16:\n")
-    print("| frames | " + " | ".join(map(str, measured)) + " |")
-    print("| --- |" + " --- |" * len(measured))
-    print("| peak, GB | " + " | ".join(f"{p / GIGA:.2f}" for p in measured.values()) + " |")
-    print(f"\n{slope / MEGA:.1f} MB per extra frame\n")
+    print("| frames | " + " | ".join(map(str, peaks)) + " |")
+    print("| --- |" + " --- |" * len(peaks))
+    print("| peak, GB | " + " | ".join(f"{p / GIGA:.2f}" for p in peaks.values()) + " |")
+    print(f"\n{slope(peaks):.1f} MB per extra frame\n")
+
+    long = {frames: measured("measure-demo", frames) for frames in args.demo_frames}
+    print("Measured on the CPU, the demo model at 128x128:\n")
+    print("| frames | " + " | ".join(map(str, long)) + " |")
+    print("| --- |" + " --- |" * len(long))
+    print("| peak, GB | " + " | ".join(f"{p / GIGA:.2f}" for p, _ in long.values()) + " |")
+    print("| a step, s | " + " | ".join(f"{s:.1f}" for _, s in long.values()) + " |")
+    each = " | ".join(f"{1000 * s / n:.1f}" for n, (_, s) in long.items())
+    print(f"| of it per frame, ms | {each} |")
+    print(f"\n{slope({n: p for n, (p, _) in long.items()}):.2f} MB per extra frame\n")
 
     with torch.device("meta"):
         config = UNetConfig(widths=tuple(args.widths))
@@ -93,11 +130,12 @@ def main(args: argparse.Namespace) -> None:
     print(f"Predicted for a graphics card, sampling at {args.size}x{args.size}, float16, in GB:\n")
     print("| frames | " + " | ".join(map(str, PREDICTED)) + " |")
     print("| --- |" + " --- |" * len(PREDICTED))
-    lines = {"on the CPU": {n: p / GIGA for n, p in measured.items()}}
+    lines = {"on the CPU": {n: p / GIGA for n, p in peaks.items()}}
     for name, offload in (("all on the card", "never"), ("skips outside", "always")):
-        peaks = {n: sampling_peak(model, n, side, side, offload=offload) / GIGA for n in PREDICTED}
-        print(f"| {name} | " + " | ".join(f"{p:.1f}" for p in peaks.values()) + " |")
-        lines[name] = peaks
+        lines[name] = {
+            n: sampling_peak(model, n, side, side, offload=offload) / GIGA for n in PREDICTED
+        }
+        print(f"| {name} | " + " | ".join(f"{p:.1f}" for p in lines[name].values()) + " |")
     training = training_peak(model, 8, side, side) / GIGA
     print(f"\nTraining on 8 frames, bfloat16: {training:.1f} GB")
     draw(args.plot, lines)
@@ -108,7 +146,14 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--widths", type=int, nargs=4, default=UNetConfig().widths)
+    parser.add_argument("--demo-frames", type=int, nargs="+", default=[250, 500, 1000, 2000])
     parser.add_argument("--plot", type=Path, default=ROOT / "bench" / "memory.png")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-demo", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    measure(args, args.measure) if args.measure else main(args)
+    if args.measure:
+        measure(args, args.measure)
+    elif args.measure_demo:
+        measure_demo(args.measure_demo)
+    else:
+        main(args)
