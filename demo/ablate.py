@@ -248,6 +248,7 @@ LEGS = (
 ARMS = (((2, 3, 0.20, 0.0), (3, 4, 0.16, 0.0)), ((5, 6, 0.20, 0.0), (6, 7, 0.16, 0.0)))
 SHOULDERS, TORSO = [2, 5], [2, 5, 11, 8]
 JAW = slice(0, 17)  # of the face, from ear to ear
+HAIR = 0.2  # how far it stands off the skull, in shoulder widths
 RIM = 0.5  # latent pixels around a limb that its outline reaches into
 
 
@@ -294,7 +295,7 @@ def limbs(
         face, face_there = (latent_points(p.face, height, width) for p in (pose, other))
         crown = face[[0, 16]].sum(axis=0) - face[JAW]  # the jaw, mirrored at the middle of the ears
         outline = np.concatenate([face[JAW], crown])
-        yield from patch(face, face_there, outline, 0.1 * shoulders + RIM)
+        yield from patch(face, face_there, outline, HAIR * shoulders + RIM)
     for arm, hand in zip(ARMS, ("right_hand", "left_hand")):
         for part in arm:
             yield from bone(*part)
@@ -726,15 +727,18 @@ def describe(done: Sequence[dict[str, Cell]]) -> str:
         "DDIM steps": listed(c.ddim_steps for c in cells if c.ddim_steps),
     }
     text = "; ".join(f"{name} {numbers}" for name, numbers in counts.items())
-    return f"Of each row {len(done)} clips: {text}."
+    return f"Clips in each row: {len(done)} ({text})."
 
 
-def command(args: argparse.Namespace, parts: Iterable[str]) -> str:
+def command(args: argparse.Namespace, parts: Sequence[str]) -> str:
     """The command that computes what is reported."""
-    options = ["identities", "seeds", "sweep_identities", "target_frames", "ddim_steps"]
+    options = ["target_frames", "ddim_steps"]
     options += ["training_steps"] if args.training_steps else []
+    options += ["identities", "seeds"] if "main" in parts else []
+    options += ["sweep_identities"] if set(parts) != {"main"} else []
     words = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options]
-    words += [f"--training-frames {' '.join(map(str, args.training_frames))}"]
+    if "frames" in parts:
+        words += [f"--training-frames {' '.join(map(str, args.training_frames))}"]
     return f"python demo/ablate.py {' '.join(words)} --parts {' '.join(parts)}"
 
 
@@ -753,13 +757,13 @@ def report(args: argparse.Namespace) -> None:
         "than the training clip's, and come from the renderer. A seed changes training, noise and both "
         "dances. Means are over puppets, seeds averaged first, with 95 % intervals (Student's t over "
         "puppets).",
-        f"    {command(args, gathered)}",
+        f"    {command(args, list(gathered))}",
         "Figures (↑: higher is better, ↓: lower is better):\n\n" + explain(FIGURES),
     ]
     if "main" in gathered:
         values, done = gathered["main"]
         draw_sheet(args.out / "results_sheet.png", args.work, done)
-        rows = "\n".join(f"- {name}: {meaning}." for name, meaning in ROWS.items())
+        rows = "\n".join(f"- `{name}`: {meaning}." for name, meaning in ROWS.items())
         text += [
             "## The method, part by part",
             describe(done),
