@@ -683,8 +683,8 @@ SWEEPS = {  # each part's heading, first column, and what was done
     "frames": (
         "How many training frames",
         "frames",
-        f"Uniformly from a clip of {LONG_CLIP} frames, trained for {{steps}} steps: the paper's formula, "
-        "and never fewer than 50.",
+        f"Uniformly from a clip of {LONG_CLIP} frames, trained for {{steps}} steps. (By the paper's "
+        "formula, and never fewer than 50, unless the command above says otherwise.)",
     ),
     "rate": ("Learning rate", "rate", "Of AdamW; the demo model's own is {rate:g}."),
     "interpolation": (
