@@ -5,8 +5,8 @@
                                                   environment that it runs in (diffusers 0.11.1)
 
 Each runs in processes of its own, turn by turn, with the same random weights at Stable Diffusion 1.5's sizes: the
-peers as they come, and with a C library that keeps freed memory as ours has it do. On one frame all compute the
-same, so their error there, against float32, says what their speed costs.
+peers as they come, and with memory kept and huge pages as ours asks for them. On one frame all compute the same,
+so their error there, against float32, says what their speed costs.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS, HINTS = (320, 640, 1280, 1280), (16, 32, 96, 256)
-# What `keep_freed_memory` tells glibc, said from outside.
+# What `keep_freed_memory` says, from outside.
 KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
     "MALLOC_ARENA_MAX": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
 

@@ -1,4 +1,4 @@
-"""Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, under an hour on two CPU cores.
+"""Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, about an hour on two CPU cores.
 
 CMU's networks have seen people; these have seen paper puppets, in the pool that `pretrain.py` renders
 (or has rendered) and some larger ones. They are the same code, narrower and with fewer stages, and
@@ -330,7 +330,7 @@ def main():
     )
     parser.add_argument("--out", type=Path, default=DEMO / "openpose", help="for the weights")
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=(3000, 2000, 1200), metavar=("BODY", "HAND", "FACE")
+        "--steps", type=int, nargs=3, default=(3000, 8000, 1200), metavar=("BODY", "HAND", "FACE")
     )
     parser.add_argument(
         "--parts", nargs="+", choices=NETS, default=NETS, help="to train; all, to write weights"

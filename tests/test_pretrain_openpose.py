@@ -120,5 +120,4 @@ def test_the_shipped_networks_are_small_and_find_unseen_puppets():
     assert sum(file.stat().st_size for file in (DEMO / "openpose").iterdir()) < 4.5e6
     shares = evaluate(load_openpose("demo"), range(20))
     assert shares["body"] >= 0.95
-    assert (42 * shares["hands"] + 70 * shares["face"]) / 112 >= 0.8
-    assert shares["hands"] >= 0.55 and shares["face"] >= 0.9
+    assert shares["hands"] >= 0.8 and shares["face"] >= 0.9
