@@ -81,7 +81,9 @@ class WithoutCUDA(TorchFunctionMode):
         if function is Tensor.contiguous and not args[0].is_contiguous(**kwargs):
             return torch.empty_like(args[0], **kwargs)
         if function is F.interpolate:
-            resized = args[0].new_empty(*args[0].shape[:2], *kwargs["size"])
+            times = kwargs.get("scale_factor")
+            size = [int(times * side) for side in args[0].shape[2:]] if times else kwargs["size"]
+            resized = args[0].new_empty(*args[0].shape[:2], *size)
             return torch.empty_like(resized, memory_format=torch.channels_last)
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             here = function(*args, **kwargs | {"device": "cpu"})

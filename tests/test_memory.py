@@ -7,7 +7,17 @@ import torch
 
 import memory
 from controlnet import ControlNet
-from memory import CUDA, LiveMemory, operations, part_of, sampling_peak, training_peak, without_data
+from memory import (
+    CUDA,
+    LiveMemory,
+    networks_without_data,
+    operations,
+    part_of,
+    sampling_peak,
+    training_peak,
+    without_data,
+)
+from posecrafter import invert
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -61,6 +71,26 @@ def test_sampling_at_512_fits_the_promised_memory(full_size):
     assert thousand <= 24 * GB
     assert outside <= 12 * GB
     assert (thousand - hundred) / 900 <= 22e6
+
+
+@torch.inference_mode()
+def test_what_is_around_sampling_runs_on_a_card_too(full_size):
+    """Encoding the reference, inverting it, decoding the result."""
+    half = {"device": CUDA, "dtype": torch.float16}
+    with without_data(CUDA) as memory:
+        networks = networks_without_data(full_size, **half)
+        with torch.device("meta"):
+            vae = VAE(VAEConfig())
+        weights = {name: torch.empty(t.shape, **half) for name, t in vae.state_dict().items()}
+        vae.load_state_dict(weights, assign=True)
+        vae.requires_grad_(False)
+        mean, _ = vae.encode(torch.empty(1, 3, 512, 512, **half))
+        hint, context = torch.empty(1, 3, 512, 512), torch.empty(77, 768, **half)
+        trajectory = invert(networks, mean.float(), hint, context, 2)
+        frames = vae.decode(trajectory[-1].to(**half).expand(2, -1, -1, -1))
+        assert [x.device for x in (*trajectory, frames)] == 4 * [CUDA]
+        assert frames.shape == (2, 3, 512, 512)
+    assert memory.peak < 6 * GB
 
 
 def test_guidance_takes_hardly_more_memory(full_size):
