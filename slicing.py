@@ -120,8 +120,9 @@ def by_frames(
         if len(part) == length:
             return part
         if into is None:
-            into = part.new_empty(length, *part.shape[1:])
-            into = into.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else into
+            layout = torch.channels_last if part.ndim == 4 else torch.contiguous_format
+            shape = length, *part.shape[1:]
+            into = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
         into[frames] = part
     return into
 
