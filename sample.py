@@ -209,7 +209,7 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
     keep_freed_memory()
     seconds = seconds_per_frame(model, height, width, device, dtype, args.slice)
     minutes = seconds * sum(work.values()) / step / 60
-    print(f"on this machine's {device.type}: about {minutes:,.0f} minutes, from a trial of one slice")
+    print(f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice")
 
 
 def main(args: argparse.Namespace) -> np.ndarray | None:

@@ -292,7 +292,7 @@ class BasicTransformerBlock(nn.Module):
             to(h).unflatten(-1, (attention.heads, -1)).permute(0, 2, 3, 1, 4)
             for to in (attention.to_q, attention.to_k, attention.to_v)
         )
-        tracks = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+        tracks = attend(*(x.flatten(0, 1) for x in (q, k, v)))
         h = attention.to_out[0](tracks.unflatten(0, q.shape[:2]).permute(0, 3, 1, 2, 4).flatten(3))
         # A 1x1 convolution.
         return F.linear(h, self.conv_temp.weight[:, :, 0, 0], self.conv_temp.bias)

@@ -175,7 +175,16 @@ def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsy
     plan = capsys.readouterr().out
     assert "6 frames of 64x64" in plan
     assert "sampling: " in plan and "cpu, " in plan and "GB at the peak" in plan
-    assert re.search(r"about \d+ minutes", plan)
+    assert re.search(r"about [\d.,]+ minutes", plan)
+
+
+def test_out_of_memory_says_how_much_would_do(workplace, trained, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("out of graphics memory")
+
+    monkeypatch.setattr(sample, "sample", refuse)
+    with pytest.raises(MemoryError, match=r"out of graphics memory; 6 frames need about \d"):
+        main(workplace, *SAMPLE, "--run", "runs/first")
 
 
 def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trained):
