@@ -18,6 +18,7 @@ precision.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from parts import PARTS
 from pose import Pose, draw_pose, is_seen, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
@@ -279,64 +281,6 @@ def insert_reference(reference_pose: Pose, target_poses: Sequence[Pose]) -> list
 
 # ---- Latent editing -----------------------------------------------------------------------------
 
-EDITED_PARTS = ("face", "left_hand", "right_hand")
-
-
-def latent_points(part: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Keypoints (K, 3), canvas-normalised -> (K, 2) in latent pixels, whose centres are the integers."""
-    return part[:, :2].astype(np.float64) * (width, height) - 0.5
-
-
-def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
-    """The least-squares affine map A (2, 3) with target ~ A[:, :2] @ source + A[:, 2]; points are (K, 2).
-
-    None for a map that no moving part makes: fewer than 3 points, points (nearly) on a line, mirrored,
-    or an area that changes by more than a factor of 4.
-    """
-    if len(source) < 3:
-        return None
-    spreads = np.linalg.svd(source - source.mean(0), compute_uv=False)
-    if spreads[1] < 0.05 * spreads[0] or spreads[0] == 0:
-        return None
-    ones = np.ones((len(source), 1))
-    solution, *_ = np.linalg.lstsq(np.hstack([source, ones]), target, rcond=None)
-    area = np.linalg.det(solution[:2])
-    return solution.T if 1 / 4 <= area <= 4 else None
-
-
-def grown_hull(points: np.ndarray, height: int, width: int, margin: float = 1.0) -> np.ndarray:
-    """Which pixels lie within `margin` of the convex hull of `points` (K, 2): booleans (height, width)."""
-    hull = convex_hull(points)
-    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)[
-        :, :, None
-    ]  # (H, W, 1, 2)
-    start, edge = hull, np.roll(hull, -1, axis=0) - hull  # (E, 2) each
-    offset = pixels - start
-    left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
-    along = ((offset * edge).sum(-1) / (edge**2).sum(-1).clip(1e-12)).clip(0, 1)
-    distance = np.linalg.norm(offset - along[..., None] * edge, axis=-1).min(-1)
-    return left_of_edge.all(-1) | (distance <= margin)
-
-
-def convex_hull(points: np.ndarray) -> np.ndarray:
-    """The corners of the convex hull of (K, 2) points in order around it (Andrew's monotone chain)."""
-
-    def chain(ordered: np.ndarray) -> list[np.ndarray]:
-        corners = []
-        for point in ordered:
-            while len(corners) > 1:
-                (ax, ay), (bx, by) = corners[-1] - corners[-2], point - corners[-1]
-                if ax * by - ay * bx > 0:
-                    break
-                corners.pop()
-            corners.append(point)
-        return corners
-
-    ordered = np.unique(points, axis=0)
-    if len(ordered) < 2:
-        return ordered
-    return np.array(chain(ordered)[:-1] + chain(ordered[::-1])[:-1])
-
 
 def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
     """Reads a latent (4, H, W) at K points (K, 2) in pixels, between pixel centres: (4, K)."""
@@ -355,34 +299,30 @@ def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
 
 
 def edit_latents(
-    latents: Tensor, reference_latent: Tensor, poses: Sequence[Pose], reference_pose: Pose
-) -> dict[str, int]:
-    """Moves the reference's face and hands to where each target pose has them, in place.
+    latents: Tensor,
+    reference_latent: Tensor,
+    poses: Sequence[Pose],
+    reference_pose: Pose,
+    parts: str = "face,hands",
+) -> Counter[str]:
+    """Moves parts of the reference to where each target pose has them, in place.
 
-    latents: (M, 4, h, w), one per pose; reference_latent: (4, h, w), of the same timestep.
-    For each part, an affine map from the target's to the reference's landmarks is fitted; inside the
-    target landmarks' convex hull, grown by one latent pixel, the latent becomes the reference's, read
-    through the map. A part that is not seen in both, or whose map is degenerate (see `fit_affine`),
-    stays as it was. Returns how many regions were edited of each part, in the order of EDITED_PARTS.
+    latents: (M, 4, h, w), one per pose; reference_latent: (4, h, w), of the same timestep; parts: a key of
+    `parts.PARTS`, "face,hands" as in the paper, or "body" for all of it. Where a part lies in the target, the
+    latent becomes the reference's, read through the part's map; what it would read from outside the
+    reference stays as it was. Returns how many regions were edited of each part.
     """
     height, width = latents.shape[-2:]
-    edited = dict.fromkeys(EDITED_PARTS, 0)
+    edited = Counter()
     for latent, pose in zip(latents, poses, strict=True):
-        for name in EDITED_PARTS:
-            target, reference = getattr(pose, name), getattr(reference_pose, name)
-            both = is_seen(target) & is_seen(reference)
-            target, reference = (
-                latent_points(part[both], height, width) for part in (target, reference)
-            )
-            to_reference = fit_affine(target, reference)
-            if to_reference is None:
-                continue
-            y, x = np.nonzero(grown_hull(target, height, width))
-            source = np.stack([x, y], axis=1) @ to_reference[:, :2].T + to_reference[:, 2]
+        for part in PARTS[parts](pose, reference_pose, height, width):
+            y, x = np.nonzero(part.weight)
+            source = np.stack([x, y], axis=1) @ part.to_other[:, :2].T + part.to_other[:, 2]
             inside = ((source >= -0.5) & (source <= (width - 0.5, height - 0.5))).all(1)
-            if inside.any():
-                latent[:, y[inside], x[inside]] = sample_bilinear(reference_latent, source[inside])
-                edited[name] += 1
+            y, x, moved = y[inside], x[inside], sample_bilinear(reference_latent, source[inside])
+            weight = torch.tensor(part.weight[y, x], dtype=latent.dtype, device=latent.device)
+            latent[:, y, x] = latent[:, y, x].lerp(moved, weight)
+            edited[part.name] += bool(inside.any())
     return edited
 
 

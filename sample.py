@@ -23,6 +23,7 @@ from checkpoint import (
 from driver import Driver, read_driver
 from evaluate import psnr
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
+from parts import PARTS
 from pose import Pose, absences, draw_pose, place_pose
 from posecrafter import (
     ddim_timesteps,
@@ -122,10 +123,13 @@ def parse_arguments(
     )
     parser.add_argument("--ddim-steps", type=int, default=50)
     parser.add_argument(
-        "--edit-step",
-        type=int,
-        default=1,
-        help="move face and hands before this step; 0: never (default: 1)",
+        "--edit",
+        choices=(*PARTS, "none"),
+        default="face,hands",
+        help="what latent editing moves into place (default: face,hands, as in the paper)",
+    )
+    parser.add_argument(
+        "--edit-step", type=int, default=1, help="before which step it does (default: 1)"
     )
     parser.add_argument(
         "--reference",
@@ -176,7 +180,7 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
     height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
     step, decoding = operations(model, height, width)
     passes = args.ddim_steps * (1 if args.guidance == 1 else 2)
-    inversion = args.start == "inversion" or args.edit_step
+    inversion = args.start == "inversion" or args.edit != "none"
     print(
         f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
     )
@@ -209,7 +213,9 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
     keep_freed_memory()
     seconds = seconds_per_frame(model, height, width, device, dtype, args.slice)
     minutes = seconds * sum(work.values()) / step / 60
-    print(f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice")
+    print(
+        f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice"
+    )
 
 
 def main(args: argparse.Namespace) -> np.ndarray | None:
@@ -218,12 +224,10 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     settings = run.settings
     height, width = run.frames.shape[1:3]
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
-    if not 0 <= args.edit_step <= args.ddim_steps:
-        raise ValueError(
-            f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}, and 0 for never"
-        )
+    if not 1 <= args.edit_step <= args.ddim_steps:
+        raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
     if args.start == "noise" and args.edit_step == 1:
-        args.edit_step = 0  # there is nothing of the reference in that noise to be moved
+        args.edit = "none"  # there is nothing of the reference in that noise to be moved
     out = args.out or run.folder / "samples" / f"{args.poses.stem}.mp4"
     if out.suffix not in VIDEOS_WRITTEN:
         raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
@@ -270,7 +274,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     reference = encode_frames(model, run.frames[k : k + 1])
 
     trajectory = None
-    if args.start == "inversion" or args.edit_step:
+    if args.start == "inversion" or args.edit != "none":
         reference_hint = embed_hints(model, [run.poses[k]], height, width)
         trajectory = invert(model, reference, reference_hint, source, args.ddim_steps)
     if args.start == "inversion":
@@ -282,10 +286,10 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     edited = {}
 
     def edit(latents: Tensor, step: int) -> None:
-        if step == args.edit_step:
-            reference_latent = trajectory[args.ddim_steps - step + 1][0]
+        if step == args.edit_step and args.edit != "none":
+            moved = trajectory[args.ddim_steps - step + 1][0]
             edited.update(
-                edit_latents(latents[first_target:], reference_latent, targets, run.poses[k])
+                edit_latents(latents[first_target:], moved, targets, run.poses[k], args.edit)
             )
 
     try:
@@ -332,6 +336,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "prompt": args.prompt or settings["prompt"],
         "guidance": args.guidance,
         "ddim_steps": args.ddim_steps,
+        "edit": args.edit,
         "edit_step": args.edit_step,
         "start": args.start,
         "seed": args.seed,
@@ -354,5 +359,9 @@ if __name__ == "__main__":
         main(args)
     except (MemoryError, OSError, ValueError) as error:
         parser.exit(2, f"sample.py: {error}\n")
-    except torch.OutOfMemoryError:  # sampling knows ways around it, so this was encoding or decoding
-        parser.exit(2, "sample.py: out of graphics memory: frames of this size need a larger card\n")
+    except (
+        torch.OutOfMemoryError
+    ):  # sampling knows ways around it, so this was encoding or decoding
+        parser.exit(
+            2, "sample.py: out of graphics memory: frames of this size need a larger card\n"
+        )

@@ -2,8 +2,9 @@
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, trained in rounds that go on from each other: on puppets as they are, on other puppets of which most
-are in disguise (`scenery.py`), and on large ones in upright frames, as people are filmed with telephones,
-in turn with those of the round before. A round has four stages, each of which resumes where it stopped:
+are in disguise (`scenery.py`), on large ones in upright frames, as people are filmed with telephones, and
+last on puppets that turn and cross their arms, which also teach it that words count (`TWIN`); the last two
+in turn with those of the rounds before. A round has four stages, each of which resumes where it stopped:
 
 1. render a pool of puppets, each identity in several poses, with control images and captions;
 2. train the VAE on the frames;
@@ -38,16 +39,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import Model, keep_freed_memory, save_model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
-from demo.puppet import caption, motion, random_puppet, render
+from demo.puppet import (
+    CLOTH_COLOURS,
+    DANCES,
+    HAIR_COLOURS,
+    Paint,
+    Puppet,
+    caption,
+    motion,
+    random_puppet,
+    render,
+)
 from demo.scenery import disguise
 from demo.vocabulary import learn_merges
-from pose import draw_pose, place_pose
-from posecrafter import ALPHAS_CUMPROD, image_tensor
+from pose import Pose, draw_pose, place_pose
+from posecrafter import ALPHAS_CUMPROD, edit_latents, image_tensor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
 POSES = 8  # per identity, drawn from ten seconds of motion
+# Where a round has twins, one more frame: the first once more, but with hair or a garment in another colour.
+TWIN = POSES
 LEARNING_RATE = 0.003  # of fine-tuning on a clip: the paper's; 0.06 dB over 1e-3 on a real clip
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(
@@ -63,6 +76,8 @@ class Round:
 
     identities: range
     disguised: float  # share of them
+    moving: float  # share that turns or crosses its arms
+    twins: bool
     height: int  # of the frames, which are SIZE wide
     crop_steps: int
     whole_steps: int
@@ -72,62 +87,105 @@ class Round:
 
 
 ROUNDS = (
-    Round(range(10_000, 12_500), 0.0, SIZE, 1000, 900, 1.5e-3, 2150, 1e-3),
-    Round(range(12_500, 15_000), 0.7, SIZE, 0, 1400, 1.5e-3, 1500, 6e-4),
-    Round(range(15_000, 16_000), 0.8, 224, 0, 0, 0.0, 450, 4e-4),
+    Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, 1000, 900, 1.5e-3, 2150, 1e-3),
+    Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, 0, 1400, 1.5e-3, 1500, 6e-4),
+    Round(range(15_000, 16_000), 0.8, 0.0, False, 224, 0, 0, 0.0, 450, 4e-4),
+    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 0, 0, 0.0, 2100, 6e-4),
 )
 
 
 # ---- 1. The pool of puppets -------------------------------------------------------------------------
 
 
-def render_identity(
-    seed: int, disguised: float, height: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Frames (POSES, H, W, 3) uint8, control images alike, masks (POSES, H/4, W/4) uint8, caption."""
+def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str]:
+    """The same person with hair, shirt or lower garment in another colour, and the caption's words for
+    what this changed, as the puppet has it."""
+    words = caption(puppet).split(", ")[1:]
+    which = rng.integers(puppet.hair_shape == "bald", 3)
+    name, colours = (("hair", HAIR_COLOURS), ("shirt", CLOTH_COLOURS), ("lower", CLOTH_COLOURS))[
+        which
+    ]
+    others = [colour for colour in colours if colour != getattr(puppet, name).name]
+    colour = str(rng.choice(others))
+    return replace(puppet, **{name: Paint(colour, colours[colour])}), words[which]
+
+
+def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A row of the pool, and the caption with what the twin changes in it (nothing where there is none).
+
+    The row: frames (F, H, W, 3) uint8, hints, their control images, alike, masks (F, H/4, W/4) uint8, and
+    poses (F, 130, 3), all keypoints. F is POSES, and one more with a twin.
+    """
     rng = np.random.default_rng((3, seed))
-    in_disguise = rng.random() < disguised
-    puppet = random_puppet(seed)
-    states = motion(seed, POSES * 15)[::15]  # 1.25 s apart
+    height = plan.height
+    in_disguise = rng.random() < plan.disguised
     # The part of the square picture that is shown; some are closer to the camera.
     zoom = rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0
     side, window = (round(height * zoom), (height, SIZE))
     top, left = (int(rng.integers(side - shown + 1)) for shown in window)
     if zoom == 1:
         left = (side - SIZE) // 2
-    frames, hints, masks = [], [], []
-    for state in states:
-        frame, pose, mask = render(puppet, state, side)
+    dance = rng.choice(DANCES[1:]) if rng.random() < plan.moving else DANCES[0]
+    puppet = random_puppet(seed)
+    drawn = [
+        (puppet, state) for state in motion(seed, POSES * 15, dance=dance)[::15]
+    ]  # 1.25 s apart
+    told = ""
+    if plan.twins:
+        twin, told = twin_of(puppet, rng)
+        drawn.append((twin, drawn[0][1]))
+    frames, poses, masks = [], [], []
+    for who, state in drawn:
+        frame, pose, mask = render(who, state, side)
         shown = np.s_[top : top + height, left : left + SIZE]
-        pose = place_pose(pose, side / SIZE, side / height, -left / SIZE, -top / height)
         frames.append(frame[shown])
-        hints.append(draw_pose(pose, height, SIZE))
+        poses.append(place_pose(pose, side / SIZE, side / height, -left / SIZE, -top / height))
         masks.append(mask[shown])
     frames, masks = np.stack(frames), np.stack(masks)
     if in_disguise:
         frames = disguise(frames, masks, seed)
-    masks = masks.reshape(POSES, height // 4, 4, SIZE // 4, 4).any((2, 4)).astype(np.uint8)
-    return frames, np.stack(hints), masks, "a person" if in_disguise else caption(puppet)
+    masks = masks.reshape(-1, height // 4, 4, SIZE // 4, 4).any((2, 4)).astype(np.uint8)
+    # In disguise no colour is what it is called.
+    words = ["a person", ""] if in_disguise else [caption(puppet), told]
+    row = {
+        "frames": frames,
+        "hints": np.stack([draw_pose(pose, height, SIZE) for pose in poses]),
+        "masks": masks,
+        "poses": np.stack([np.concatenate(list(vars(pose).values())) for pose in poses]),
+    }
+    return row, words
+
+
+def pose_from(keypoints: np.ndarray) -> Pose:
+    """The pose of a pool's row: all keypoints (130, 3) in the order of Pose's fields."""
+    return Pose(*np.split(keypoints, (18, 18 + 70, 18 + 70 + 21)))
 
 
 def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
     """Renders what is not rendered yet; returns memory-mapped arrays with one row per identity."""
-    identities, frame = plan.identities, (plan.height, SIZE, 3)
-    shapes = {"frames": frame, "hints": frame, "masks": (plan.height // 4, SIZE // 4)}
+    identities, count = plan.identities, POSES + plan.twins
+    frame = (count, plan.height, SIZE, 3)
+    shapes = {
+        "frames": (np.uint8, frame),
+        "hints": (np.uint8, frame),
+        "masks": (np.uint8, (count, plan.height // 4, SIZE // 4)),
+        "poses": (np.float32, (count, 130, 3)),
+    }
     done = work / "captions.json"
     if not done.exists():
         pool = {
             name: np.lib.format.open_memmap(
-                work / f"{name}.npy", "w+", np.uint8, (len(identities), POSES, *shape)
+                work / f"{name}.npy", "w+", dtype, (len(identities), *shape)
             )
-            for name, shape in shapes.items()
+            for name, (dtype, shape) in shapes.items()
         }
         captions = []
         with multiprocessing.Pool() as workers:
-            draw = partial(render_identity, disguised=plan.disguised, height=plan.height)
-            rendered = workers.imap(draw, identities, chunksize=8)
+            rendered = workers.imap(partial(render_identity, plan=plan), identities, chunksize=8)
             for i in trange(len(identities), desc="rendering puppets", mininterval=10):
-                pool["frames"][i], pool["hints"][i], pool["masks"][i], words = next(rendered)
+                row, words = next(rendered)
+                for name, array in row.items():
+                    pool[name][i] = array
                 captions.append(words)
         for array in pool.values():
             array.flush()
@@ -289,13 +347,17 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
 
 
-def prompt_from(rng, words: str) -> str:
-    """Often nothing or just "a person", else with some of the attributes, so that each word is learned."""
+def prompt_from(rng, words: str, told: str = "") -> str:
+    """Often nothing or just "a person", else with some of the attributes, so that each word is learned.
+
+    What has to be `told` is told.
+    """
     draw = rng.random()
     person, *attributes = words.split(", ")
-    if draw < 0.15:
+    if draw < 0.15 and not told:
         return ""
-    return ", ".join([person] + [a for a in attributes if draw > 0.4 and rng.random() < 0.6])
+    some = [a for a in attributes if a == told or (draw > 0.4 and rng.random() < 0.6)]
+    return ", ".join([person, *some])
 
 
 def training_batch(
@@ -307,12 +369,20 @@ def training_batch(
 
     - Two in three clips share noise as the method's inverted pseudo video does: at the last timestep all
       frames are *equal* to frame 0, so the noise of frame i is frame 0's plus what keeps the sum equal.
-      The pose alone then says where things go. The other clips have independent noise, as fine-tuning has.
+      The pose alone then says where things go; or latent editing has moved face and hands, or the whole
+      body, in a third of them each. The other clips have independent noise, as fine-tuning has.
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
     - The loss weighs the person, and the place where it stood in frame 0, five times.
+
+    And one teaches it that words count more than what the noise remembers: half of the clips that share
+    noise and have a twin start from the *twin's* frame 0, and the prompt tells what is different.
     """
     identities = rng.integers(len(latents), size=clips)
     order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
+    shared = rng.random(clips) < 0.65
+    told = [pool["captions"][i][1] for i in identities]
+    from_twin = shared & (np.array(told) != "") & (rng.random(clips) < 0.5)
+    order[from_twin] = (order - order[:, :1])[from_twin] % POSES  # frame 0 first: the twin's pose
     z = latents[identities[:, None], order]  # (clips, frames, 4, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
     hints = np.stack([pool["hints"][i][o] for i, o in zip(identities, order)])
@@ -320,8 +390,18 @@ def training_batch(
     alphas = ALPHAS_CUMPROD.numpy()
     ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
     noise = rng.standard_normal(z.shape, np.float32)
-    shared = rng.random(clips) < 0.65
-    noise[shared, 1:] = noise[shared, :1] + ratio * (z[shared, :1] - z[shared, 1:])
+    inverted = latents[identities, np.where(from_twin, TWIN, order[:, 0])]
+    edited = rng.integers(3, size=clips)
+    for clip in np.flatnonzero(shared):
+        start = torch.from_numpy(noise[clip, 0] + ratio * inverted[clip])
+        starts = start.repeat(frames, 1, 1, 1)
+        if edited[clip]:
+            poses = [
+                pose_from(keypoints) for keypoints in pool["poses"][identities[clip], order[clip]]
+            ]
+            parts = ("face,hands", "body")[edited[clip] - 1]
+            edit_latents(starts[1:], start, poses[1:], poses[0], parts)
+        noise[clip] = starts.numpy() - ratio * z[clip]
 
     timestep = rng.integers(0, 1000, clips)
     alpha = np.repeat(alphas[timestep][:, None], frames, 1)  # (clips, frames)
@@ -340,7 +420,10 @@ def training_batch(
         "weight": weight / weight.mean(),
     }
     flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in flat.items()}
-    prompts = [prompt_from(rng, pool["captions"][i]) for i in identities]
+    prompts = [
+        prompt_from(rng, pool["captions"][i][0], words if twin else "")
+        for i, words, twin in zip(identities, told, from_twin)
+    ]
     return flat | {
         "hints": image_tensor(hints),
         "timestep": torch.from_numpy(timestep),
@@ -367,7 +450,8 @@ def train_networks(
     plan: Round,
     frames: int = 3,
 ) -> None:
-    """Trains on pools and their latents in turn, on as many clips as make 6 square ones' pixels."""
+    """Trains on pools and their latents, every other step on the last pool and in turn on those before it;
+    on as many clips as make 6 square ones' pixels."""
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
     first_progress = 0.0 if plan is ROUNDS[0] else 0.2
@@ -375,7 +459,8 @@ def train_networks(
     def loss_at(step: int) -> Tensor:
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
-        pool, latents = pools[step % len(pools)]
+        *before, last = pools
+        pool, latents = before[step // 2 % len(before)] if before and step % 2 == 0 else last
         clips = 6 * SIZE // pool["frames"].shape[2]
         batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):
@@ -410,7 +495,9 @@ def main():
             pools, scale = [], float(1 / latents.std())
         pools.append((pool, latents * scale))
         if number == 1:
-            tokenizer = Tokenizer(*learn_merges(pool["captions"], 200), length=TEXT.length)
+            tokenizer = Tokenizer(
+                *learn_merges((words for words, _ in pool["captions"]), 200), length=TEXT.length
+            )
             torch.manual_seed(2)
             networks = new_networks(tokenizer)
         train_networks(networks, pools, tokenizer, work, plan)

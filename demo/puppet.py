@@ -143,6 +143,7 @@ class State:
     blink: float  # 0 open, 1 closed
     brow: float  # -1 lowered, 1 raised
     gaze: tuple[float, float]  # of both pupils, -1 to 1, right and down in the picture
+    body_turn: float = 0.0  # of all but the head about the vertical, positive like `turn`
 
 
 # ---- Who it is ----------------------------------------------------------------------------------
@@ -250,9 +251,15 @@ ARM_STYLES = (
     ((0.1, 2.75), (-0.6, 1.5)),
 )
 
+DANCES = ("facing", "turning", "crossed")  # the camera; to the sides; arms over the chest
+CROSSED_ARMS = ((0.05, 0.45), (-2.4, -1.7))  # ranges of (shoulder, elbow)
 
-def motion(seed: int, frames: int, fps: float = 12.0) -> list[State]:
-    """The first `frames` states of dance number `seed`; a longer one begins like a shorter one."""
+
+def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> list[State]:
+    """The first `frames` states of dance number `seed`; a longer one begins like a shorter one.
+
+    A dance of another kind (one of DANCES) is the same but for its body's turn, or its arms.
+    """
     rng = np.random.default_rng(seed)
     seconds = np.arange(frames) / fps
 
@@ -307,6 +314,11 @@ def motion(seed: int, frames: int, fps: float = 12.0) -> list[State]:
         "brow": wave(-0.8, 1.0),
         "gaze": both(-0.9, 0.9),
     }
+    if dance == "turning":
+        channels["body_turn"] = wave(-1.1, 1.1)
+        channels["turn"] = 0.5 * channels["turn"] + 0.55 * channels["body_turn"]
+    elif dance == "crossed":
+        channels["shoulder"], channels["elbow"] = (both(*reach) for reach in CROSSED_ARMS)
     return [
         State(**{name: _plain(course[f]) for name, course in channels.items()})
         for f in range(frames)
@@ -345,6 +357,11 @@ class _Skeleton:
     toes: np.ndarray
     hands: np.ndarray  # (2, 21, 2)
     head: "_Head"
+    body_turn: float
+
+    def far_to_near(self) -> tuple[int, int]:
+        """The sides in the order in which they are painted."""
+        return (1, 0) if self.body_turn > 0 else (0, 1)
 
 
 @dataclass(frozen=True)
@@ -404,21 +421,28 @@ def _skeleton(puppet: Puppet, state: State) -> _Skeleton:
         angle += side * state.wrist[i]
         hands.append(_hand(wrists[i], angle, side, puppet.hand, state.curl[i], state.spread[i]))
 
+    def turned(points) -> np.ndarray:
+        """A paper puppet that turns about its pelvis only becomes narrower."""
+        points = np.array(points)
+        points[..., 0] -= (points[..., 0] - pelvis[0]) * (1 - np.cos(state.body_turn))
+        return points
+
+    forward = np.array([0.03 * np.sin(state.body_turn), 0.0])  # where toes point that faced us
     tilt = state.lean + state.neck
     centre = neck - puppet.neck * _down(-state.lean) - 0.97 * puppet.head[1] * _down(-tilt)
-    head = _Head(centre, puppet.head, tilt, state.turn, state.nod)
     return _Skeleton(
-        neck,
+        turned(neck),
         pelvis,
-        shoulders,
-        np.array(elbows),
-        np.array(wrists),
-        pelvis + hips,
-        pelvis + knees,
-        pelvis + ankles,
-        pelvis + toes,
-        np.array(hands),
-        head,
+        turned(shoulders),
+        turned(elbows),
+        turned(wrists),
+        turned(pelvis + hips),
+        turned(pelvis + knees),
+        turned(pelvis + ankles),
+        turned(pelvis + toes) + forward,
+        turned(hands),
+        _Head(turned(centre), puppet.head, tilt, state.turn, state.nod),
+        state.body_turn,
     )
 
 
@@ -565,11 +589,15 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     # the background is transparent and everything drawn is opaque: the alpha channel is the mask
     canvas = _draw_background(puppet.background, size * SUPERSAMPLE).copy()
     brush = _Brush(canvas)
+    far, near = bones.far_to_near()
+    behind = abs(state.body_turn) > 0.4  # then the body hides the far arm
     _draw_back_hair(brush, puppet, bones.head)
+    if behind:
+        _draw_arm(brush, puppet, bones, far)
     _draw_legs(brush, puppet, bones)
     _draw_torso(brush, puppet, bones)
     _draw_head(brush, puppet, state, bones.head, face)
-    for i in range(2):
+    for i in (near,) if behind else (far, near):
         _draw_arm(brush, puppet, bones, i)
     frame = np.asarray(canvas.convert("RGB").reduce(SUPERSAMPLE))
     mask = np.asarray(canvas.getchannel("A").reduce(SUPERSAMPLE)) >= 128
@@ -577,11 +605,11 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
 
 
 def clip(
-    identity_seed: int, motion_seed: int, frames: int, size: int = 128
+    identity_seed: int, motion_seed: int, frames: int, size: int = 128, dance: str = "facing"
 ) -> tuple[np.ndarray, list[Pose], np.ndarray]:
     """A dancing puppet: frames uint8 (F, size, size, 3), F poses, masks bool (F, size, size)."""
     puppet = random_puppet(identity_seed)
-    drawn = [render(puppet, state, size) for state in motion(motion_seed, frames)]
+    drawn = [render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance)]
     images, poses, masks = zip(*drawn)
     return np.stack(images), list(poses), np.stack(masks)
 
@@ -638,7 +666,7 @@ def _draw_legs(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
     thick = puppet.build
     radii = (0.037 * thick, 0.027 * thick, 0.019 * thick)
     trousers = puppet.lower_garment == "trousers"
-    for i in range(2):
+    for i in bones.far_to_near():
         leg = [bones.hips[i], bones.knees[i], bones.ankles[i]]
         sole = bones.toes[i]
         brush.limb([bones.ankles[i], sole], (0.018, 0.019), puppet.shoes, LINE)
@@ -685,6 +713,9 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
     down = (bones.pelvis - bones.neck) / puppet.torso
     across = np.array([down[1], -down[0]])
     right, left = bones.shoulders
+    slim = np.cos(bones.body_turn)
+    # A body is half as deep as it is wide.
+    depth = np.hypot(slim, 0.5 * np.sin(bones.body_turn)) / slim
 
     def edge(share: float) -> tuple[np.ndarray, np.ndarray]:
         """The right and left edge of the shirt, `share` of the way from shoulders to hem."""
@@ -692,7 +723,8 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
         half = top + (hem - top) * share - 0.012 * np.sin(np.pi * share)
         if puppet.lower_garment == "skirt":
             half -= 0.004
-        tilt = (left - right) / (2 * puppet.shoulders) * (1 - share) + across * share
+        tilt = (left - right) / (2 * puppet.shoulders) * (1 - share) + across * share * slim
+        tilt = tilt * depth
         middle = bones.neck + (0.008 + share * (puppet.torso + 0.002)) * down
         return middle - half * tilt, middle + half * tilt
 
@@ -700,8 +732,8 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
     collar = bones.neck - 0.018 * down
     outline = np.array(
         [
-            collar - 0.028 * across,
-            collar + 0.028 * across,
+            collar - 0.028 * slim * depth * across,
+            collar + 0.028 * slim * depth * across,
             *[e[1] for e in sides],
             *[e[0] for e in sides[::-1]],
         ]
@@ -716,8 +748,10 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
             (a, b), (c, d) = edge(share), edge(share + 0.095)
             brush.polygon([a, b, d, c], puppet.shirt_accent)
     if puppet.shirt_pattern == "emblem":
-        brush.dot(bones.neck + 0.36 * puppet.torso * down, 0.034, puppet.shirt_accent)
-        brush.dot(bones.neck + 0.36 * puppet.torso * down, 0.016, shirt)
+        emblem = bones.neck + 0.36 * puppet.torso * down
+        emblem = emblem + 0.5 * puppet.shoulders * np.sin(bones.body_turn) * across
+        brush.dot(emblem, 0.034, puppet.shirt_accent)
+        brush.dot(emblem, 0.016, shirt)
     # neck and neckline
     brush.limb([collar + 0.006 * down, collar + 0.022 * down], (0.030, 0.024), puppet.skin)
     brush.limb(

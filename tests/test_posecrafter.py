@@ -12,17 +12,16 @@ from weights import fill
 
 import posecrafter
 from controlnet import ControlNet
-from pose import Pose
+from demo.puppet import clip
+from parts import hull_distance, latent_points
+from pose import Pose, place_pose
 from posecrafter import (
     add_noise,
     ddim_step,
     ddim_timesteps,
     edit_latents,
-    fit_affine,
-    grown_hull,
     insert_reference,
     invert,
-    latent_points,
     predict_noise,
     sample,
     select_reference,
@@ -259,10 +258,10 @@ def test_editing_moves_a_patch_to_where_the_affine_map_says_and_touches_nothing_
     before = torch.randn(1, 4, 32, 32)
     after = before.clone()
     counts = edit_latents(after, reference, [target_pose], reference_pose)
-    assert counts == {"face": 0, "left_hand": 1, "right_hand": 0}
+    assert counts == {"left_hand": 1}
 
     landmarks = latent_points(target_pose.left_hand, 32, 32)
-    region = torch.tensor(grown_hull(landmarks, 32, 32))
+    region = torch.tensor(hull_distance(landmarks, 32, 32) <= 1)
     assert 30 < region.sum() < 150
     moved = torch.roll(reference, (10, 12), dims=(1, 2))
     assert worst(after[0][:, region], moved[:, region]) < 1e-4
@@ -303,33 +302,6 @@ def test_parts_that_are_not_seen_in_both_are_left_alone():
     assert torch.equal(latents, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("two points", lambda p: p[:2]),
-        ("points on a line", lambda p: p * (1, 0)),
-        ("one point", lambda p: p * 0),
-        ("a mirrored hand", lambda p: p * (-1, 1)),
-        ("a hand five times the area", lambda p: p * math.sqrt(5)),
-        ("a hand a fifth of the area", lambda p: p / math.sqrt(5)),
-    ],
-)
-def test_no_map_is_fitted_to(name, change):
-    points = latent_points(hand_at(0.5, 0.5), 32, 32)
-    target = change(points)
-    assert fit_affine(points[: len(target)], target) is None
-
-
-def test_the_region_is_the_hull_grown_by_one_latent_pixel():
-    square = np.array([[10, 10], [20, 10], [20, 20], [10, 20], [15, 15], [15, 10]], float)
-    region = grown_hull(square, 32, 32)
-    assert region[10:21, 10:21].all()
-    assert region[9, 15] and region[21, 15] and region[15, 9] and region[15, 21]
-    assert not region[9, 9]  # a corner's neighbour is sqrt(2) away
-    assert not region[8, 15] and not region[15, 22]
-    assert region.sum() == 11 * 11 + 4 * 11
-
-
 def test_a_region_that_would_be_read_from_outside_the_reference_is_left_alone():
     reference_pose = Pose(left_hand=hand_at(0.0, 0.5))  # half of it outside the canvas
     target_pose = Pose(left_hand=hand_at(0.5, 0.5))
@@ -337,3 +309,25 @@ def test_a_region_that_would_be_read_from_outside_the_reference_is_left_alone():
     edit_latents(latents, torch.zeros(4, 32, 32), [target_pose], reference_pose)
     assert (latents[0, :, :, :15] == -100).all()
     assert (latents[0, :, 16, 16:18] == 0).all()
+
+
+def test_the_whole_body_of_a_pose_that_equals_the_reference_stays_as_it_is():
+    _, (pose,), _ = clip(3, 6, 1)
+    reference = torch.randn(4, 32, 32)
+    latents = reference.repeat(2, 1, 1, 1)
+    counts = edit_latents(latents, reference, [pose, pose], pose, "body")
+    assert counts["torso"] == counts["left_hand"] == counts["right_shin"] == 2
+    assert worst(latents[0], reference) < 1e-4
+
+
+def test_a_whole_body_that_moves_takes_its_latent_along_and_leaves_the_rest():
+    _, (pose,), mask = clip(3, 6, 1)
+    moved_pose = place_pose(pose, 1, 1, 3 / 32, -1 / 32)  # 3 to the right, 1 up
+    reference, before = torch.randn(4, 32, 32), torch.full((1, 4, 32, 32), -100.0)
+    after = before.clone()
+    edit_latents(after, reference, [moved_pose], pose, "body")
+    person = torch.tensor(mask.reshape(32, 4, 32, 4).all((1, 3))).roll((-1, 3), (0, 1))
+    assert person.sum() > 50
+    assert worst(after[0][:, person], reference.roll((-1, 3), (1, 2))[:, person]) < 1e-3
+    far = hull_distance(latent_points(moved_pose.body, 32, 32), 32, 32) > 6
+    assert torch.equal(after[0][:, torch.tensor(far)], before[0][:, torch.tensor(far)])

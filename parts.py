@@ -1,0 +1,201 @@
+"""The parts of a body: where they lie in a frame, and how each got there from another pose.
+
+`posecrafter.edit_latents` moves latents with them. A part is a soft region of latent pixels and an affine map
+from there to where the same spot of the part is in the other pose. Poses are the same person's; points are
+(K, 2) in latent pixels, whose centres are the integers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pose import Pose, is_seen
+
+# ---- Geometry -----------------------------------------------------------------------------------
+
+
+def latent_points(part: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Keypoints (K, 3), canvas-normalised -> (K, 2) in latent pixels, whose centres are the integers."""
+    return part[:, :2].astype(np.float64) * (width, height) - 0.5
+
+
+def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
+    """The least-squares affine map A (2, 3) with target ~ A[:, :2] @ source + A[:, 2]; points are (K, 2).
+
+    None for a map that no moving part makes: fewer than 3 points, points (nearly) on a line, mirrored,
+    or an area that changes by more than a factor of 4.
+    """
+    if len(source) < 3:
+        return None
+    spreads = np.linalg.svd(source - source.mean(0), compute_uv=False)
+    if spreads[1] < 0.05 * spreads[0] or spreads[0] == 0:
+        return None
+    ones = np.ones((len(source), 1))
+    solution, *_ = np.linalg.lstsq(np.hstack([source, ones]), target, rcond=None)
+    area = np.linalg.det(solution[:2])
+    return solution.T if 1 / 4 <= area <= 4 else None
+
+
+def hull_distance(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """How far pixels are from the convex hull of `points` (K, 2): (height, width), 0 inside."""
+    start = convex_hull(points)
+    edge = np.roll(start, -1, axis=0) - start  # (E, 2)
+    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)[:, :, None]
+    offset = pixels - start  # (H, W, E, 2)
+    left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
+    along = ((offset * edge).sum(-1) / (edge**2).sum(-1).clip(1e-12)).clip(0, 1)
+    distance = np.linalg.norm(offset - along[..., None] * edge, axis=-1).min(-1)
+    return np.where(left_of_edge.all(-1), 0.0, distance)
+
+
+def convex_hull(points: np.ndarray) -> np.ndarray:
+    """The corners of the convex hull of (K, 2) points in order around it (Andrew's monotone chain)."""
+
+    def chain(ordered: np.ndarray) -> list[np.ndarray]:
+        corners = []
+        for point in ordered:
+            while len(corners) > 1:
+                (ax, ay), (bx, by) = corners[-1] - corners[-2], point - corners[-1]
+                if ax * by - ay * bx > 0:
+                    break
+                corners.pop()
+            corners.append(point)
+        return corners
+
+    ordered = np.unique(points, axis=0)
+    if len(ordered) < 3:
+        return ordered
+    return np.array(chain(ordered)[:-1] + chain(ordered[::-1])[:-1])
+
+
+# ---- Parts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a body in one pose, and the way from there to another pose."""
+
+    name: str
+    weight: np.ndarray  # (height, width) from 0 to 1: how much of each latent pixel belongs to it
+    to_other: (
+        np.ndarray
+    )  # (2, 3): a point (x, y) of the part is at A[:, :2] @ (x, y) + A[:, 2] there
+
+
+def face_and_hands(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
+    """The parts that PoseCrafter moves: the landmarks' convex hulls, grown by one latent pixel.
+
+    A part that is not seen in both poses, or whose map is degenerate (see `fit_affine`), is left out.
+    """
+    for name in ("face", "left_hand", "right_hand"):
+        here, there = getattr(pose, name), getattr(other, name)
+        both = is_seen(here) & is_seen(there)
+        here, there = (latent_points(part[both], height, width) for part in (here, there))
+        to_other = fit_affine(here, there)
+        if to_other is not None:
+            yield Part(name, (hull_distance(here, height, width) <= 1).astype(float), to_other)
+
+
+# COCO-18. Bones from joint to joint, half their width in body units, and how far the part goes on past its
+# end, as a share of the bone: shins have feet, which COCO-18 does not.
+THIGHS = (("right_thigh", 8, 9, 0.26, 0.0), ("left_thigh", 11, 12, 0.26, 0.0))
+SHINS = (("right_shin", 9, 10, 0.20, 0.25), ("left_shin", 12, 13, 0.20, 0.25))
+ARMS = {
+    "right": (("right_upper_arm", 2, 3, 0.20, 0.0), ("right_forearm", 3, 4, 0.16, 0.0)),
+    "left": (("left_upper_arm", 5, 6, 0.20, 0.0), ("left_forearm", 6, 7, 0.16, 0.0)),
+}
+SHOULDERS, HIPS, KNEES = [2, 5], [8, 11], [9, 12]
+HEAD = [0, 14, 15, 16, 17]  # nose, eyes, ears
+JAW = slice(0, 17)  # of the face, from ear to ear
+RIM = 0.5  # latent pixels around a part that its edge reaches into
+
+
+def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
+    """All parts of a body, from far to near: a nearer one covers those before it.
+
+    Along a bone the map follows its length, across it keeps the width. Sizes are in body units: the distance
+    between the shoulders, or three quarters of the torso's length where a turned body has less. Parts that
+    either pose lacks, and those foreshortened or stretched beyond a factor of 4, are left out.
+    """
+    here, there = (latent_points(p.body, height, width) for p in (pose, other))
+    seen = is_seen(pose.body) & is_seen(other.body)
+    if not seen[SHOULDERS + HIPS].all():
+        return
+    shoulders = np.linalg.norm(np.subtract(*here[SHOULDERS]))
+    torso = np.linalg.norm(here[SHOULDERS].mean(0) - here[HIPS].mean(0))
+    unit = max(shoulders, 0.75 * torso)
+
+    def part(name: str, outline, margin: float, source, target) -> Iterator[Part]:
+        to_other = fit_affine(source, target)
+        if to_other is not None:
+            weight = margin * unit + RIM + 0.5 - hull_distance(np.asarray(outline), height, width)
+            yield Part(name, weight.clip(0, 1), to_other)
+
+    def bone(name: str, start: int, end: int, half_width: float, beyond: float) -> Iterator[Part]:
+        if not seen[[start, end]].all():
+            return
+        along, along_there = here[end] - here[start], there[end] - there[start]
+        length, length_there = np.linalg.norm(along), np.linalg.norm(along_there)
+        if min(length, length_there) < 1e-6:
+            return
+        outline = [here[start], here[end] + beyond * along]
+        # A point beside the joint, equally far in both poses, keeps the width.
+        across = np.array([-along[1], along[0]])
+        across_there = np.array([-along_there[1], along_there[0]]) * length / length_there
+        source = np.stack([here[start], here[end], here[start] + across])
+        target = np.stack([there[start], there[end], there[start] + across_there])
+        yield from part(name, outline, half_width, source, target)
+
+    def arm(side: str) -> Iterator[Part]:
+        for one in ARMS[side]:
+            yield from bone(*one)
+        hands = [getattr(p, f"{side}_hand") for p in (pose, other)]
+        both = is_seen(hands[0]) & is_seen(hands[1])
+        hand, hand_there = (latent_points(h[both], height, width) for h in hands)
+        yield from part(f"{side}_hand", hand, 0.0, hand, hand_there)
+
+    def head(name: str, margin: float) -> Iterator[Part]:
+        both = is_seen(pose.face) & is_seen(other.face)
+        face, face_there = (latent_points(p.face[both], height, width) for p in (pose, other))
+        outline, source, target = here[HEAD][seen[HEAD]], face, face_there
+        if both[JAW].all():
+            jaw = face[JAW]  # whose mirror image at the middle of the ears is the crown
+            outline = np.concatenate([jaw, jaw[[0, 16]].sum(axis=0) - jaw])
+        if len(face) < 3:
+            named = [1, *HEAD]
+            source, target = here[named][seen[named]], there[named][seen[named]]
+        if len(outline):
+            yield from part(name, outline, margin, source, target)
+
+    far = far_arm(pose, shoulders / max(torso, 1e-6))
+    yield from head("hair", 0.45)
+    if far:
+        yield from arm(far)
+    if seen[KNEES].all():
+        source, target = (
+            np.concatenate([p[HIPS], 0.4 * p[HIPS] + 0.6 * p[KNEES]]) for p in (here, there)
+        )
+        yield from part("hips", source, 0.15, source, target)
+    for one in (*THIGHS, *SHINS):
+        yield from bone(*one)
+    corners = SHOULDERS + HIPS
+    yield from part("torso", here[corners], 0.15, here[corners], there[corners])
+    yield from head("head", 0.2)
+    for side in ARMS:
+        if side != far:
+            yield from arm(side)
+
+
+def far_arm(pose: Pose, slimness: float) -> str | None:
+    """The arm that a turned body hides, "right" or "left": that on the side the nose points to.
+
+    slimness: the distance between the shoulders over the torso's length, 0.75 for a body that faces us. None
+    for one that is turned by less than about 45 degrees, or shows no face.
+    """
+    if slimness > 0.52 or not is_seen(pose.body[[0, 1]]).all():
+        return None
+    return "left" if pose.body[0, 0] > pose.body[1, 0] else "right"
+
+
+PARTS = {"face,hands": face_and_hands, "body": body_parts}

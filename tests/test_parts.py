@@ -1,0 +1,133 @@
+"""The parts of a body: regions, maps from pose to pose, what is left out, what covers what."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from demo.puppet import clip, motion, pose_of, random_puppet
+from parts import body_parts, far_arm, fit_affine, hull_distance
+from pose import Pose, place_pose
+
+SIDE = 64  # latent pixels
+
+
+def standing(wrist: tuple[float, float] = (0.3, 0.75)) -> Pose:
+    """Somebody with the right forearm from (0.3, 0.5) to `wrist`, and arms and legs that hang."""
+    joints = {1: (0.5, 0.25), 2: (0.4, 0.25), 3: (0.3, 0.5), 4: wrist}
+    joints |= {5: (0.6, 0.25), 6: (0.65, 0.4), 7: (0.7, 0.55)}
+    joints |= {8: (0.45, 0.55), 9: (0.45, 0.7), 10: (0.45, 0.9)}
+    joints |= {11: (0.55, 0.55), 12: (0.55, 0.7), 13: (0.55, 0.9)}
+    pose = Pose()
+    for joint, (x, y) in joints.items():
+        pose.body[joint] = x, y, 1
+    return pose
+
+
+HAND = np.random.default_rng(3).uniform(12, 20, (21, 2))  # in latent pixels
+
+
+def parts_of(pose: Pose, other: Pose) -> dict:
+    return {part.name: part for part in body_parts(pose, other, SIDE, SIDE)}
+
+
+def mapped(part, x: float, y: float) -> np.ndarray:
+    """Where the part's map takes a canvas-normalised point, canvas-normalised."""
+    point = np.array([x, y]) * SIDE - 0.5
+    return (part.to_other[:, :2] @ point + part.to_other[:, 2] + 0.5) / SIDE
+
+
+def weight_at(part, x: float, y: float) -> float:
+    return part.weight[round(y * SIDE - 0.5), round(x * SIDE - 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("two points", lambda p: p[:2]),
+        ("points on a line", lambda p: p * (1, 0)),
+        ("one point", lambda p: p * 0),
+        ("a mirrored hand", lambda p: p * (-1, 1)),
+        ("a hand five times the area", lambda p: p * math.sqrt(5)),
+        ("a hand a fifth of the area", lambda p: p / math.sqrt(5)),
+    ],
+)
+def test_no_map_is_fitted_to(name, change):
+    target = change(HAND)
+    assert fit_affine(HAND[: len(target)], target) is None
+
+
+def test_the_region_is_the_hull_grown_by_one_latent_pixel():
+    square = np.array([[10, 10], [20, 10], [20, 20], [10, 20], [15, 15], [15, 10]], float)
+    region = hull_distance(square, 32, 32) <= 1
+    assert region[10:21, 10:21].all()
+    assert region[9, 15] and region[21, 15] and region[15, 9] and region[15, 21]
+    assert not region[9, 9]  # a corner's neighbour is sqrt(2) away
+    assert not region[8, 15] and not region[15, 22]
+    assert region.sum() == 11 * 11 + 4 * 11
+
+
+def test_no_part_moves_between_equal_poses():
+    _, (pose,), _ = clip(3, 6, 1)
+    parts = parts_of(pose, pose)
+    assert len(parts) == 4 + 2 * (3 + 2)  # hair, head, torso, hips; three of an arm, two of a leg
+    for part in parts.values():
+        assert np.abs(part.to_other - np.eye(2, 3)).max() < 1e-9
+        assert 0 <= part.weight.min() and part.weight.max() == 1
+
+
+def test_a_forearm_that_turns_about_its_elbow_takes_every_point_along():
+    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
+    forearm = parts_of(outwards, down)["right_forearm"]
+    assert np.allclose(mapped(forearm, 0.05, 0.5), (0.3, 0.75))  # the wrist
+    assert np.allclose(mapped(forearm, 0.175, 0.5), (0.3, 0.625))  # halfway
+    assert np.allclose(mapped(forearm, 0.175, 0.48), (0.28, 0.625))  # above it is outside, hanging
+    assert weight_at(forearm, 0.175, 0.5) == 1 and weight_at(forearm, 0.175, 0.6) == 0
+
+
+def test_a_longer_bone_is_stretched_along_and_keeps_its_width():
+    short, long = standing((0.3, 0.6)), standing((0.3, 0.8))
+    forearm = parts_of(long, short)["right_forearm"]
+    assert np.allclose(mapped(forearm, 0.3, 0.65), (0.3, 0.55))
+    assert np.allclose(mapped(forearm, 0.32, 0.65), (0.32, 0.55))
+
+
+def test_what_a_pose_lacks_or_foreshortens_is_left_out():
+    whole, armless, shortened = standing(), standing(), standing((0.3, 0.55))
+    armless.body[4] = 0
+    assert parts_of(whole, whole).keys() - parts_of(whole, armless).keys() == {"right_forearm"}
+    assert "right_forearm" not in parts_of(whole, shortened)  # a fifth of its length
+    assert not parts_of(whole, Pose())
+
+
+def test_sizes_are_the_bodys_own():
+    _, (pose,), _ = clip(3, 6, 1)
+    small = place_pose(pose, 0.5, 0.5, 0.25, 0.25)
+    for name, part in parts_of(pose, pose).items():
+        half = parts_of(small, small)[name]
+        assert 0.2 < half.weight.sum() / part.weight.sum() < 0.45, name  # a quarter, and soft edges
+
+
+def test_arms_cover_the_body_and_a_turned_body_covers_its_far_arm():
+    who = random_puppet(3)
+    state = replace(motion(3, 1)[0], turn=0.0, body_turn=0.0)
+    facing, right, left = (
+        pose_of(who, replace(state, body_turn=turn, turn=turn / 2)) for turn in (0.0, 1.0, -1.0)
+    )
+
+    def order(pose: Pose) -> list[str]:
+        return [part.name for part in body_parts(pose, pose, SIDE, SIDE)]
+
+    assert order(facing).index("torso") < min(map(order(facing).index, ("right_hand", "left_hand")))
+    assert (
+        order(right).index("left_hand")
+        < order(right).index("torso")
+        < order(right).index("right_hand")
+    )
+    assert (
+        order(left).index("right_hand")
+        < order(left).index("torso")
+        < order(left).index("left_hand")
+    )
+    assert far_arm(facing, 0.7) is None and far_arm(right, 0.3) == "left"
