@@ -13,8 +13,9 @@ import argparse
 import hashlib
 import io
 import json
+import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -41,7 +42,18 @@ from checkpoint import (
 )
 from demo.dance import HELD_OUT, SIZE, TRAINING_FRAMES
 from demo.drive import unlike
-from demo.puppet import clip, motion, pose_of, random_puppet
+from demo.puppet import (
+    CLOTH_COLOURS,
+    HAIR_COLOURS,
+    Paint,
+    Puppet,
+    caption,
+    clip,
+    motion,
+    pose_of,
+    random_puppet,
+    render,
+)
 from driver import uniform_frames
 from evaluate import (
     FAINT,
@@ -54,18 +66,16 @@ from evaluate import (
     frame_ssim,
 )
 from openpose import OpenPose
-from pose import Pose, draw_pose, is_seen, video_sim
+from parts import body_parts
+from pose import Pose, draw_pose, video_sim
 from posecrafter import (
     decode_latents,
     edit_latents,
     embed_hints,
     encode_frames,
     encode_prompt,
-    fit_affine,
-    grown_hull,
     insert_reference,
     invert,
-    latent_points,
     network_inputs,
     sample,
     sample_bilinear,
@@ -80,12 +90,14 @@ from video import contact_sheet, replacing, save_image
 # ---- What is run --------------------------------------------------------------------------------
 
 PROMPT = "a person"
+GUIDANCE = 3.0  # where the prompt tells something
 LONG_CLIP = 72  # frames, where the number of training frames varies: 36 are too few for 64
 ALPHA_STEPS = 50  # DDIM steps of the sweep over the edit step, as in the paper
 ALPHAS = (1, 5, 10, 20, 30, 40, 50)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DDIM_STEPS = (10, 20, 50)
-PARTS = ("main", "alpha", "frames", "rate", "interpolation", "steps", "drivers")
+PARTS = ("main", "harder", "attributes", "alpha", "frames", "rate", "interpolation", "steps")
+REPAINTED = ("hair", "shirt", "lower")  # what the prompt changes, by the names of a puppet's fields
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,13 @@ class Cell:
     training_steps: int  # 0: the base model as it is
     learning_rate: float
     insert: bool
+    edit: str  # what latent editing moves: "face,hands", "body" or "none"
     edit_step: int  # 0: never
     interpolation: str  # of latent editing: "bilinear" or "nearest"
+    dance: str  # that is followed, one of `puppet.DANCES`; the training clip's is always the first
     driver: str  # whose poses: "own", or another puppet's, "literal" or "retargeted"
+    repainted: str  # what should have another colour, one of REPAINTED, or "" for nothing
+    told: bool  # whether the prompt says so, with guidance
     ddim_steps: int
     target_frames: int
 
@@ -117,20 +133,25 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         training_steps=args.training_steps or training_steps(8),
         learning_rate=read_settings(DEMO / "posecrafter.json")["learning_rate"],
         insert=True,
+        edit="face,hands",
         edit_step=1,
         interpolation="bilinear",
+        dance="facing",
         driver="own",
+        repainted="",
+        told=False,
         ddim_steps=args.ddim_steps,
         target_frames=args.target_frames,
     )
 
 
 COPY, WARP, UNTRAINED = "copy", "warp", "no fine-tuning"
-NOISE, INVERSION, INSERTION, FULL = (
+NOISE, INVERSION, INSERTION, FULL, BODY = (
     "noise start",
     "+ selection and inversion",
     "+ insertion",
     "+ latent editing",
+    "whole body",
 )
 ROWS = {
     COPY: "the reference, the training frame that the method selects, repeated",
@@ -139,7 +160,8 @@ ROWS = {
     NOISE: "fine-tuned, sampling from random noise: ControlVideo without true frames to start from",
     INVERSION: "from the inverted reference instead of noise",
     INSERTION: "and the reference in front, as key frame",
-    FULL: "and face and hands moved in the first latent: the full method",
+    FULL: "and face and hands moved in the first latent: the paper's full method",
+    BODY: "the same, but for all parts of the body that are moved",
 }
 PAIRS = (
     (INVERSION, NOISE),
@@ -148,14 +170,17 @@ PAIRS = (
     (FULL, COPY),
     (FULL, WARP),
     (FULL, UNTRAINED),
+    (BODY, FULL),
+    (BODY, COPY),
+    (BODY, WARP),
 )
 
 
 def ablation(full: Cell) -> dict[str, Cell]:
     """The rows of the main table, by name. What has no effect is 0, so that equal cells are one."""
     untrained = replace(full, training_steps=0, learning_rate=0.0)
-    undrawn = replace(untrained, ddim_steps=0, insert=False, edit_step=0)
-    unedited = replace(full, edit_step=0)
+    undrawn = replace(untrained, ddim_steps=0, insert=False, edit="none", edit_step=0)
+    unedited = replace(full, edit="none", edit_step=0)
     uninserted = replace(unedited, insert=False)
     return {
         COPY: replace(undrawn, source="copy"),
@@ -165,6 +190,32 @@ def ablation(full: Cell) -> dict[str, Cell]:
         INVERSION: uninserted,
         INSERTION: unedited,
         FULL: full,
+        BODY: replace(full, edit="body"),
+    }
+
+
+def harder(full: Cell) -> dict[str, Cell]:
+    """Poses unlike any of the training clip's, each with the warp, the paper's method and whole bodies."""
+    kinds = {
+        "turning": replace(full, dance="turning"),
+        "crossed arms": replace(full, dance="crossed"),
+        "another's poses": replace(full, driver="literal"),
+        "another's, retargeted": replace(full, driver="retargeted"),
+    }
+    ways = (WARP, FULL, BODY)
+    return {
+        f"{kind}: {'full' if way == FULL else way}": ablation(cell)[way]
+        for kind, cell in kinds.items()
+        for way in ways
+    }
+
+
+def repainting(full: Cell) -> dict[str, Cell]:
+    """Each of REPAINTED, without and with a prompt that tells the colour it should have."""
+    return {
+        f"{name}, {'told' if told else 'not told'}": replace(full, repainted=name, told=told)
+        for name in REPAINTED
+        for told in (False, True)
     }
 
 
@@ -174,6 +225,8 @@ def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
         (identity, seed) for seed in range(args.seeds) for identity in range(args.identities)
     ]
     swept = [full_method(identity, 0, args) for identity in range(args.sweep_identities)]
+    moved = [full_method(identity, 0, args) for identity in range(args.identities)]
+    haired = [one for one in moved if random_puppet(one.identity).hair_shape != "bald"]
 
     def trained_on(full: Cell, frames: int) -> Cell:
         steps = args.training_steps or training_steps(frames)
@@ -186,18 +239,17 @@ def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
         "frames": lambda full: {str(n): trained_on(full, n) for n in args.training_frames},
         "rate": lambda full: {f"{rate:g}": replace(full, learning_rate=rate) for rate in RATES},
         "interpolation": lambda full: {
-            "none": replace(full, edit_step=0),
+            "none": replace(full, edit="none", edit_step=0),
             "nearest": replace(full, interpolation="nearest"),
             "bilinear": full,
         },
         "steps": lambda full: {str(n): replace(full, ddim_steps=n) for n in DDIM_STEPS},
-        "drivers": lambda full: {
-            "its own": full,
-            "another's, literal": replace(full, driver="literal"),
-            "another's, retargeted": replace(full, driver="retargeted"),
-        },
     }
-    parts = {"main": [ablation(full_method(*subject, args)) for subject in subjects]}
+    parts = {
+        "main": [ablation(full_method(*subject, args)) for subject in subjects],
+        "harder": [harder(full) for full in moved],
+        "attributes": [repainting(full) for full in haired],
+    }
     parts |= {part: [points(full) for full in swept] for part, points in sweeps.items()}
     return {part: parts[part] for part in PARTS if part in args.parts}
 
@@ -215,6 +267,7 @@ class Scene:
     truth: np.ndarray
     true_poses: list[Pose]  # the same as `targets` unless another puppet leads
     person: np.ndarray  # the true person's pixels, booleans (F, 128, 128)
+    motion: int  # the number of the dance
 
 
 rendered = lru_cache(maxsize=4)(clip)  # the cells of a puppet follow one another
@@ -225,101 +278,49 @@ def set_scene(cell: Cell) -> Scene:
     frames, poses, _ = rendered(cell.identity, dance, cell.clip_frames, SIZE)
     chosen = uniform_frames(range(cell.clip_frames), cell.training_frames)
     poses = [poses[index] for index in chosen]
-    truth, true_poses, person = rendered(cell.identity, dance + 1, cell.target_frames, SIZE)
+    followed = dance + 1, cell.target_frames
+    truth, true_poses, person = rendered(cell.identity, *followed, SIZE, cell.dance)
     targets = true_poses
     if cell.driver != "own":
         driver = random_puppet(unlike(cell.identity))
-        targets = [pose_of(driver, state) for state in motion(dance + 1, cell.target_frames)]
+        targets = [pose_of(driver, state) for state in motion(*followed)]
     if cell.driver == "retargeted":
         targets = retarget(targets, poses, 1.0)
-    return Scene(frames[chosen], poses, targets, truth, true_poses, person)
+    return Scene(frames[chosen], poses, targets, truth, true_poses, person, dance + 1)
+
+
+def repaint(cell: Cell) -> tuple[Puppet, str]:
+    """The cell's puppet with another hair, shirt or lower garment, and the caption's words for it."""
+    puppet = random_puppet(cell.identity)
+    colours = HAIR_COLOURS if cell.repainted == "hair" else CLOTH_COLOURS
+    worn = getattr(puppet, cell.repainted).name
+    name = next(colour for colour in ("red", "blue") if colour != worn)
+    other = replace(puppet, **{cell.repainted: Paint(name, colours[name])})
+    return other, caption(other).split(", ")[1 + REPAINTED.index(cell.repainted)]
 
 
 # ---- A warp without diffusion -------------------------------------------------------------------
 
-# Bones from joint to joint (COCO-18), far to near, and half their width in shoulder widths. Legs go on
-# past the ankles by the share of the shin that a foot takes, as COCO-18 has no toes.
-LEGS = (
-    (8, 9, 0.26, 0.0),
-    (11, 12, 0.26, 0.0),
-    (9, 10, 0.20, 0.25),
-    (12, 13, 0.20, 0.25),
-)
-ARMS = (((2, 3, 0.20, 0.0), (3, 4, 0.16, 0.0)), ((5, 6, 0.20, 0.0), (6, 7, 0.16, 0.0)))
-SHOULDERS, TORSO = [2, 5], [2, 5, 11, 8]
-JAW = slice(0, 17)  # of the face, from ear to ear
-HAIR = 0.2  # how far it stands off the skull, in shoulder widths
-RIM = 0.5  # latent pixels around a limb that its outline reaches into
+
+def covered(pose: Pose, other: Pose, height: int, width: int) -> np.ndarray:
+    """How much of each latent pixel (height, width) the parts that both poses show cover in the first."""
+    weights = [part.weight for part in body_parts(pose, other, height, width)]
+    return np.max(weights, axis=0) if weights else np.zeros((height, width))
 
 
-def limbs(
-    pose: Pose, other: Pose, height: int, width: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The limbs that two poses show, from far to near: where each lies in `pose`, and its way to `other`.
+def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) -> Tensor:
+    """The reference's clean latent (4, h, w) with its body moved to another pose.
 
-    Yields latent pixels, booleans (height, width), and the affine map (2, 3) from there to where the same
-    point of the limb is in the other pose. Along a bone the map follows its length; across it keeps widths.
+    What it leaves uncovered becomes `behind` (4, h, w), `without_people` of the training frames.
     """
-    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)  # (h, w, 2)
-    here, there = (latent_points(p.body, height, width) for p in (pose, other))
-    seen = is_seen(pose.body) & is_seen(other.body)
-    shoulders = np.linalg.norm(np.subtract(*here[SHOULDERS])) if seen[SHOULDERS].all() else 0.0
-
-    def bone(start: int, end: int, half_width: float, beyond: float):
-        if not (seen[start] and seen[end] and shoulders):
-            return
-        along, along_there = here[end] - here[start], there[end] - there[start]
-        length, length_there = np.linalg.norm(along), np.linalg.norm(along_there)
-        if min(length, length_there) < 1e-6:
-            return
-        across, across_there = (
-            np.array([-v[1], v[0]]) / n for v, n in ((along, length), (along_there, length_there))
-        )
-        offset = pixels - here[start]
-        share = (offset @ along / length**2).clip(0, 1 + beyond)
-        distance = np.linalg.norm(offset - share[..., None] * along, axis=-1)
-        turn = np.outer(along_there, along) / length**2 + np.outer(across_there, across)
-        shift = there[start] - turn @ here[start]
-        yield distance <= half_width * shoulders + RIM, np.column_stack([turn, shift])
-
-    def patch(points: np.ndarray, points_there: np.ndarray, outline: np.ndarray, margin: float):
-        to_other = fit_affine(points, points_there)
-        if to_other is not None:
-            yield grown_hull(outline, height, width, margin), to_other
-
-    for leg in LEGS:
-        yield from bone(*leg)
-    if seen[TORSO].all():
-        yield from patch(here[TORSO], there[TORSO], here[TORSO], 0.15 * shoulders + RIM)
-    if is_seen(pose.face).all() and is_seen(other.face).all():
-        face, face_there = (latent_points(p.face, height, width) for p in (pose, other))
-        crown = face[[0, 16]].sum(axis=0) - face[JAW]  # the jaw, mirrored at the middle of the ears
-        outline = np.concatenate([face[JAW], crown])
-        yield from patch(face, face_there, outline, HAIR * shoulders + RIM)
-    for arm, hand in zip(ARMS, ("right_hand", "left_hand")):
-        for part in arm:
-            yield from bone(*part)
-        if is_seen(getattr(pose, hand)).all() and is_seen(getattr(other, hand)).all():
-            points, points_there = (
-                latent_points(getattr(p, hand), height, width) for p in (pose, other)
-            )
-            yield from patch(points, points_there, points, RIM)
-
-
-def warp_limbs(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) -> Tensor:
-    """The reference's clean latent (4, h, w) with its limbs moved to another pose.
-
-    What they leave uncovered becomes `behind` (4, h, w), `without_people` of the training frames.
-    """
-    height, width = latent.shape[-2:]
-    result = latent.clone()
-    for region, _ in limbs(reference_pose, pose, height, width):
-        result[:, region] = behind[:, region]
-    for region, to_reference in limbs(pose, reference_pose, height, width):
-        y, x = np.nonzero(region)
-        source = np.stack([x, y], axis=1) @ to_reference[:, :2].T + to_reference[:, 2]
-        result[:, y, x] = sample_bilinear(latent, source)
-    return result
+    was, now = (
+        covered(*pair, *latent.shape[-2:])
+        for pair in ((reference_pose, pose), (pose, reference_pose))
+    )
+    left = torch.tensor((was - now).clip(0), dtype=latent.dtype, device=latent.device)
+    warped = latent.lerp(behind, left)[None]
+    edit_latents(warped, latent, [pose], reference_pose, "body")
+    return warped[0]
 
 
 def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
@@ -330,8 +331,7 @@ def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
     height, width = latents.shape[-2:]
     empty = np.ones((len(poses), height, width), bool)
     for free, pose in zip(empty, poses):
-        for region, _ in limbs(pose, pose, height, width):
-            free &= ~region
+        free &= covered(pose, pose, height, width) == 0
     empty[:, ~empty.any(axis=0)] = True
     weight = torch.tensor(empty, dtype=latents.dtype, device=latents.device)[:, None]
     return (latents * weight).sum(dim=0) / weight.sum(dim=0)
@@ -386,7 +386,7 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     if cell.source == "warp":
         latents = encode_frames(model, scene.frames)
         behind = without_people(latents, scene.poses)
-        warped = [warp_limbs(latents[k], scene.poses[k], p, behind) for p in scene.targets]
+        warped = [warp_body(latents[k], scene.poses[k], p, behind) for p in scene.targets]
         return np.stack(list(decode_latents(model, torch.stack(warped))))
 
     targets = scene.targets
@@ -394,6 +394,9 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     first_target = len(poses) - len(targets)
     hints = embed_hints(model, poses, SIZE, SIZE)
     context = encode_prompt(model, PROMPT)
+    target, guidance = context, 1.0
+    if cell.told:
+        target, guidance = encode_prompt(model, f"{PROMPT}, {repaint(cell)[1]}"), GUIDANCE
     reference = encode_frames(model, scene.frames[k : k + 1])
     if cell.source == "noise":
         random = torch.Generator().manual_seed(cell.seed)
@@ -406,11 +409,13 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     def edit(latents: Tensor, step: int) -> None:
         if step == cell.edit_step:
             reference_latent = trajectory[cell.ddim_steps - step + 1][0]
-            edit_latents(latents[first_target:], reference_latent, targets, scene.poses[k])
+            poses_of = targets, scene.poses[k]
+            edit_latents(latents[first_target:], reference_latent, *poses_of, cell.edit)
 
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)
     with by_nearest if cell.interpolation == "nearest" else nullcontext():
-        latents = sample(model, noise, hints, context, cell.ddim_steps, edit=edit)
+        guided = guidance, encode_prompt(model, "")
+        latents = sample(model, noise, hints, target, cell.ddim_steps, *guided, edit)
     return np.stack(list(decode_latents(model, latents[first_target:])))
 
 
@@ -452,6 +457,16 @@ MARGIN = 3  # pixels
 FOUND_EVERY = 4  # frames between those that OpenPose looks at, which is slow
 
 
+REPAINTING = {
+    "colour": (
+        "colour ↓",
+        ".0f",
+        "distance of the part's mean colour to the one asked for, in RGB 0 to 255",
+    ),
+    "psnr_elsewhere": ("elsewhere ↑", ".2f", "PSNR of all other pixels against the true frames"),
+}
+
+
 def boxes(poses: Sequence[Pose], parts: Sequence[str]) -> np.ndarray:
     """The grown boxes around parts of whole poses, as booleans (F, 128, 128)."""
     masks = np.zeros((len(poses), SIZE, SIZE), bool)
@@ -464,7 +479,7 @@ def boxes(poses: Sequence[Pose], parts: Sequence[str]) -> np.ndarray:
     return masks
 
 
-def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, float]:
+def measure(openpose: OpenPose, result: np.ndarray, cell: Cell, scene: Scene) -> dict[str, float]:
     truth = scene.truth
     changes = (np.diff(frames.astype(np.float64), axis=0) for frames in (result, truth))
     # One frame at a time: whom OpenPose loses between frames so far apart is no fault of the method's.
@@ -485,6 +500,13 @@ def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, f
         "temporal": np.abs(np.subtract(*changes)).mean(axis=(1, 2, 3)) / 255,
     }
     figures = {name: float(np.nanmean(values)) for name, values in by_frame.items()}
+    if cell.repainted:
+        puppet, states = repaint(cell)[0], motion(scene.motion, cell.target_frames)
+        wanted = np.stack([render(puppet, state, SIZE)[0] for state in states])
+        part = (wanted != truth).any(axis=-1)
+        off = result[part].mean(axis=0) - wanted[part].mean(axis=0)
+        figures["colour"] = float(np.linalg.norm(off))
+        figures["psnr_elsewhere"] = float(np.mean(frame_psnr(result, truth, ~part)))
     return figures | {"video_sim": video_sim(scene.targets, scene.poses)}
 
 
@@ -551,8 +573,19 @@ def load_strip(work: Path, cell: Cell) -> list[np.ndarray]:
     return np.split(strip, strip.shape[1] // SIZE, axis=1)
 
 
-def compute(cells: Sequence[Cell], work: Path) -> None:
-    """Makes the clips of these cells and measures them, one after the other."""
+def compute(cells: Sequence[Cell], work: Path, processes: int = 1) -> None:
+    """Makes the clips of these cells and measures them, a puppet's all in the same process."""
+    if processes > 1:
+        spawn = multiprocessing.get_context("spawn")
+        shares = [[c for c in cells if c.identity % processes == i] for i in range(processes)]
+        workers = [spawn.Process(target=compute_share, args=(s, work, processes)) for s in shares]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise ValueError("a process stopped early; what is finished is kept")
+        return
     keep_freed_memory()
     device, dtype = compute_device(training=True)  # one model for both, so one precision for both
     model = load_model("demo", None, None, device, dtype)
@@ -565,8 +598,13 @@ def compute(cells: Sequence[Cell], work: Path) -> None:
                 scene = set_scene(cell)
                 fine_tune(model, base, cell, scene, work)
                 frames = make_clip(model, cell, scene)
-                figures = measure(openpose, frames, scene)
+                figures = measure(openpose, frames, cell, scene)
             save_cell(work, cell, figures, frames)
+
+
+def compute_share(cells: Sequence[Cell], work: Path, processes: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    compute(cells, work)
 
 
 # ---- The report ---------------------------------------------------------------------------------
@@ -600,8 +638,10 @@ def gather(work: Path, points: Sequence[dict[str, Cell]]) -> tuple[Values, list[
             found = load_figures(work, cells[name])
             by_identity.setdefault(cells[name].identity, []).append(found)
         values[name] = {
-            figure: np.array([np.mean([f[figure] for f in each]) for each in by_identity.values()])
-            for figure in FIGURES | VIDEO_SIM
+            figure: np.array(
+                [np.mean([f.get(figure, np.nan) for f in each]) for each in by_identity.values()]
+            )
+            for figure in FIGURES | VIDEO_SIM | REPAINTING
         }
     return values, done
 
@@ -693,13 +733,16 @@ SWEEPS = {  # each part's heading, first column, and what was done
         "None: no editing. Averaging neighbours, as bilinear reading does, takes variance from noise.",
     ),
     "steps": ("DDIM steps", "steps", "Of inversion and sampling alike."),
-    "drivers": (
-        "Whose poses",
-        "poses",
-        "The other is of the 100 held-out puppets the one whose build differs most. It does the same "
-        "dance, so the truth is the same in all rows; PCK asks for the poses that were followed.",
-    ),
 }
+HARDER = (
+    "Dances of which the training clip shows nothing: a body that turns to its sides, arms crossed over the "
+    "chest; and the poses of another puppet, of 100 held-out ones the one whose build differs most. It does "
+    "the same dance, so the truth is the puppet's own; PCK asks for the poses that were followed."
+)
+ATTRIBUTES = (
+    f"The prompt names another colour, with a guidance scale of {GUIDANCE:g}. The truth is the puppet as it is, "
+    "and repainted."
+)
 PLOTTED = {
     "alpha": ("edit step", ("psnr_person", "ssim", "psnr_face", "psnr_hands", "temporal")),
     "frames": ("training frames", ("psnr", "psnr_person", "video_sim")),
@@ -734,8 +777,10 @@ def command(args: argparse.Namespace, parts: Sequence[str]) -> str:
     """The command that computes what is reported."""
     options = ["target_frames", "ddim_steps"]
     options += ["training_steps"] if args.training_steps else []
-    options += ["identities", "seeds"] if "main" in parts else []
-    options += ["sweep_identities"] if set(parts) != {"main"} else []
+    swept = set(parts) - {"main", "harder", "attributes"}
+    options += ["identities"] if set(parts) - swept else []
+    options += ["seeds"] if "main" in parts else []
+    options += ["sweep_identities"] if swept else []
     words = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options]
     if "frames" in parts:
         words += [f"--training-frames {' '.join(map(str, args.training_frames))}"]
@@ -774,6 +819,22 @@ def report(args: argparse.Namespace) -> None:
             "![Pose, truth and every row of three puppets](results_sheet.png)",
             f"Up to {SHOWN} frames of each clip, evenly spaced; the numbers count them.",
         ]
+    if "harder" in gathered:
+        values, done = gathered["harder"]
+        kinds = dict.fromkeys(name.split(":")[0] for name in values)
+        gains = {
+            f"{kind}: whole body − full": {
+                figure: values[f"{kind}: {BODY}"][figure] - values[f"{kind}: full"][figure]
+                for figure in FIGURES
+            }
+            for kind in kinds
+        }
+        text += ["## Harder poses", HARDER, describe(done), markdown_table(values, "", FIGURES)]
+        text += ["Paired differences:", markdown_table(gains, "", FIGURES, signed=True)]
+    if "attributes" in gathered:
+        values, done = gathered["attributes"]
+        text += ["## Words", ATTRIBUTES, describe(done), explain(REPAINTING)]
+        text += [markdown_table(values, "", REPAINTING)]
     for part, (heading, first, meaning) in SWEEPS.items():
         if part not in gathered:
             continue
@@ -817,6 +878,7 @@ def parse_arguments(
         help=f"of the frames sweep, up to {LONG_CLIP} (default: 2 4 8 16 32)",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work (default: 1)")
     parser.add_argument(
         "--only-report", action="store_true", help="compute nothing; report what there is"
     )
@@ -842,7 +904,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = [cell for rows in plan(args).values() for row in rows for cell in row.values()]
     missing = [c for c in dict.fromkeys(wanted) if not cell_path(args.work, c).exists()]
     if missing and not args.only_report:
-        compute(missing, args.work)
+        compute(missing, args.work, args.processes)
     report(args)
 
 

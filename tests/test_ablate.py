@@ -9,8 +9,8 @@ import torch
 
 from demo import ablate
 from demo.puppet import clip
+from parts import latent_points
 from pose import Pose, is_seen
-from posecrafter import latent_points
 
 SIDE = 32  # of the demo model's latents
 
@@ -36,7 +36,7 @@ def invent(cells, work) -> None:
 def test_a_puppet_in_its_own_pose_is_left_as_it_is():
     _, (pose,), _ = clip(3, 6, 1)
     latent = torch.randn(4, SIDE, SIDE)
-    warped = ablate.warp_limbs(latent, pose, pose, behind=torch.zeros_like(latent))
+    warped = ablate.warp_body(latent, pose, pose, behind=torch.zeros_like(latent))
     assert torch.allclose(warped, latent, atol=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
     latent, behind = torch.zeros(4, SIDE, SIDE), torch.full((4, SIDE, SIDE), -1.0)
     latent[:, 17:23, 8:11] = 5  # the forearm that hangs
-    warped = ablate.warp_limbs(latent, down, outwards, behind)
+    warped = ablate.warp_body(latent, down, outwards, behind)
 
     def middle(pose: Pose) -> tuple[int, int]:
         x, y = latent_points(pose.body, SIDE, SIDE)[[3, 4]].mean(axis=0).round().astype(int)
@@ -69,18 +69,9 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
     assert torch.allclose(far_from_the_arm, latent[:, :, 13:], atol=1e-4)
 
 
-def test_a_limb_that_one_pose_lacks_is_left_out():
-    whole, armless = standing((0.3, 0.75)), standing((0.3, 0.75))
-    armless.body[4] = 0
-    assert len(list(ablate.limbs(whole, armless, SIDE, SIDE))) == 8  # torso and 8 bones, but one
-    assert not list(ablate.limbs(whole, Pose(), SIDE, SIDE))
-
-
 def test_the_background_is_what_is_seen_where_nobody_stands():
     _, poses, _ = clip(3, 6, 2)
-    person = np.zeros((SIDE, SIDE), bool)
-    for region, _ in ablate.limbs(poses[0], poses[0], SIDE, SIDE):
-        person |= region
+    person = ablate.covered(poses[0], poses[0], SIDE, SIDE) > 0
     latents = torch.zeros(2, 4, SIDE, SIDE)
     latents[0][:, person] = 7
     empty = Pose()
@@ -99,7 +90,7 @@ def test_each_row_of_the_method_adds_one_thing(tmp_path):
     method = [asdict(rows[name]) for name in list(ablate.ROWS)[3:]]
     for before, after in pairwise(method):
         added.append([name for name in after if before[name] != after[name]])
-    assert added == [["source"], ["insert"], ["edit_step"]]
+    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"]]
 
 
 def test_boxes_hold_their_keypoints_and_little_else():
@@ -154,14 +145,14 @@ def test_the_report_leaves_out_what_has_no_cells(tmp_path):
 def test_what_has_been_computed_is_not_computed_again(tmp_path, monkeypatch):
     computed = []
 
-    def compute(cells, work) -> None:
+    def compute(cells, work, processes) -> None:
         computed.extend(cells)
         invent(cells, work)
 
     monkeypatch.setattr(ablate, "compute", compute)
     for part in ("interpolation", "main", "interpolation"):
         ablate.main(few(tmp_path, "--parts", part))
-    assert len(computed) == len(set(computed)) == 8  # 7 rows and the nearest pixel's
+    assert len(computed) == len(set(computed)) == 9  # 8 rows and the nearest pixel's
 
 
 def test_a_puppet_goes_through_all_rows(tmp_path):
@@ -174,3 +165,26 @@ def test_a_puppet_goes_through_all_rows(tmp_path):
     assert np.isfinite([list(figures.values()) for figures in found.values()]).all()
     assert len(list((args.work / "trained").glob("*.safetensors"))) == 1
     assert "| + latent editing | " in (args.out / "RESULTS.md").read_text()
+
+
+def test_words_and_harder_poses_are_measured_too(tmp_path):
+    args = few(tmp_path, "--parts", "harder", "attributes")
+    ablate.main(args)
+    harder, attributes = (ablate.plan(args)[part][0] for part in ("harder", "attributes"))
+    kinds = {(cell.dance, cell.driver) for cell in harder.values()}
+    facing = {("facing", "literal"), ("facing", "retargeted")}
+    assert kinds == {("turning", "own"), ("crossed", "own")} | facing
+    for cell in attributes.values():
+        figures = ablate.load_figures(args.work, cell)
+        assert 0 < figures["colour"] < 442 and figures["psnr_elsewhere"] > 5
+    assert ablate.repaint(attributes["hair, told"])[1] == "red hair"
+    text = (args.out / "RESULTS.md").read_text()
+    assert "| turning: whole body − full | " in text and "| hair, told | " in text
+
+
+def test_several_processes_compute_the_same_cells(tmp_path):
+    args = few(tmp_path, "--parts", "interpolation", "--sweep-identities", "2")
+    args.processes = 2
+    ablate.main(args)
+    for points in ablate.plan(args)["interpolation"]:
+        assert all(ablate.cell_path(args.work, cell).exists() for cell in points.values())
