@@ -7,6 +7,7 @@ import pytest
 
 from demo.puppet import (
     CLOTH_COLOURS,
+    DANCES,
     HAIR_COLOURS,
     State,
     caption,
@@ -207,3 +208,30 @@ def test_the_face_follows_its_state():
 def test_a_pose_does_not_depend_on_the_size_of_the_picture():
     puppet, state = random_puppet(7), motion(7, 5)[4]
     assert np.array_equal(render(puppet, state, 64)[1].face, render(puppet, state, 128)[1].face)
+
+
+def test_other_dances_are_the_same_but_for_the_turn_or_the_arms():
+    facing, turning, crossed = (motion(4, 24, dance=dance) for dance in DANCES)
+    for a, b, c in zip(facing, turning, crossed):
+        assert replace(b, turn=a.turn, body_turn=0.0) == a
+        assert replace(c, shoulder=a.shoulder, elbow=a.elbow) == a
+    assert np.ptp([state.body_turn for state in turning]) > 0.8
+
+
+def test_a_turned_puppet_is_slimmer_and_hides_its_far_arm():
+    puppet = replace(random_puppet(4), sleeve=0.16)
+    akimbo = replace(STAR, shoulder=(0.3, 0.3), elbow=(-1.4, -1.4))  # forearms over the belly
+    _, front, _ = render(puppet, akimbo)
+    for turn in (1.0, -1.0):
+        frame, pose, _ = render(puppet, replace(akimbo, body_turn=turn), 256)
+        width = abs(pose.body[2, 0] - pose.body[5, 0])
+        facing = abs(front.body[2, 0] - front.body[5, 0])
+        assert width == pytest.approx(np.cos(turn) * facing, rel=1e-3)
+        assert np.allclose(pose.body[2:14, 1], front.body[2:14, 1], atol=1e-6)
+        hands = [
+            pose.right_hand,
+            pose.left_hand,
+        ]  # a puppet turned to our right has the right one near
+        near, far = hands if turn > 0 else hands[::-1]
+        off = [np.abs(pixels(frame, hand).astype(int) - puppet.skin).max(1) for hand in (near, far)]
+        assert np.mean(off[0]) < 20 < 30 < np.mean(off[1])

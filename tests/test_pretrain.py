@@ -1,0 +1,91 @@
+"""How the demo base model is taught: its pool of puppets, and the noisy clips that it learns from."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from demo import pretrain
+from demo.puppet import caption, random_puppet
+from pose import draw_pose
+from posecrafter import ALPHAS_CUMPROD, edit_latents
+
+ROUND = replace(pretrain.ROUNDS[3], disguised=0.0)
+CLIPS, FRAMES = 12, 3
+
+
+@pytest.fixture(scope="module")
+def pool() -> dict:
+    rows, captions = zip(*(pretrain.render_identity(seed, ROUND) for seed in (16_000, 16_001)))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
+        "captions": captions
+    }
+
+
+def test_a_twin_differs_in_what_its_words_say(pool):
+    for seed, (words, told) in zip((16_000, 16_001), pool["captions"]):
+        twin, same = pretrain.twin_of(random_puppet(seed), np.random.default_rng(seed))
+        assert caption(twin).replace(", ", "\n").count("\n") == words.count(", ")
+        assert (
+            f", {same}" in caption(random_puppet(seed)) and f", {same}," not in caption(twin) + ","
+        )
+        assert f", {told}" in words
+    first, twin = pool["frames"][:, 0].astype(int), pool["frames"][:, pretrain.TWIN].astype(int)
+    changed = (first != twin).any(-1).mean((1, 2))
+    assert (changed > 0).all() and (changed < 0.15).all()
+    assert np.array_equal(pool["masks"][:, 0], pool["masks"][:, pretrain.TWIN])
+
+
+def test_the_pools_poses_are_those_of_its_control_images(pool):
+    for keypoints, hint in zip(pool["poses"][0], pool["hints"][0]):
+        assert np.array_equal(draw_pose(pretrain.pose_from(keypoints), 128, 128), hint)
+
+
+def noise_of_a_batch(monkeypatch, pool, latents: np.ndarray):
+    """The noise of clips (CLIPS, FRAMES, 4, 32, 32), and what latent editing did to make some of it."""
+    edits = []
+
+    def recorded(starts, reference, poses, reference_pose, parts):
+        edit_latents(starts, reference, poses, reference_pose, parts)
+        edits.append((parts, reference.clone(), starts.clone()))
+
+    monkeypatch.setattr(pretrain, "edit_latents", recorded)
+    batch = pretrain.training_batch(np.random.default_rng(1), pool, latents, 0.5, CLIPS, FRAMES)
+    return batch["noise"].unflatten(0, (CLIPS, FRAMES)), edits
+
+
+def test_most_clips_share_what_is_left_of_the_noise_at_the_last_timestep(monkeypatch, pool):
+    """Whichever frames a clip is made of: noise + ratio * image is then the same in all of them."""
+    random = np.random.default_rng(1)
+    latents = random.standard_normal((2, pretrain.POSES + 1, 4, 32, 32), np.float32)
+    noise, _ = noise_of_a_batch(monkeypatch, pool, latents)
+    ratio = (ALPHAS_CUMPROD[-1] / (1 - ALPHAS_CUMPROD[-1])).sqrt()
+    shared = 0
+    for clip in noise:
+        for identity in torch.from_numpy(latents[:, : pretrain.POSES]):
+            starts = (
+                clip[:, None] + ratio * identity
+            )  # (FRAMES, POSES, 4, 32, 32), whichever they are
+            same = (starts[0][:, None] - starts[1][None]).abs() < 1e-4
+            shared += bool(
+                (same.float().mean((2, 3, 4)) > 0.5).any()
+            )  # all but what has been moved
+    assert CLIPS / 3 < shared < CLIPS
+
+
+def test_some_clips_start_from_what_latent_editing_makes(monkeypatch, pool):
+    latents = np.zeros((2, pretrain.POSES + 1, 4, 32, 32), np.float32)  # then noise is all there is
+    noise, edits = noise_of_a_batch(monkeypatch, pool, latents)
+    assert {parts for parts, _, _ in edits} == {"face,hands", "body"}
+    for _, reference, moved in edits:
+        clip = next(clip for clip in noise if torch.equal(clip[0], reference))
+        assert torch.equal(clip[1:], moved) and not torch.equal(moved[0], reference)
+
+
+def test_a_prompt_tells_what_it_must_and_forgets_at_times():
+    rng = np.random.default_rng(0)
+    words = "a person, red hair, blue shirt, green skirt"
+    free = [pretrain.prompt_from(rng, words) for _ in range(300)]
+    assert 20 < free.count("") < 80 and "a person" in free
+    assert all("blue shirt" in pretrain.prompt_from(rng, words, "blue shirt") for _ in range(50))
