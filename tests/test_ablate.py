@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo import ablate
+from demo import ablate, cells
 from demo.puppet import clip
 from parts import latent_points
 from pose import Pose, is_seen
@@ -23,11 +23,11 @@ def few(tmp_path, *options: str):
     return ablate.parse_arguments(command)[1]
 
 
-def invent(cells, work) -> None:
+def invent(every, work) -> None:
     """In place of `compute`: figures that differ from cell to cell, and grey frames."""
-    for number, cell in enumerate(cells):
-        figures = {name: number / 8 for name in ablate.FIGURES | ablate.VIDEO_SIM}
-        ablate.save_cell(work, cell, figures, np.full((2, 128, 128, 3), 128, np.uint8))
+    for number, cell in enumerate(every):
+        figures = {name: number / 8 for name in cells.FIGURES | cells.VIDEO_SIM}
+        cells.save_cell(work, cell, figures, np.full((2, 128, 128, 3), 128, np.uint8))
 
 
 # ---- The warp
@@ -36,7 +36,7 @@ def invent(cells, work) -> None:
 def test_a_puppet_in_its_own_pose_is_left_as_it_is():
     _, (pose,), _ = clip(3, 6, 1)
     latent = torch.randn(4, SIDE, SIDE)
-    warped = ablate.warp_body(latent, pose, pose, behind=torch.zeros_like(latent))
+    warped = cells.warp_body(latent, pose, pose, behind=torch.zeros_like(latent))
     assert torch.allclose(warped, latent, atol=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
     latent, behind = torch.zeros(4, SIDE, SIDE), torch.full((4, SIDE, SIDE), -1.0)
     latent[:, 17:23, 8:11] = 5  # the forearm that hangs
-    warped = ablate.warp_body(latent, down, outwards, behind)
+    warped = cells.warp_body(latent, down, outwards, behind)
 
     def middle(pose: Pose) -> tuple[int, int]:
         x, y = latent_points(pose.body, SIDE, SIDE)[[3, 4]].mean(axis=0).round().astype(int)
@@ -71,12 +71,12 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
 
 def test_the_background_is_what_is_seen_where_nobody_stands():
     _, poses, _ = clip(3, 6, 2)
-    person = ablate.covered(poses[0], poses[0], SIDE, SIDE) > 0
+    person = cells.covered(poses[0], poses[0], SIDE, SIDE) > 0
     latents = torch.zeros(2, 4, SIDE, SIDE)
     latents[0][:, person] = 7
     empty = Pose()
-    assert ablate.without_people(latents, [poses[0], empty]).abs().max() == 0
-    everywhere = ablate.without_people(latents, [poses[0], poses[0]])
+    assert cells.without_people(latents, [poses[0], empty]).abs().max() == 0
+    everywhere = cells.without_people(latents, [poses[0], poses[0]])
     assert torch.allclose(everywhere[:, person], torch.tensor(3.5))
 
 
@@ -95,12 +95,12 @@ def test_each_row_of_the_method_adds_one_thing(tmp_path):
 
 def test_boxes_hold_their_keypoints_and_little_else():
     _, poses, _ = clip(3, 6, 3)
-    masks = ablate.boxes(poses, ["left_hand"])
+    masks = cells.boxes(poses, ["left_hand"])
     for mask, pose in zip(masks, poses):
         hand = pose.left_hand[is_seen(pose.left_hand), :2] * 128
         x, y = hand.astype(int).T
         assert mask[y, x].all()
-        assert mask.sum() <= np.prod(np.ptp(hand, axis=0) + 2 * ablate.MARGIN + 2)
+        assert mask.sum() <= np.prod(np.ptp(hand, axis=0) + 2 * cells.MARGIN + 2)
 
 
 # ---- The report
@@ -145,9 +145,9 @@ def test_the_report_leaves_out_what_has_no_cells(tmp_path):
 def test_what_has_been_computed_is_not_computed_again(tmp_path, monkeypatch):
     computed = []
 
-    def compute(cells, work, processes) -> None:
-        computed.extend(cells)
-        invent(cells, work)
+    def compute(every, work, processes) -> None:
+        computed.extend(every)
+        invent(every, work)
 
     monkeypatch.setattr(ablate, "compute", compute)
     for part in ("interpolation", "main", "interpolation"):
@@ -159,8 +159,8 @@ def test_a_puppet_goes_through_all_rows(tmp_path):
     """The real thing, cut short: 1 training step, 1 sampling step, 2 frames."""
     args = few(tmp_path, "--parts", "main")
     ablate.main(args)
-    (cells,) = ablate.plan(args)["main"]
-    found = {name: ablate.load_figures(args.work, cell) for name, cell in cells.items()}
+    (rows,) = ablate.plan(args)["main"]
+    found = {name: cells.load_figures(args.work, cell) for name, cell in rows.items()}
     assert found[ablate.WARP]["psnr_person"] > found[ablate.COPY]["psnr_person"] + 1
     assert np.isfinite([list(figures.values()) for figures in found.values()]).all()
     assert len(list((args.work / "trained").glob("*.safetensors"))) == 1
@@ -175,9 +175,9 @@ def test_words_and_harder_poses_are_measured_too(tmp_path):
     facing = {("facing", "literal"), ("facing", "retargeted")}
     assert kinds == {("turning", "own"), ("crossed", "own")} | facing
     for cell in attributes.values():
-        figures = ablate.load_figures(args.work, cell)
+        figures = cells.load_figures(args.work, cell)
         assert 0 < figures["colour"] < 442 and figures["psnr_elsewhere"] > 5
-    assert ablate.repaint(attributes["hair, told"])[1] == "red hair"
+    assert cells.repaint(attributes["hair, told"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
     assert "| turning: whole body − full | " in text and "| hair, told | " in text
 
@@ -187,4 +187,4 @@ def test_several_processes_compute_the_same_cells(tmp_path):
     args.processes = 2
     ablate.main(args)
     for points in ablate.plan(args)["interpolation"]:
-        assert all(ablate.cell_path(args.work, cell).exists() for cell in points.values())
+        assert all(cells.cell_path(args.work, cell).exists() for cell in points.values())
