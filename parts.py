@@ -37,16 +37,25 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
     return solution.T if 1 / 4 <= area <= 4 else None
 
 
-def hull_distance(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How far pixels are from the convex hull of `points` (K, 2): (height, width), 0 inside."""
+def near_hull(
+    points: np.ndarray, reach: float, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels (N, 2) within `reach` of the convex hull of `points` (K, 2), and how far they are (N,).
+
+    Pixels are (x, y) of a latent of height x width; inside the hull the distance is 0.
+    """
+    low = np.ceil(points.min(axis=0) - reach).clip(0).astype(int)
+    high = np.floor(points.max(axis=0) + reach).clip(-1, (width - 1, height - 1)).astype(int)
+    grid = np.meshgrid(*(np.arange(a, b + 1) for a, b in zip(low, high)))
+    pixels = np.stack(grid, axis=-1).reshape(-1, 2)
     start = convex_hull(points)
     edge = np.roll(start, -1, axis=0) - start  # (E, 2)
-    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)[:, :, None]
-    offset = pixels - start  # (H, W, E, 2)
+    offset = pixels[:, None] - start  # (N, E, 2)
     left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
     along = ((offset * edge).sum(-1) / (edge**2).sum(-1).clip(1e-12)).clip(0, 1)
     distance = np.linalg.norm(offset - along[..., None] * edge, axis=-1).min(-1)
-    return np.where(left_of_edge.all(-1), 0.0, distance)
+    distance[left_of_edge.all(-1)] = 0
+    return pixels[distance <= reach], distance[distance <= reach]
 
 
 def convex_hull(points: np.ndarray) -> np.ndarray:
@@ -77,7 +86,8 @@ class Part:
     """A part of a body in one pose, and the way from there to another pose."""
 
     name: str
-    weight: np.ndarray  # (height, width) from 0 to 1: how much of each latent pixel belongs to it
+    pixels: np.ndarray  # (N, 2): the latent pixels (x, y) that it covers
+    weight: np.ndarray  # (N,): how much of each belongs to it, from 0 to 1
     to_other: (
         np.ndarray
     )  # (2, 3): a point (x, y) of the part is at A[:, :2] @ (x, y) + A[:, 2] there
@@ -94,7 +104,8 @@ def face_and_hands(pose: Pose, other: Pose, height: int, width: int) -> Iterator
         here, there = (latent_points(part[both], height, width) for part in (here, there))
         to_other = fit_affine(here, there)
         if to_other is not None:
-            yield Part(name, (hull_distance(here, height, width) <= 1).astype(float), to_other)
+            pixels, _ = near_hull(here, 1.0, height, width)
+            yield Part(name, pixels, np.ones(len(pixels)), to_other)
 
 
 # COCO-18. Bones from joint to joint, half their width in body units, and how far the part goes on past its
@@ -129,8 +140,9 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
     def part(name: str, outline, margin: float, source, target) -> Iterator[Part]:
         to_other = fit_affine(source, target)
         if to_other is not None:
-            weight = margin * unit + RIM + 0.5 - hull_distance(np.asarray(outline), height, width)
-            yield Part(name, weight.clip(0, 1), to_other)
+            reach = margin * unit + RIM + 0.5
+            pixels, distance = near_hull(np.asarray(outline), reach, height, width)
+            yield Part(name, pixels, (reach - distance).clip(0, 1), to_other)
 
     def bone(name: str, start: int, end: int, half_width: float, beyond: float) -> Iterator[Part]:
         if not seen[[start, end]].all():

@@ -313,16 +313,18 @@ def edit_latents(
     reference stays as it was. Returns how many regions were edited of each part.
     """
     height, width = latents.shape[-2:]
-    edited = Counter()
-    for latent, pose in zip(latents, poses, strict=True):
+    # On the host: many tiny operations, which a graphics card is slow to start.
+    reference_latent, edited_latents, edited = reference_latent.cpu(), latents.cpu(), Counter()
+    for latent, pose in zip(edited_latents, poses, strict=True):
         for part in PARTS[parts](pose, reference_pose, height, width):
-            y, x = np.nonzero(part.weight)
-            source = np.stack([x, y], axis=1) @ part.to_other[:, :2].T + part.to_other[:, 2]
+            source = part.pixels @ part.to_other[:, :2].T + part.to_other[:, 2]
             inside = ((source >= -0.5) & (source <= (width - 0.5, height - 0.5))).all(1)
-            y, x, moved = y[inside], x[inside], sample_bilinear(reference_latent, source[inside])
-            weight = torch.tensor(part.weight[y, x], dtype=latent.dtype, device=latent.device)
+            x, y = part.pixels[inside].T
+            weight = torch.tensor(part.weight[inside], dtype=latent.dtype)
+            moved = sample_bilinear(reference_latent, source[inside])
             latent[:, y, x] = latent[:, y, x].lerp(moved, weight)
             edited[part.name] += bool(inside.any())
+    latents.copy_(edited_latents)
     return edited
 
 

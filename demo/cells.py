@@ -150,8 +150,11 @@ def repaint(cell: Cell) -> tuple[Puppet, str]:
 
 def covered(pose: Pose, other: Pose, height: int, width: int) -> np.ndarray:
     """How much of each latent pixel (height, width) the parts that both poses show cover in the first."""
-    weights = [part.weight for part in body_parts(pose, other, height, width)]
-    return np.max(weights, axis=0) if weights else np.zeros((height, width))
+    cover = np.zeros((height, width))
+    for part in body_parts(pose, other, height, width):
+        x, y = part.pixels.T
+        cover[y, x] = np.maximum(cover[y, x], part.weight)
+    return cover
 
 
 def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) -> Tensor:

@@ -377,14 +377,15 @@ def training_batch(
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
     - The loss weighs the person, and the place where it stood in frame 0, five times.
 
-    And one teaches it that words count more than what the noise remembers: half of the clips that share
-    noise and have a twin start from the *twin's* frame 0, and the prompt tells what is different.
+    And one teaches it that words count more than what the noise remembers: most of the clips that share
+    noise and have a twin start from the *twin's* frame 0, and the prompt tells what is different. That is
+    decided at the first steps, so these clips are mostly as noisy, and weigh what differs most.
     """
     identities = rng.integers(len(latents), size=clips)
     order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
     shared = rng.random(clips) < 0.65
     told = [pool["captions"][i][1] for i in identities]
-    from_twin = shared & (np.array(told) != "") & (rng.random(clips) < 0.5)
+    from_twin = shared & (np.array(told) != "") & (rng.random(clips) < 0.8)
     order[from_twin] = (order - order[:, :1])[from_twin] % POSES  # frame 0 first: the twin's pose
     z = latents[identities[:, None], order]  # (clips, frames, 4, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
@@ -406,13 +407,17 @@ def training_batch(
             edit_latents(starts[1:], start, poses[1:], poses[0], parts)
         noise[clip] = starts.numpy() - ratio * z[clip]
 
-    timestep = rng.integers(0, 1000, clips)
+    timestep = (1000 * rng.random(clips) ** np.where(from_twin, 0.25, 1)).astype(int)
     alpha = np.repeat(alphas[timestep][:, None], frames, 1)  # (clips, frames)
     early = rng.random(clips) < max(0.0, 0.8 - 3 * progress)
     alpha[early, 0] = alphas[(timestep[early] * rng.random(early.sum())).astype(int)]
     alpha = alpha[:, :, None, None, None]
 
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
+    differs = (
+        np.abs(inverted - z[:, 0]).max(axis=1, keepdims=True) > 0.3 * z.std()
+    )  # (clips, 1, h, w)
+    weight[from_twin, 0] += 15 * differs[from_twin]
     weight[early, 0] = 0  # frame 0's own noise level is a lie there
     # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
     a = alphas[timestep]
@@ -453,7 +458,7 @@ def train_networks(
     plan: Round,
     frames: int = 3,
 ) -> None:
-    """Trains on pools and their latents, every other step on the last pool and in turn on those before it;
+    """Trains on pools and their latents, two steps in three on the last pool and in turn on those before it;
     on as many clips as make 6 square ones' pixels."""
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
@@ -463,7 +468,7 @@ def train_networks(
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
         *before, last = pools
-        pool, latents = before[step // 2 % len(before)] if before and step % 2 == 0 else last
+        pool, latents = before[step // 3 % len(before)] if before and step % 3 == 0 else last
         clips = 6 * SIZE // pool["frames"].shape[2]
         batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from demo.puppet import clip, motion, pose_of, random_puppet
-from parts import body_parts, far_arm, fit_affine, hull_distance
+from parts import body_parts, far_arm, fit_affine, near_hull
 from pose import Pose, place_pose
 
 SIDE = 64  # latent pixels
@@ -39,7 +39,8 @@ def mapped(part, x: float, y: float) -> np.ndarray:
 
 
 def weight_at(part, x: float, y: float) -> float:
-    return part.weight[round(y * SIDE - 0.5), round(x * SIDE - 0.5)]
+    here = (part.pixels == np.round(np.array([x, y]) * SIDE - 0.5)).all(axis=1)
+    return float(part.weight[here].sum())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,9 @@ def test_no_map_is_fitted_to(name, change):
 
 def test_the_region_is_the_hull_grown_by_one_latent_pixel():
     square = np.array([[10, 10], [20, 10], [20, 20], [10, 20], [15, 15], [15, 10]], float)
-    region = hull_distance(square, 32, 32) <= 1
+    region = np.zeros((32, 32), bool)
+    x, y = near_hull(square, 1.0, 32, 32)[0].T
+    region[y, x] = True
     assert region[10:21, 10:21].all()
     assert region[9, 15] and region[21, 15] and region[15, 9] and region[15, 21]
     assert not region[9, 9]  # a corner's neighbour is sqrt(2) away
