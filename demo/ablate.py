@@ -156,7 +156,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
     ]
     swept = [full_method(identity, 0, args) for identity in range(args.sweep_identities)]
     moved = [full_method(identity, 0, args) for identity in range(args.identities)]
-    haired = [one for one in moved if random_puppet(one.identity).hair_shape != "bald"]
+    haired = [one for one in swept if random_puppet(one.identity).hair_shape != "bald"]
 
     def trained_on(full: Cell, frames: int) -> Cell:
         steps = args.training_steps or training_steps(frames)
@@ -354,7 +354,7 @@ def command(args: argparse.Namespace, parts: Sequence[str]) -> str:
     """The command that computes what is reported."""
     options = ["target_frames", "ddim_steps"]
     options += ["training_steps"] if args.training_steps else []
-    swept = set(parts) - {"main", "harder", "attributes"}
+    swept = set(parts) - {"main", "harder"}
     options += ["identities"] if set(parts) - swept else []
     options += ["seeds"] if "main" in parts else []
     options += ["sweep_identities"] if swept else []
@@ -451,8 +451,8 @@ def parse_arguments(
         "--training-frames",
         type=int,
         nargs="+",
-        default=[2, 4, 8, 16, 32],
-        help=f"of the frames sweep, up to {LONG_CLIP} (default: 2 4 8 16 32)",
+        default=[2, 4, 8, 16, 32, 64],
+        help=f"of the frames sweep, up to {LONG_CLIP} (default: 2 4 8 16 32 64)",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     parser.add_argument("--processes", type=int, default=1, help="that share the work (default: 1)")
