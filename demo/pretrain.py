@@ -86,7 +86,6 @@ class Round:
     whole_lr: float
     steps: int
     lr: float
-    word_steps: int = 0
     decoder_steps: int = 0
 
 
@@ -94,7 +93,7 @@ ROUNDS = (
     Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, 1000, 900, 1.5e-3, 2150, 1e-3),
     Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, 0, 1400, 1.5e-3, 1500, 6e-4),
     Round(range(15_000, 16_000), 0.8, 0.0, False, 224, 0, 0, 0.0, 450, 4e-4),
-    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 0, 0, 0.0, 1600, 6e-4, 700, 1000),
+    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 0, 0, 0.0, 1600, 6e-4, 1000),
 )
 
 
@@ -493,41 +492,6 @@ def train_networks(
     optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work)
 
 
-def teach_words(
-    networks: nn.ModuleDict,
-    pool: dict,
-    latents: np.ndarray,
-    tokenizer: Tokenizer,
-    work: Path,
-    steps: int,
-) -> None:
-    """Trains only what reads words, on single frames of many puppets that have a twin.
-
-    It takes thousands of examples to bind a colour to a part, and a clip of three frames is one example.
-    """
-    unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
-    told = [i for i, (_, words) in enumerate(pool["captions"]) if words]
-    captions = [pool["captions"][i] for i in told]
-    pool = {name: rows[told] for name, rows in pool.items() if name not in ("captions", "frames")}
-    pool, latents = pool | {"captions": captions}, latents[told]
-    readers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
-    learning = nn.ModuleDict({"text_encoder": text, "attn2": nn.ModuleList(readers)})
-    networks.requires_grad_(False)
-    learning.requires_grad_(True)
-
-    def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng((5, step))
-        batch = training_batch(rng, pool, latents, 1.0, 18, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
-            with torch.no_grad():
-                control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
-            predicted = unet(batch["latents"], batch["timestep"], context, control)
-        return (batch["weight"] * (predicted.float() - batch["noise"]) ** 2).mean()
-
-    optimise("words", learning, loss_at, steps, 6e-4, 0.99, work)
-
-
 # ---- 5. The decoder ---------------------------------------------------------------------------------
 
 
@@ -607,8 +571,6 @@ def main():
             torch.manual_seed(2)
             networks = new_networks(tokenizer)
         train_networks(networks, pools, tokenizer, work, plan)
-        if plan.word_steps:
-            teach_words(networks, *pools[-1], tokenizer, work, plan.word_steps)
         if plan.decoder_steps:
             train_decoder(vae, pools, scale, work, plan.decoder_steps)
     vae.config = replace(vae.config, scale=scale)
