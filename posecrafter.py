@@ -328,6 +328,14 @@ def edit_latents(
     return edited
 
 
+def best_edit_step(parts: str, steps: int) -> int:
+    """Before which of `steps` DDIM steps to edit, counted from 1.
+
+    The first, as in the paper; whole bodies after a fifth of the steps, which scores best on puppets.
+    """
+    return 1 + steps // 5 if parts == "body" else 1
+
+
 # ---- Sampling -----------------------------------------------------------------------------------
 
 

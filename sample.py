@@ -26,6 +26,7 @@ from memory import CUDA, operations, sampling_peak, seconds_per_frame
 from parts import PARTS
 from pose import Pose, absences, draw_pose, place_pose
 from posecrafter import (
+    best_edit_step,
     ddim_timesteps,
     decode_latents,
     edit_latents,
@@ -129,7 +130,9 @@ def parse_arguments(
         help="what latent editing moves into place (default: face,hands, as in the paper)",
     )
     parser.add_argument(
-        "--edit-step", type=int, default=1, help="before which step it does (default: 1)"
+        "--edit-step",
+        type=int,
+        help="before which step it does (default: 1; for body, after a fifth of the steps)",
     )
     parser.add_argument(
         "--reference",
@@ -224,6 +227,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     settings = run.settings
     height, width = run.frames.shape[1:3]
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
+    if args.edit_step is None:
+        args.edit_step = best_edit_step(args.edit, args.ddim_steps)
     if not 1 <= args.edit_step <= args.ddim_steps:
         raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
     if args.start == "noise" and args.edit_step == 1:

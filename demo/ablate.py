@@ -40,7 +40,7 @@ from demo.dance import HELD_OUT, SIZE, TRAINING_FRAMES
 from demo.puppet import random_puppet
 from evaluate import FAINT, INK, LINE, PAPER
 from pose import draw_pose
-from posecrafter import training_steps
+from posecrafter import best_edit_step, training_steps
 from video import contact_sheet, replacing, save_image
 
 # ---- What is run --------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ ROWS = {
     INVERSION: "from the inverted reference instead of noise",
     INSERTION: "and the reference in front, as key frame",
     FULL: "and face and hands moved in the first latent: the paper's full method",
-    BODY: "the same, but for all parts of the body that are moved",
+    BODY: "beyond the paper: all parts of the body moved, after a fifth of the steps",
 }
 PAIRS = (
     (INVERSION, NOISE),
@@ -120,7 +120,7 @@ def ablation(full: Cell) -> dict[str, Cell]:
         INVERSION: uninserted,
         INSERTION: unedited,
         FULL: full,
-        BODY: replace(full, edit="body"),
+        BODY: replace(full, edit="body", edit_step=best_edit_step("body", full.ddim_steps)),
     }
 
 
