@@ -126,13 +126,13 @@ def parse_arguments(
     parser.add_argument(
         "--edit",
         choices=(*PARTS, "none"),
-        default="face,hands",
-        help="what latent editing moves into place (default: face,hands, as in the paper)",
+        default="body",
+        help="what latent editing moves into place (default: body; face,hands: as in the paper)",
     )
     parser.add_argument(
         "--edit-step",
         type=int,
-        help="before which step it does (default: 1; for body, after a fifth of the steps)",
+        help="before which step it does (default: after a fifth of the steps; for face,hands: 1)",
     )
     parser.add_argument(
         "--reference",

@@ -226,7 +226,7 @@ def gather(work: Path, points: Sequence[dict[str, Cell]]) -> tuple[Values, list[
 def pairs(values: Values) -> Values:
     """The main table's differences, puppet by puppet."""
     return {
-        f"{'full' if a == FULL else a} − {b}": {
+        " − ".join("full" if name == FULL else name for name in (a, b)): {
             figure: values[a][figure] - values[b][figure] for figure in FIGURES
         }
         for a, b in PAIRS

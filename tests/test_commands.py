@@ -135,7 +135,11 @@ def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     report = json.loads((workplace / "out" / "result.json").read_text())
     assert report["reference"] in (0, 4, 7, 11)
     assert report["frames"] == 5
-    assert report["edited_regions"].keys() == {"face", "left_hand", "right_hand"}
+    assert report["edited_regions"]["torso"] == 5
+    main(workplace, *SAMPLE, "--run", "runs/first", "--out", "paper.mp4", "--edit", "face,hands")
+    report = json.loads((workplace / "paper.json").read_text())
+    assert report["edited_regions"] == dict.fromkeys(("face", "left_hand", "right_hand"), 5)
+    assert report["edit_step"] == 1
 
 
 def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained):
@@ -147,7 +151,7 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
     assert np.array_equal(plain, sampled("b"))
     assert not np.array_equal(plain, sampled("c", "--no-insert"))
     assert not np.array_equal(plain, sampled("d", "--edit", "none"))
-    assert not np.array_equal(plain, sampled("j", "--edit", "body"))
+    assert not np.array_equal(plain, sampled("j", "--edit", "face,hands"))
     assert not np.array_equal(plain, sampled("e", "--edit-step", 2))
     assert not np.array_equal(plain, sampled("f", "--reference", 0))
     assert not np.array_equal(plain, sampled("g", "--prompt", "red hair", "--guidance", 3))
