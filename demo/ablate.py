@@ -280,9 +280,9 @@ def draw(path: Path, values: Values, x_title: str, figures: dict) -> None:
 
 
 def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Cell]]) -> None:
-    """Three puppets in their first seed: pose, truth and every row."""
+    """Two puppets in their first seed: pose, truth and every row."""
     rows = {}
-    for cells in [cells for cells in done if cells[FULL].seed == done[0][FULL].seed][:3]:
+    for cells in [cells for cells in done if cells[FULL].seed == done[0][FULL].seed][:2]:
         scene, who = set_scene(cells[FULL]), cells[FULL].identity
         drawn = [draw_pose(pose, SIZE, SIZE) for pose in scene.targets]
         rows |= {f"{who}: pose": shown(drawn), f"{who}: truth": shown(scene.truth)}
@@ -393,7 +393,7 @@ def report(args: argparse.Namespace) -> None:
             markdown_table(values, "", FIGURES),
             "Paired differences, puppet by puppet; bold where the interval excludes 0:",
             markdown_table(pairs(values), "", FIGURES, signed=True),
-            "![Pose, truth and every row of three puppets](results_sheet.png)",
+            "![Pose, truth and every row of two puppets](results_sheet.png)",
             f"Up to {SHOWN} frames of each clip, evenly spaced; the numbers count them.",
         ]
     if "harder" in gathered:
