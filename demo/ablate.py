@@ -249,7 +249,10 @@ def markdown_table(values: Values, first: str, figures: dict, signed: bool = Fal
 
 
 def draw(path: Path, values: Values, x_title: str, figures: dict) -> None:
-    """One panel per figure, under each other: its mean and 95 % interval at each point, evenly spaced."""
+    """One panel per figure, under each other: its mean and 95 % interval at each point, evenly spaced.
+
+    Puppets differ more than settings do, so the intervals are of what differs within puppets.
+    """
     double, width, panel = 2, 720, 210  # drawn twice as large and averaged down
     font = ImageFont.load_default(size=13 * double)
     left, right, top, bottom = (double * side for side in (70, 30, 36, 34))
@@ -258,7 +261,9 @@ def draw(path: Path, values: Values, x_title: str, figures: dict) -> None:
     pen = ImageDraw.Draw(image)
     x = np.linspace(left + 20 * double, width - right, len(values))
     for row, (figure, (title, form, _)) in enumerate(figures.items()):
-        spans = np.array([interval(point[figure]) for point in values.values()])  # (points, 2)
+        found = np.array([point[figure] for point in values.values()])  # (points, puppets)
+        within = found - found.mean(axis=0) + found.mean()
+        spans = np.array([interval(point) for point in within])  # (points, 2)
         means, halves = spans[:, 0], np.nan_to_num(spans[:, 1])
         low, high = (means - halves).min(), (means + halves).max()
         ceiling, floor = row * panel + top, (row + 1) * panel - bottom
@@ -290,6 +295,7 @@ def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Cell]]) -> None:
     save_image(path, contact_sheet(rows, cell_height=SIZE))
 
 
+WITHIN = "The bars are 95 % intervals of what differs within puppets."
 SWEEPS = {  # each part's heading, first column, and what was done
     "alpha": (
         "When to edit",
@@ -426,7 +432,7 @@ def report(args: argparse.Namespace) -> None:
             x_title, names = PLOTTED[part]
             picture = f"results_{part}.png"
             draw(args.out / picture, values, x_title, {name: figures[name] for name in names})
-            text += [f"![Means and 95 % intervals over the {x_title}]({picture})"]
+            text += [f"![Means over the {x_title}]({picture})", WITHIN]
     with replacing(args.out / "RESULTS.md") as unfinished:
         unfinished.write_text("\n\n".join(text) + "\n")
     print(f"Look at {args.out / 'RESULTS.md'}; the pictures are beside it.")
