@@ -126,8 +126,8 @@ def parse_arguments(
     parser.add_argument(
         "--edit",
         choices=(*PARTS, "none"),
-        default="body",
-        help="what latent editing moves into place (default: body; face,hands: as in the paper)",
+        help="what latent editing moves into place; face,hands: as in the paper "
+        "(default: body, and none with --start noise)",
     )
     parser.add_argument(
         "--edit-step",
@@ -227,6 +227,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     settings = run.settings
     height, width = run.frames.shape[1:3]
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
+    args.edit = args.edit or ("body" if args.start == "inversion" else "none")
     if args.edit_step is None:
         args.edit_step = best_edit_step(args.edit, args.ddim_steps)
     if not 1 <= args.edit_step <= args.ddim_steps:

@@ -157,6 +157,7 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
     assert not np.array_equal(plain, sampled("g", "--prompt", "red hair", "--guidance", 3))
     noise = sampled("h", "--start", "noise")
     assert not np.array_equal(plain, noise)
+    assert np.array_equal(noise, sampled("k", "--start", "noise", "--edit", "none"))
     assert not np.array_equal(noise, sampled("i", "--start", "noise", "--seed", 1))
 
 
