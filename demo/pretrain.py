@@ -3,8 +3,8 @@
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, trained in rounds that go on from each other: on puppets as they are, on other puppets of which most
 are in disguise (`scenery.py`), on large ones in upright frames, as people are filmed with telephones, and
-last on puppets that turn and cross their arms, which also teach it that words count (`TWIN`); the last two
-in turn with those of the rounds before. A round has four stages, each of which resumes where it stopped:
+last on puppets that turn and cross their arms, which should also teach it that words count (`TWIN`); the last
+two in turn with those of the rounds before. A round has four stages, each of which resumes where it stopped:
 
 1. render a pool of puppets, each identity in several poses, with control images and captions;
 2. train the VAE on the frames;
@@ -389,9 +389,10 @@ def training_batch(
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
     - The loss weighs the person, and the place where it stood in frame 0, five times.
 
-    And one teaches it that words count more than what the noise remembers: most of the clips that share
+    And one should teach it that words count more than what the noise remembers: most of the clips that share
     noise and have a twin start from the *twin's* frame 0, and the prompt tells what is different. That is
-    decided at the first steps, so these clips are mostly as noisy, and weigh what differs most.
+    decided at the first steps, so these clips are mostly as noisy, and weigh what differs most. So few steps
+    have not taught it: prompts change nothing yet.
     """
     identities = rng.integers(len(latents), size=clips)
     order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
