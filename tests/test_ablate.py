@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from test_parts import standing
 
 from demo import ablate, cells
 from demo.puppet import clip
@@ -38,18 +39,6 @@ def test_a_puppet_in_its_own_pose_is_left_as_it_is():
     latent = torch.randn(4, SIDE, SIDE)
     warped = cells.warp_body(latent, pose, pose, behind=torch.zeros_like(latent))
     assert torch.allclose(warped, latent, atol=1e-4)
-
-
-def standing(wrist: tuple[float, float]) -> Pose:
-    """Somebody with the right forearm from (0.3, 0.5) to `wrist`, and arms and legs that hang."""
-    joints = {1: (0.5, 0.25), 2: (0.4, 0.25), 3: (0.3, 0.5), 4: wrist}
-    joints |= {5: (0.6, 0.25), 6: (0.65, 0.4), 7: (0.7, 0.55)}
-    joints |= {8: (0.45, 0.55), 9: (0.45, 0.7), 10: (0.45, 0.9)}
-    joints |= {11: (0.55, 0.55), 12: (0.55, 0.7), 13: (0.55, 0.9)}
-    pose = Pose()
-    for joint, (x, y) in joints.items():
-        pose.body[joint] = x, y, 1
-    return pose
 
 
 def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
