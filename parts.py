@@ -88,9 +88,7 @@ class Part:
     name: str
     pixels: np.ndarray  # (N, 2): the latent pixels (x, y) that it covers
     weight: np.ndarray  # (N,): how much of each belongs to it, from 0 to 1
-    to_other: (
-        np.ndarray
-    )  # (2, 3): a point (x, y) of the part is at A[:, :2] @ (x, y) + A[:, 2] there
+    to_other: np.ndarray  # (2, 3): its point (x, y) is at A[:, :2] @ (x, y) + A[:, 2] there
 
 
 def face_and_hands(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
@@ -127,14 +125,17 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
 
     Along a bone the map follows its length, across it keeps the width. Sizes are in body units: the distance
     between the shoulders, or three quarters of the torso's length where a turned body has less. Parts that
-    either pose lacks, and those foreshortened or stretched beyond a factor of 4, are left out.
+    either pose lacks, and those foreshortened or stretched beyond a factor of 4, are left out. Without shoulders
+    there is no size to go by, and only `face_and_hands` are moved.
     """
     here, there = (latent_points(p.body, height, width) for p in (pose, other))
     seen = is_seen(pose.body) & is_seen(other.body)
-    if not seen[SHOULDERS + HIPS].all():
+    if not seen[SHOULDERS].all():
+        yield from face_and_hands(pose, other, height, width)
         return
-    shoulders = np.linalg.norm(np.subtract(*here[SHOULDERS]))
-    torso = np.linalg.norm(here[SHOULDERS].mean(0) - here[HIPS].mean(0))
+    shoulders, torso = np.linalg.norm(np.subtract(*here[SHOULDERS])), 0.0
+    if seen[HIPS].all():
+        torso = np.linalg.norm(here[SHOULDERS].mean(0) - here[HIPS].mean(0))
     unit = max(shoulders, 0.75 * torso)
 
     def part(name: str, outline, margin: float, source, target) -> Iterator[Part]:
@@ -180,11 +181,11 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
         if len(outline):
             yield from part(name, outline, margin, source, target)
 
-    far = far_arm(pose, shoulders / max(torso, 1e-6))
+    far = far_arm(pose, shoulders / max(torso, 1e-6))  # never, where no hips are seen
     yield from head("hair", 0.45)
     if far:
         yield from arm(far)
-    if seen[KNEES].all():
+    if seen[HIPS + KNEES].all():
         source, target = (
             np.concatenate([p[HIPS], 0.4 * p[HIPS] + 0.6 * p[KNEES]]) for p in (here, there)
         )
@@ -192,7 +193,8 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
     for one in (*THIGHS, *SHINS):
         yield from bone(*one)
     corners = SHOULDERS + HIPS
-    yield from part("torso", here[corners], 0.15, here[corners], there[corners])
+    if seen[corners].all():
+        yield from part("torso", here[corners], 0.15, here[corners], there[corners])
     yield from head("head", 0.2)
     for side in ARMS:
         if side != far:

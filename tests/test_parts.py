@@ -11,6 +11,7 @@ from parts import body_parts, far_arm, fit_affine, near_hull
 from pose import Pose, place_pose
 
 SIDE = 64  # latent pixels
+ARM = ("upper_arm", "forearm", "hand")
 
 
 def standing(wrist: tuple[float, float] = (0.3, 0.75)) -> Pose:
@@ -102,6 +103,15 @@ def test_what_a_pose_lacks_or_foreshortens_is_left_out():
     assert parts_of(whole, whole).keys() - parts_of(whole, armless).keys() == {"right_forearm"}
     assert "right_forearm" not in parts_of(whole, shortened)  # a fifth of its length
     assert not parts_of(whole, Pose())
+
+
+def test_a_speaker_filmed_to_the_waist_is_moved_as_far_as_seen():
+    _, (pose,), _ = clip(3, 6, 1)
+    pose.body[8:14] = 0
+    whole = {"hair", "head", *(f"{side}_{part}" for side in ("left", "right") for part in ARM)}
+    assert parts_of(pose, pose).keys() == whole
+    pose.body[2] = 0  # nor a shoulder
+    assert parts_of(pose, pose).keys() == {"face", "left_hand", "right_hand"}
 
 
 def test_sizes_are_the_bodys_own():
