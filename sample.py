@@ -132,7 +132,8 @@ def parse_arguments(
     parser.add_argument(
         "--edit-step",
         type=int,
-        help="before which step it does (default: after a fifth of the steps; for face,hands: 1)",
+        help="before which step it does (default: after a fifth of the steps; 1 for face,hands, "
+        "and with a --prompt of its own, whose new looks later steps would undo)",
     )
     parser.add_argument(
         "--reference",
@@ -229,7 +230,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     args.edit = args.edit or ("body" if args.start == "inversion" else "none")
     if args.edit_step is None:
-        args.edit_step = best_edit_step(args.edit, args.ddim_steps)
+        args.edit_step = 1 if args.prompt else best_edit_step(args.edit, args.ddim_steps)
     if not 1 <= args.edit_step <= args.ddim_steps:
         raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
     if args.start == "noise" and args.edit_step == 1:
@@ -365,9 +366,7 @@ if __name__ == "__main__":
         main(args)
     except (MemoryError, OSError, ValueError) as error:
         parser.exit(2, f"sample.py: {error}\n")
-    except (
-        torch.OutOfMemoryError
-    ):  # sampling knows ways around it, so this was encoding or decoding
+    except torch.OutOfMemoryError:  # in encoding or decoding: sampling knows ways around it
         parser.exit(
             2, "sample.py: out of graphics memory: frames of this size need a larger card\n"
         )

@@ -161,6 +161,15 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
     assert not np.array_equal(noise, sampled("i", "--start", "noise", "--seed", 1))
 
 
+@pytest.mark.parametrize(("options", "step"), [((), 2), (("--prompt", "red hair"), 1)])
+def test_bodies_move_after_a_fifth_of_the_steps_unless_they_are_to_look_different(
+    workplace, trained, options, step
+):
+    steps = ("--ddim-steps", 5, "--out", "moved.mp4")
+    main(workplace, *SAMPLE, "--run", "runs/first", *steps, *options)
+    assert json.loads((workplace / "moved.json").read_text())["edit_step"] == step
+
+
 def test_neither_slices_nor_offloading_change_the_video(workplace, trained, monkeypatch):
     # in float32: rounding to bfloat16 falls differently in slices, and random weights magnify it
     cpu = torch.device("cpu"), torch.float32
