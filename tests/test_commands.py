@@ -177,10 +177,12 @@ def test_neither_slices_nor_offloading_change_the_video(workplace, trained, monk
 
     def sampled(name: str, *options: object) -> np.ndarray:
         main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)
-        return read_frames(workplace / f"{name}.mp4")[0].astype(int)
+        # the sheet and not the video, whose encoder may answer one grey level with ten
+        return np.asarray(Image.open(workplace / f"{name}.png")).astype(int)
 
     plain = sampled("whole", "--slice", 100)
-    assert np.abs(plain - sampled("slices", "--slice", 1, "--offload", "always")).max() <= 2
+    difference = np.abs(plain - sampled("slices", "--slice", 1, "--offload", "always"))
+    assert difference.max() <= 1
 
 
 def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsys):
