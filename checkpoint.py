@@ -349,12 +349,13 @@ def require(config: dict, **expected: object) -> None:
 
 
 def read_unet_config(config: dict) -> UNetConfig:
+    out_channels = config.get("out_channels", config["in_channels"])  # a ControlNet has none
     require(
         config,
         addition_embed_type=None,
         class_embed_type=None,
         use_linear_projection=False,
-        in_channels=4,
+        in_channels=out_channels,
         transformer_layers_per_block=1,
         only_cross_attention=False,
         num_attention_heads=None,
@@ -367,7 +368,7 @@ def read_unet_config(config: dict) -> UNetConfig:
     )
     return UNetConfig(
         in_channels=config["in_channels"],
-        out_channels=config.get("out_channels", 4),  # a ControlNet has none
+        out_channels=out_channels,
         widths=tuple(config["block_out_channels"]),
         layers_per_block=config["layers_per_block"],
         context_dim=config["cross_attention_dim"],

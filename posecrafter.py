@@ -13,8 +13,8 @@ A new clip is made by calling these one after another, as `sample.py` does:
     frames = decode_latents(model, latents)
 
 `model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
-Latents are float32 (F, 4, H, W) throughout and times the VAE's scale; the networks compute in their own
-precision.
+Latents are float32 (F, 4, H, W) throughout (the demo model's have 8 channels) and times the VAE's scale; the
+networks compute in their own precision.
 """
 
 import math

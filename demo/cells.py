@@ -282,6 +282,7 @@ FIGURES = {
         "PSNR in the box of the true face's landmarks, grown by 3 pixels",
     ),
     "psnr_hands": ("hands ↑", ".2f", "PSNR in the boxes of the true hands' landmarks, grown so"),
+    "psnr_background": ("background ↑", ".2f", "PSNR of all but the true person's pixels"),
     "pck": (
         "PCK ↑",
         ".3f",
@@ -345,6 +346,7 @@ def measure(openpose: OpenPose, result: np.ndarray, cell: Cell, scene: Scene) ->
         "l1": frame_l1(result, truth),
         "psnr_face": frame_psnr(result, truth, face),
         "psnr_hands": frame_psnr(result, truth, hands),
+        "psnr_background": frame_psnr(result, truth, ~scene.person),
         "pck": np.array(found),
         "temporal": np.abs(np.subtract(*changes)).mean(axis=(1, 2, 3)) / 255,
     }

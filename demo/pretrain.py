@@ -1,17 +1,16 @@
 """Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
-width, trained in rounds that go on from each other: on puppets as they are, on other puppets of which most
-are in disguise (`scenery.py`), on large ones in upright frames, as people are filmed with telephones, and
-last on puppets that turn and cross their arms, which should also teach it that words count (`TWIN`); the last
-two in turn with those of the rounds before. A round has four stages, each of which resumes where it stopped:
+width, in four stages, each of which resumes where it stopped:
 
-1. render a pool of puppets, each identity in several poses, with control images and captions;
-2. train the VAE on the frames;
-3. encode the pool once;
+1. render pools of puppets, each identity in several poses, with control images and captions;
+2. train the VAE on all of them;
+3. encode them once;
 4. train UNet, ControlNet and text encoder together, on short clips of one identity.
 
-Last of all the VAE's decoder alone learns to draw faces and hands better from the latents as they are.
+The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
+most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, and
+last puppets that turn and cross their arms, which also teach that words count (`TWIN`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
@@ -34,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,9 +66,16 @@ TWIN = POSES
 LEARNING_RATE = 0.003  # of fine-tuning on a clip: the paper's; 0.06 dB over 1e-3 on a real clip
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(
-    widths=(64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8
+    in_channels=8,
+    out_channels=8,
+    widths=(64, 128, 160, 160),
+    layers_per_block=1,
+    context_dim=64,
+    heads=2,
+    norm_groups=8,
 )
-VAE_CONFIG = VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
+VAE_CONFIG = VAEConfig(8, widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
+VAE_STEPS = (2500, 3000)  # on crops, on whole frames
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 
 
@@ -81,19 +88,15 @@ class Round:
     moving: float  # share that turns or crosses its arms
     twins: bool
     height: int  # of the frames, which are SIZE wide
-    crop_steps: int
-    whole_steps: int
-    whole_lr: float
     steps: int
     lr: float
-    decoder_steps: int = 0
 
 
 ROUNDS = (
-    Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, 1000, 900, 1.5e-3, 2150, 1e-3),
-    Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, 0, 1400, 1.5e-3, 1500, 6e-4),
-    Round(range(15_000, 16_000), 0.8, 0.0, False, 224, 0, 0, 0.0, 450, 4e-4),
-    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 0, 0, 0.0, 1600, 6e-4, 1000),
+    Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, 2150, 1e-3),
+    Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, 1500, 6e-4),
+    Round(range(15_000, 16_000), 0.8, 0.0, False, 224, 450, 4e-4),
+    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 3600, 6e-4),
 )
 
 
@@ -301,53 +304,100 @@ def new_vae() -> VAE:
     return vae
 
 
-def train_vae(vae: VAE, pool: dict, work: Path, plan: Round) -> None:
+def near(keypoints: np.ndarray, height: int, margin: float = 2.0) -> np.ndarray:
+    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, SIZE)."""
+    mask = np.zeros((height, SIZE), bool)
+    points = keypoints[:, :2] * (SIZE, height)
+    left, top = (points.min(axis=0) - margin).clip(0).astype(int)
+    right, bottom = np.ceil(points.max(axis=0) + margin).clip(0).astype(int)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def moved(rng, maps: list[Tensor]) -> list[Tensor]:
+    """Maps (N, C, h, w) of the same scene, of any size, all turned, shifted and scaled alike, bilinearly."""
+    height, width = maps[0].shape[2:]
+    angle, size = rng.uniform(-0.6, 0.6), math.exp(rng.uniform(-0.15, 0.15))
+    cosine, sine = size * math.cos(angle), size * math.sin(angle)
+    rows = [[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]]
+    affine = torch.tensor(rows)
+    affine[:, 2] = torch.from_numpy(rng.uniform(-0.1, 0.1, 2))
+    return [
+        functional.grid_sample(
+            x,
+            functional.affine_grid(affine.expand(len(x), 2, 3), x.shape, align_corners=False),
+            padding_mode="border",
+            align_corners=False,
+        )
+        for x in maps
+    ]
+
+
+def train_vae(vae: VAE, pools: list[dict], work: Path) -> None:
     """First on crops around the person, many and cheap, then on whole frames, as it is used.
 
     The second stage matters: a group norm over a crop has other statistics than over a frame, and
-    colours come out wrong without it. L1 + L2 + gradient loss, the person counting three times, and
-    a light pull to N(0, 1).
+    colours come out wrong without it. L1 + L2 + gradient loss and a light pull to N(0, 1). The person counts
+    three times, face and hands ten times: small, detailed, and what people look at. Every fourth batch is
+    turned, shifted and scaled between encoder and decoder, since that is what latent editing does to it.
     """
-    frames, masks = pool["frames"], pool["masks"]
 
-    def random_crop(rng, crop: int) -> tuple[np.ndarray, np.ndarray]:
-        i, j = rng.integers(len(frames)), rng.integers(POSES)
-        rows, columns = np.nonzero(masks[i, j])
-        k = rng.integers(len(rows))
-        corner = rows[k] - rng.integers(crop // 4), columns[k] - rng.integers(crop // 4)
-        top, left = np.clip(corner, 0, (SIZE - crop) // 4)
-        window = np.s_[4 * top : 4 * top + crop, 4 * left : 4 * left + crop]
-        return frames[i, j][window], np.kron(masks[i, j], np.ones((4, 4), np.float32))[window]
+    def one(rng, pool: dict, crop: int) -> tuple[np.ndarray, np.ndarray]:
+        """A frame and its weights, both whole if `crop` is 0."""
+        i, j = rng.integers(len(pool["frames"])), rng.integers(POSES)
+        frame, mask = pool["frames"][i, j], pool["masks"][i, j]
+        pose = pose_from(pool["poses"][i, j])
+        parts = pose.face, pose.left_hand, pose.right_hand
+        weight = 1 + 2 * np.kron(mask, np.ones((4, 4), np.float32))
+        for part in parts:
+            weight[near(part, len(frame))] = 10
+        if not crop:
+            return frame, weight
+        if rng.random() < 0.3:
+            centre = 4 * rng.choice(np.argwhere(mask))
+        else:
+            centre = parts[rng.integers(3)][:, 1::-1].mean(axis=0) * frame.shape[:2]
+        corner = (centre - crop * rng.uniform(0.2, 0.8, 2)).astype(int) // 4 * 4
+        top, left = np.clip(corner, 0, np.array(frame.shape[:2]) - crop)
+        window = np.s_[top : top + crop, left : left + crop]
+        return frame[window], weight[window]
 
-    def loss_at(step: int, stage: int, batch: int, crop: int) -> Tensor:
+    def loss_at(step: int, stage: int, pixels: int, crop: int) -> Tensor:
         rng = np.random.default_rng((stage, step))
-        images, person = zip(*(random_crop(rng, crop) for _ in range(batch)))
-        images = image_tensor(np.stack(images)) * 2 - 1
-        weight = torch.tensor(1 + 2 * np.stack(person))[:, None]
+        pool = pools[step % len(pools)]
+        count = pixels // (crop**2 or pool["frames"].shape[2] * SIZE)
+        images, weight = (np.stack(x) for x in zip(*(one(rng, pool, crop) for _ in range(count))))
+        images = image_tensor(images) * 2 - 1
+        weight = torch.from_numpy(weight / weight.mean())[:, None]
         with torch.autocast("cpu", torch.bfloat16):
-            mean, log_variance = vae.encode(images)
+            mean, log_variance = (x.float() for x in vae.encode(images))
             noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
-            output = vae.decode(mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2))
-        difference, mean, log_variance = output.float() - images, mean.float(), log_variance.float()
-        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+            latents = mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2)
+            if step // len(pools) % 4 == 3:
+                latents, images, weight = moved(rng, [latents, images, weight])
+            output = vae.decode(latents)
+        difference = output.float() - images
+        edges = sum(
+            (weight.narrow(dim, 1, weight.shape[dim] - 1) * difference.diff(dim=dim).abs()).mean()
+            for dim in (2, 3)
+        )
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        pixels = (weight * (difference.abs() + difference**2)).mean() / weight.mean()
-        return pixels + edges + 1e-4 * divergence
+        return (weight * (difference.abs() + difference**2)).mean() + edges + 1e-4 * divergence
 
     networks = nn.ModuleDict({"vae": vae})
     crops, whole = (
-        partial(loss_at, stage=1, batch=32, crop=64),
-        partial(loss_at, stage=3, batch=8, crop=SIZE),
+        partial(loss_at, stage=stage, pixels=8 * SIZE**2, crop=crop)
+        for stage, crop in ((1, 64), (3, 0))
     )
-    optimise("vae", networks, crops, plan.crop_steps, 2e-3, 0.995, work)
-    optimise("vae_whole", networks, whole, plan.whole_steps, plan.whole_lr, 0.995, work)
+    optimise("vae", networks, crops, VAE_STEPS[0], 2e-3, 0.995, work)
+    optimise("vae_whole", networks, whole, VAE_STEPS[1], 1.5e-3, 0.995, work)
 
 
 # ---- 3. The latents ---------------------------------------------------------------------------------
 
 
 def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
-    """The pool's latents, as the VAE gives them: (identities, POSES, 4, H/4, W/4)."""
+    """The pool's latents, as the VAE gives them: (identities, F, 8, H/4, W/4)."""
     path = work / "latents.npy"
     if not path.exists():
         latents = []
@@ -376,7 +426,13 @@ def prompt_from(rng, words: str, told: str = "") -> str:
 
 
 def training_batch(
-    rng, pool: dict, latents: np.ndarray, progress: float, clips: int, frames: int
+    rng,
+    pool: dict,
+    latents: np.ndarray,
+    progress: float,
+    clips: int,
+    frames: int,
+    words_count: bool = False,
 ) -> dict:
     """Noisy clips of one identity each, and the noise to predict.
 
@@ -389,18 +445,22 @@ def training_batch(
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
     - The loss weighs the person, and the place where it stood in frame 0, five times.
 
-    And one should teach it that words count more than what the noise remembers: most of the clips that share
-    noise and have a twin start from the *twin's* frame 0, and the prompt tells what is different. That is
-    decided at the first steps, so these clips are mostly as noisy, and weigh what differs most. So few steps
-    have not taught it: prompts change nothing yet.
+    And two things teach it that words count more than what the noise remembers:
+
+    - Many clips that share noise and have a twin start from the *twin's* frame 0, and the prompt tells what is
+      different.
+    - Batches in which `words_count` show only timesteps above 600, where colours are still open, and the
+      error there is the image's: that of the noise, which is nearly all one sees, would hide it.
     """
     identities = rng.integers(len(latents), size=clips)
     order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
     shared = rng.random(clips) < 0.65
     told = [pool["captions"][i][1] for i in identities]
-    from_twin = shared & (np.array(told) != "") & (rng.random(clips) < 0.8)
+    from_twin = (
+        shared & (np.array(told) != "") & (rng.random(clips) < (0.9 if words_count else 0.5))
+    )
     order[from_twin] = (order - order[:, :1])[from_twin] % POSES  # frame 0 first: the twin's pose
-    z = latents[identities[:, None], order]  # (clips, frames, 4, h, w)
+    z = latents[identities[:, None], order]  # (clips, frames, 8, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
     hints = np.stack([pool["hints"][i][o] for i, o in zip(identities, order)])
 
@@ -420,7 +480,8 @@ def training_batch(
             edit_latents(starts[1:], start, poses[1:], poses[0], parts)
         noise[clip] = starts.numpy() - ratio * z[clip]
 
-    timestep = (1000 * rng.random(clips) ** np.where(from_twin, 0.25, 1)).astype(int)
+    first = 600 if words_count else 0
+    timestep = rng.integers(first, 1000, size=clips)
     alpha = np.repeat(alphas[timestep][:, None], frames, 1)  # (clips, frames)
     early = rng.random(clips) < max(0.0, 0.8 - 3 * progress)
     alpha[early, 0] = alphas[(timestep[early] * rng.random(early.sum())).astype(int)]
@@ -432,13 +493,17 @@ def training_batch(
     )  # (clips, 1, h, w)
     weight[from_twin, 0] += 15 * differs[from_twin]
     weight[early, 0] = 0  # frame 0's own noise level is a lie there
-    # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
-    a = alphas[timestep]
-    weight *= (np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a))[:, None, None, None, None]
+    a = alphas[timestep][:, None, None, None, None]
+    if words_count:  # with a factor that makes it about as large as in other batches
+        weight *= np.minimum((1 - a) / a, 60) / (16 * weight.mean())
+    else:
+        # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
+        weight *= np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a)
+        weight /= weight.mean()
     flat = {
         "latents": np.sqrt(alpha) * z + np.sqrt(1 - alpha) * noise,
         "noise": noise,
-        "weight": weight / weight.mean(),
+        "weight": weight,
     }
     flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in flat.items()}
     prompts = [
@@ -452,6 +517,16 @@ def training_batch(
     }
 
 
+@torch.no_grad()
+def heed_single_words(networks: nn.ModuleDict) -> None:
+    """Attention to the prompt starts sharp, and what it reads strong: as torch would have it, it averages
+    over all 24 tokens, and the one that tells a colour is too faint to learn from."""
+    for name, module in networks.named_modules():
+        if name.endswith("attn2"):
+            for layer, factor in (("to_q", 3), ("to_k", 3), ("to_v", 6), ("to_out.0", 1 / 6)):
+                module.get_submodule(layer).weight.mul_(factor)
+
+
 def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
     text = TextEncoder(TextConfig(**{**TEXT.__dict__, "vocab_size": len(tokenizer.vocab)}))
     unet, controlnet = UNet(UNET), ControlNet(UNET, HINT_WIDTHS)
@@ -460,6 +535,7 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
             del module.attn_temp, module.conv_temp
     networks = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text})
     start_residuals_at_zero(networks)
+    heed_single_words(networks)
     return networks.to(memory_format=torch.channels_last)
 
 
@@ -472,7 +548,8 @@ def train_networks(
     frames: int = 3,
 ) -> None:
     """Trains on pools and their latents, two steps in three on the last pool and in turn on those before it;
-    on as many clips as make 6 square ones' pixels."""
+    where the last has twins, only every second step, and the others on single frames in which words count.
+    A batch is as many frames as 6 square clips have."""
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
     first_progress = 0.0 if plan is ROUNDS[0] else 0.2
@@ -481,9 +558,12 @@ def train_networks(
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
         *before, last = pools
-        pool, latents = before[step // 3 % len(before)] if before and step % 3 == 0 else last
-        clips = 6 * SIZE // pool["frames"].shape[2]
-        batch = training_batch(rng, pool, latents, progress, clips, frames)
+        words_count = plan.twins and step % 2 == 1
+        again = before and not words_count and step % 3 == 0
+        pool, latents = before[step // 6 % len(before)] if again else last
+        length = 1 if words_count else frames
+        clips = 6 * frames * SIZE // pool["frames"].shape[2] // length
+        batch = training_batch(rng, pool, latents, progress, clips, length, words_count)
         with torch.autocast("cpu", torch.bfloat16):
             context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
             control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
@@ -491,56 +571,6 @@ def train_networks(
         return (batch["weight"] * (predicted.float() - batch["noise"]) ** 2).mean()
 
     optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work)
-
-
-# ---- 5. The decoder ---------------------------------------------------------------------------------
-
-
-def near(keypoints: np.ndarray, height: int, margin: float = 2.0) -> np.ndarray:
-    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, SIZE)."""
-    mask = np.zeros((height, SIZE), bool)
-    points = keypoints[:, :2] * (SIZE, height)
-    left, top = (points.min(axis=0) - margin).clip(0).astype(int)
-    right, bottom = np.ceil(points.max(axis=0) + margin).clip(0).astype(int)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
-def train_decoder(
-    vae: VAE, pools: list[tuple[dict, np.ndarray]], scale: float, work: Path, steps: int
-) -> None:
-    """Trains the decoder on finished latents, so that they stay what the UNet knows.
-
-    The person counts three times, face and hands ten times: small, detailed, and what people look at. The
-    latents get a little noise, as no sampled latent is exact.
-    """
-
-    def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng((4, step))
-        pool, latents = pools[step % len(pools)]
-        height = pool["frames"].shape[2]
-        count = 8 * SIZE // height
-        i, j = rng.integers(len(latents), size=count), rng.integers(POSES, size=count)
-        z = latents[i, j] + 0.05 * rng.standard_normal(latents[i, j].shape, np.float32)
-        images = image_tensor(np.stack([pool["frames"][a, b] for a, b in zip(i, j)])) * 2 - 1
-        weight = np.kron(np.stack([pool["masks"][a, b] for a, b in zip(i, j)]), np.ones((4, 4)))
-        weight = 1 + 2 * weight.astype(np.float32)
-        for one, a, b in zip(weight, i, j):
-            pose = pose_from(pool["poses"][a, b])
-            for part in (pose.face, pose.left_hand, pose.right_hand):
-                one[near(part, height)] = 10
-        weight = torch.from_numpy(weight / weight.mean())[:, None]
-        with torch.autocast("cpu", torch.bfloat16):
-            output = vae.decode(torch.from_numpy(z / scale))
-        difference = output.float() - images
-        edges = sum(
-            (weight.narrow(dim, 1, weight.shape[dim] - 1) * difference.diff(dim=dim).abs()).mean()
-            for dim in (2, 3)
-        )
-        return (weight * (difference.abs() + difference**2)).mean() + edges
-
-    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    optimise("decoder", decoder, loss_at, steps, 1e-3, 0.995, work)
 
 
 def main():
@@ -554,26 +584,22 @@ def main():
     args = parser.parse_args()
 
     keep_freed_memory()
+    works = [args.work / f"round{number}" for number in range(1, len(ROUNDS) + 1)]
+    for work in works:
+        work.mkdir(parents=True, exist_ok=True)
+    pools = [render_pool(work, plan) for work, plan in zip(works, ROUNDS)]
     torch.manual_seed(1)
     vae = new_vae()
-    for number, plan in enumerate(ROUNDS, start=1):
-        work = args.work / f"round{number}"
-        work.mkdir(parents=True, exist_ok=True)
-        pool = render_pool(work, plan)
-        train_vae(vae, pool, work, plan)
-        latents = encode_pool(vae, pool, work)
-        if plan.whole_steps:  # then latents of rounds before are another VAE's
-            pools, scale = [], float(1 / latents.std())
-        pools.append((pool, latents * scale))
-        if number == 1:
-            tokenizer = Tokenizer(
-                *learn_merges((words for words, _ in pool["captions"]), 200), length=TEXT.length
-            )
-            torch.manual_seed(2)
-            networks = new_networks(tokenizer)
-        train_networks(networks, pools, tokenizer, work, plan)
-        if plan.decoder_steps:
-            train_decoder(vae, pools, scale, work, plan.decoder_steps)
+    train_vae(vae, pools, args.work)
+    latents = [encode_pool(vae, pool, work) for pool, work in zip(pools, works)]
+    scale = float(1 / latents[0].std())
+    known = [(pool, encoded * scale) for pool, encoded in zip(pools, latents)]
+    captions = (words for words, _ in pools[0]["captions"])
+    tokenizer = Tokenizer(*learn_merges(captions, 200), length=TEXT.length)
+    torch.manual_seed(2)
+    networks = new_networks(tokenizer)
+    for number, (plan, work) in enumerate(zip(ROUNDS, works), start=1):
+        train_networks(networks, known[:number], tokenizer, work, plan)
     vae.config = replace(vae.config, scale=scale)
     model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, learning_rate=LEARNING_RATE)
     save_model(model, args.out)

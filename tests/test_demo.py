@@ -27,7 +27,7 @@ def test_the_demo_weights_are_small_enough_to_ship():
 def test_diffusers_reads_the_demo_unet_and_agrees_on_a_frame(model):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DConditionModel.from_pretrained(DEMO / "unet").float()
-    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 8, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         context = encode_prompt(model, "a person, red hair")
         ours = model.unet(latents, 501, context)

@@ -89,3 +89,35 @@ def test_a_prompt_tells_what_it_must_and_forgets_at_times():
     free = [pretrain.prompt_from(rng, words) for _ in range(300)]
     assert 20 < free.count("") < 80 and "a person" in free
     assert all("blue shirt" in pretrain.prompt_from(rng, words, "blue shirt") for _ in range(50))
+
+
+def test_what_is_moved_moves_alike_at_every_size():
+    """A blob's middle in a coarse map and in a fine one, upright as telephones film."""
+    rows, columns = torch.meshgrid(torch.arange(224.0), torch.arange(128.0), indexing="ij")
+    blob = torch.exp(-((rows - 90) ** 2 + (columns - 50) ** 2) / 400)[None, None]
+    coarse = torch.nn.functional.avg_pool2d(blob, 4)
+    middles = []
+    for image in pretrain.moved(np.random.default_rng(1), [blob, coarse]):
+        height, width = image.shape[2:]
+        total = image.sum()
+        y = (image[0, 0].sum(1) * (torch.arange(height) + 0.5)).sum() / total / height
+        x = (image[0, 0].sum(0) * (torch.arange(width) + 0.5)).sum() / total / width
+        middles.append((y.item(), x.item()))
+    assert middles[0] == pytest.approx(middles[1], abs=0.003)
+    assert middles[0] != pytest.approx((90.5 / 224, 50.5 / 128), abs=0.03)
+
+
+def test_batches_in_which_words_count_leave_the_colours_open(pool):
+    latents = np.random.default_rng(1).standard_normal(
+        (2, pretrain.POSES + 1, 4, 32, 32), np.float32
+    )
+    batch = pretrain.training_batch(np.random.default_rng(1), pool, latents, 1, 40, 1, True)
+    assert batch["timestep"].min() >= 600
+    told = [words for _, words in pool["captions"]]
+    heard = [prompt for prompt in batch["prompts"] if any(words in prompt for words in told)]
+    assert len(heard) > 10 and "" in batch["prompts"]
+    # What words change weighs more than the rest of the person.
+    assert (
+        batch["weight"].flatten(1).max(1).values.div(batch["weight"].flatten(1).min(1).values).max()
+        > 15
+    )
