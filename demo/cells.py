@@ -158,9 +158,9 @@ def covered(pose: Pose, other: Pose, height: int, width: int) -> np.ndarray:
 
 
 def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) -> Tensor:
-    """The reference's clean latent (4, h, w) with its body moved to another pose.
+    """The reference's clean latent (C, h, w) with its body moved to another pose.
 
-    What it leaves uncovered becomes `behind` (4, h, w), `without_people` of the training frames.
+    What it leaves uncovered becomes `behind` (C, h, w), `without_people` of the training frames.
     """
     was, now = (
         covered(*pair, *latent.shape[-2:])
@@ -173,7 +173,7 @@ def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) 
 
 
 def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
-    """What clips of a still camera (F, 4, h, w) show behind the person: (4, h, w).
+    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w).
 
     The mean of the frames where nobody stands at a place; where somebody always does, of all frames.
     """
