@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -323,9 +323,9 @@ def moved(rng, maps: list[Tensor]) -> list[Tensor]:
     affine = torch.tensor(rows)
     affine[:, 2] = torch.from_numpy(rng.uniform(-0.1, 0.1, 2))
     return [
-        functional.grid_sample(
+        F.grid_sample(
             x,
-            functional.affine_grid(affine.expand(len(x), 2, 3), x.shape, align_corners=False),
+            F.affine_grid(affine.expand(len(x), 2, 3), x.shape, align_corners=False),
             padding_mode="border",
             align_corners=False,
         )
@@ -449,7 +449,7 @@ def training_batch(
 
     - Many clips that share noise and have a twin start from the *twin's* frame 0, and the prompt tells what is
       different.
-    - Batches in which `words_count` show only timesteps above 600, where colours are still open, and the
+    - Batches in which `words_count` show only timesteps from 600 on, where colours are still open, and the
       error there is the image's: that of the noise, which is nearly all one sees, would hide it.
     """
     identities = rng.integers(len(latents), size=clips)
@@ -593,7 +593,9 @@ def main():
     train_vae(vae, pools, args.work)
     latents = [encode_pool(vae, pool, work) for pool, work in zip(pools, works)]
     scale = float(1 / latents[0].std())
-    known = [(pool, encoded * scale) for pool, encoded in zip(pools, latents)]
+    for encoded in latents:
+        encoded *= scale
+    known = list(zip(pools, latents))
     captions = (words for words, _ in pools[0]["captions"])
     tokenizer = Tokenizer(*learn_merges(captions, 200), length=TEXT.length)
     torch.manual_seed(2)
