@@ -96,28 +96,36 @@ ROUNDS = (
     Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, 2150, 1e-3),
     Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, 1500, 6e-4),
     Round(range(15_000, 16_000), 0.8, 0.0, False, 224, 450, 4e-4),
-    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 3600, 6e-4),
+    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 4600, 6e-4),
 )
 
 
 # ---- 1. The pool of puppets -------------------------------------------------------------------------
 
 
-def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str]:
-    """The same person with hair, shirt or lower garment in another colour, and the caption's words for
-    what this changed, as the puppet has it."""
-    words = caption(puppet).split(", ")[1:]
+def latent_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Those latent pixels that hold any of these pixels: booleans (..., H, W) to (..., H/4, W/4)."""
+    *rest, height, width = pixels.shape
+    return pixels.reshape(*rest, height // 4, 4, width // 4, 4).any((-3, -1))
+
+
+def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str, str]:
+    """The same person with hair, shirt or lower garment in another colour, and the captions' words for
+    what differs: the puppet's, and the twin's."""
     which = rng.integers(puppet.hair_shape == "bald", 3)
     name, colours = (("hair", HAIR_COLOURS), ("shirt", CLOTH_COLOURS), ("lower", CLOTH_COLOURS))[
         which
     ]
     others = [colour for colour in colours if colour != getattr(puppet, name).name]
     colour = str(rng.choice(others))
-    return replace(puppet, **{name: Paint(colour, colours[colour])}), words[which]
+    twin = replace(puppet, **{name: Paint(colour, colours[colour])})
+    words, twins_words = (caption(who).split(", ")[1 + which] for who in (puppet, twin))
+    return twin, words, twins_words
 
 
 def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list[str]]:
-    """A row of the pool, and the caption with what the twin changes in it (nothing where there is none).
+    """A row of the pool; and the caption, its words for what the twin changes, and the twin's words for it
+    (nothing where there is no twin).
 
     The row: frames (F, H, W, 3) uint8, hints, their control images, alike, masks (F, H/4, W/4) uint8, and
     poses (F, 130, 3), all keypoints. F is POSES, and one more with a twin.
@@ -136,9 +144,9 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     drawn = [
         (puppet, state) for state in motion(seed, POSES * 15, dance=dance)[::15]
     ]  # 1.25 s apart
-    told = ""
+    told = "", ""
     if plan.twins:
-        twin, told = twin_of(puppet, rng)
+        twin, *told = twin_of(puppet, rng)
         drawn.append((twin, drawn[0][1]))
     frames, poses, masks = [], [], []
     for who, state in drawn:
@@ -150,9 +158,9 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     frames, masks = np.stack(frames), np.stack(masks)
     if in_disguise:
         frames = disguise(frames, masks, seed)
-    masks = masks.reshape(-1, height // 4, 4, SIZE // 4, 4).any((2, 4)).astype(np.uint8)
+    masks = latent_pixels(masks).astype(np.uint8)
     # In disguise no colour is what it is called.
-    words = ["a person", ""] if in_disguise else [caption(puppet), told]
+    words = ["a person", "", ""] if in_disguise else [caption(puppet), *told]
     row = {
         "frames": frames,
         "hints": np.stack([draw_pose(pose, height, SIZE) for pose in poses]),
@@ -201,6 +209,21 @@ def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
 
 
 # ---- Shared by both trainings -----------------------------------------------------------------------
+
+
+def details(pose: Pose) -> tuple[np.ndarray, ...]:
+    """The keypoints (K, 3) of what is small and what people look at."""
+    return pose.face, pose.left_hand, pose.right_hand
+
+
+def near(keypoints: np.ndarray, height: int, margin: float = 2.0) -> np.ndarray:
+    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, SIZE)."""
+    mask = np.zeros((height, SIZE), bool)
+    points = keypoints[:, :2] * (SIZE, height)
+    left, top = (points.min(axis=0) - margin).clip(0).astype(int)
+    right, bottom = np.ceil(points.max(axis=0) + margin).clip(0).astype(int)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
 def start_residuals_at_zero(model: nn.Module) -> None:
@@ -304,16 +327,6 @@ def new_vae() -> VAE:
     return vae
 
 
-def near(keypoints: np.ndarray, height: int, margin: float = 2.0) -> np.ndarray:
-    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, SIZE)."""
-    mask = np.zeros((height, SIZE), bool)
-    points = keypoints[:, :2] * (SIZE, height)
-    left, top = (points.min(axis=0) - margin).clip(0).astype(int)
-    right, bottom = np.ceil(points.max(axis=0) + margin).clip(0).astype(int)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
 def moved(rng, maps: list[Tensor]) -> list[Tensor]:
     """Maps (N, C, h, w) of the same scene, of any size, all turned, shifted and scaled alike, bilinearly."""
     height, width = maps[0].shape[2:]
@@ -347,7 +360,7 @@ def train_vae(vae: VAE, pools: list[dict], work: Path) -> None:
         i, j = rng.integers(len(pool["frames"])), rng.integers(POSES)
         frame, mask = pool["frames"][i, j], pool["masks"][i, j]
         pose = pose_from(pool["poses"][i, j])
-        parts = pose.face, pose.left_hand, pose.right_hand
+        parts = details(pose)
         weight = 1 + 2 * np.kron(mask, np.ones((4, 4), np.float32))
         for part in parts:
             weight[near(part, len(frame))] = 10
@@ -412,17 +425,17 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 
 
 def prompt_from(rng, words: str, told: str = "") -> str:
-    """Often nothing or just "a person", else with some of the attributes, so that each word is learned.
+    """At times nothing or just "a person", else with some or all of the attributes, in any order, so that each
+    word is learned, and that a colour belongs to what follows it.
 
     What has to be `told` is told.
     """
-    draw = rng.random()
     person, *attributes = words.split(", ")
-    if draw < 0.15 and not told:
+    if rng.random() < 0.15 and not told:
         return ""
-    others = 0.8 if told else 0.4
-    some = [a for a in attributes if a == told or (draw > others and rng.random() < 0.6)]
-    return ", ".join([person, *some])
+    share = rng.choice((0.0, 0.6, 1.0), p=(0.3, 0.3, 0.4))
+    some = [a for a in attributes if a == told or rng.random() < share]
+    return ", ".join([person, *rng.permutation(some)])
 
 
 def training_batch(
@@ -432,7 +445,6 @@ def training_batch(
     progress: float,
     clips: int,
     frames: int,
-    words_count: bool = False,
 ) -> dict:
     """Noisy clips of one identity each, and the noise to predict.
 
@@ -443,22 +455,17 @@ def training_batch(
       The pose alone then says where things go; or latent editing has moved face and hands, or the whole
       body, in a third of them each. The other clips have independent noise, as fine-tuning has.
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
-    - The loss weighs the person, and the place where it stood in frame 0, five times.
+    - The loss weighs the person, and the place where it stood in frame 0, five times; face and hands, twelve
+      times.
 
-    And two things teach it that words count more than what the noise remembers:
-
-    - Many clips that share noise and have a twin start from the *twin's* frame 0, and the prompt tells what is
-      different.
-    - Batches in which `words_count` show only timesteps from 600 on, where colours are still open, and the
-      error there is the image's: that of the noise, which is nearly all one sees, would hide it.
+    Many clips that share noise and have a twin start from the *twin's* frame 0, and the prompt tells what is
+    different: words count more than what the noise remembers.
     """
     identities = rng.integers(len(latents), size=clips)
     order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
     shared = rng.random(clips) < 0.65
     told = [pool["captions"][i][1] for i in identities]
-    from_twin = (
-        shared & (np.array(told) != "") & (rng.random(clips) < (0.9 if words_count else 0.5))
-    )
+    from_twin = shared & (np.array(told) != "") & (rng.random(clips) < 0.5)
     order[from_twin] = (order - order[:, :1])[from_twin] % POSES  # frame 0 first: the twin's pose
     z = latents[identities[:, None], order]  # (clips, frames, 8, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
@@ -480,26 +487,26 @@ def training_batch(
             edit_latents(starts[1:], start, poses[1:], poses[0], parts)
         noise[clip] = starts.numpy() - ratio * z[clip]
 
-    first = 600 if words_count else 0
-    timestep = rng.integers(first, 1000, size=clips)
+    timestep = rng.integers(1000, size=clips)
     alpha = np.repeat(alphas[timestep][:, None], frames, 1)  # (clips, frames)
     early = rng.random(clips) < max(0.0, 0.8 - 3 * progress)
     alpha[early, 0] = alphas[(timestep[early] * rng.random(early.sum())).astype(int)]
     alpha = alpha[:, :, None, None, None]
 
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
+    for clip, frame in np.ndindex(clips, frames):
+        pose = pose_from(pool["poses"][identities[clip], order[clip, frame]])
+        for part in details(pose):
+            weight[clip, frame, 0][latent_pixels(near(part, hints.shape[2]))] = 12
     differs = (
         np.abs(inverted - z[:, 0]).max(axis=1, keepdims=True) > 0.3 * z.std()
     )  # (clips, 1, h, w)
-    weight[from_twin, 0] += 15 * differs[from_twin]
+    weight[from_twin, 0] += 5 * differs[from_twin]
     weight[early, 0] = 0  # frame 0's own noise level is a lie there
     a = alphas[timestep][:, None, None, None, None]
-    if words_count:  # with a factor that makes it about as large as in other batches
-        weight *= np.minimum((1 - a) / a, 60) / (16 * weight.mean())
-    else:
-        # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
-        weight *= np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a)
-        weight /= weight.mean()
+    # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
+    weight *= np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a)
+    weight /= weight.mean()
     flat = {
         "latents": np.sqrt(alpha) * z + np.sqrt(1 - alpha) * noise,
         "noise": noise,
@@ -515,6 +522,51 @@ def training_batch(
         "timestep": torch.from_numpy(timestep),
         "prompts": prompts,
     }
+
+
+def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
+    """Single noisy frames in pairs of one identity and its twin. Both have the *same* noisy latents, which
+    remember one of the two; only the prompts differ, in a colour.
+
+    So the difference between the two predictions is what the words did, and it should be the difference of the
+    two images: in the hair if the words are of hair, and nothing elsewhere. All that the network cannot know
+    of an image in so much noise, which hides what words do in the usual loss, is the same in both.
+    """
+    captions = pool["captions"]
+    with_twin = [i for i, (_, told, _) in enumerate(captions) if told]
+    identities = rng.choice(with_twin, pairs)
+    images = latents[identities][:, (0, TWIN)]  # (pairs, 2, 8, h, w)
+    timestep = rng.integers(600, 1000, size=pairs)  # where colours are still open
+    a = ALPHAS_CUMPROD.numpy()[timestep][:, None, None, None]
+    remembered = images[np.arange(pairs), rng.integers(2, size=pairs)]
+    noise = rng.standard_normal(remembered.shape, np.float32)
+    noisy = np.sqrt(a) * remembered + np.sqrt(1 - a) * noise
+
+    prompts = []
+    for i in identities:
+        words, told, twins = captions[i]
+        prompt = prompt_from(rng, words, told)
+        prompts += [prompt, prompt.replace(told, twins)]
+    return {
+        "latents": torch.from_numpy(noisy.astype(np.float32)).repeat_interleave(2, 0),
+        "images": torch.from_numpy(images).flatten(0, 1),
+        "weight": torch.from_numpy(1 + 4.0 * pool["masks"][identities, 0])[:, None].float(),
+        "hints": image_tensor(pool["hints"][identities, 0]).repeat_interleave(2, 0),
+        "timestep": torch.from_numpy(timestep).repeat_interleave(2),
+        "prompts": prompts,
+    }
+
+
+def words_loss(batch: dict, predicted: Tensor) -> Tensor:
+    """How far predicted noise is from the images' of a `words_batch`, and the pairs' difference from theirs."""
+    a = ALPHAS_CUMPROD[batch["timestep"]][:, None, None, None]
+    # The error of the predicted images; bounded, since next to nothing is left of them at the end.
+    scale = ((1 - a) / a).sqrt().clamp(max=8)
+    noise = (batch["latents"] - a.sqrt() * batch["images"]) / (1 - a).sqrt()
+    error = scale * (predicted.float() - noise)
+    weight = batch["weight"] / batch["weight"].mean()
+    of_difference = error[::2] - error[1::2]
+    return (weight * of_difference**2).mean() / 4 + (error**2).mean() / 16
 
 
 @torch.no_grad()
@@ -548,8 +600,8 @@ def train_networks(
     frames: int = 3,
 ) -> None:
     """Trains on pools and their latents, two steps in three on the last pool and in turn on those before it;
-    where the last has twins, only every second step, and the others on single frames in which words count.
-    A batch is as many frames as 6 square clips have."""
+    where the last has twins, every second step is of words. A batch is as many frames as 6 square clips have.
+    """
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
     first_progress = 0.0 if plan is ROUNDS[0] else 0.2
@@ -558,16 +610,18 @@ def train_networks(
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
         *before, last = pools
-        words_count = plan.twins and step % 2 == 1
-        again = before and not words_count and step % 3 == 0
-        pool, latents = before[step // 6 % len(before)] if again else last
-        length = 1 if words_count else frames
-        clips = 6 * frames * SIZE // pool["frames"].shape[2] // length
-        batch = training_batch(rng, pool, latents, progress, clips, length, words_count)
+        if plan.twins and step % 2 == 1:
+            batch = words_batch(rng, *last, pairs=3 * frames)
+        else:
+            pool, latents = before[step // 6 % len(before)] if before and step % 3 == 0 else last
+            clips = 6 * SIZE // pool["frames"].shape[2]
+            batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):
             context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
             control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
             predicted = unet(batch["latents"], batch["timestep"], context, control)
+        if "images" in batch:
+            return words_loss(batch, predicted)
         return (batch["weight"] * (predicted.float() - batch["noise"]) ** 2).mean()
 
     optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work)
@@ -596,7 +650,7 @@ def main():
     for encoded in latents:
         encoded *= scale
     known = list(zip(pools, latents))
-    captions = (words for words, _ in pools[0]["captions"])
+    captions = (words for words, *_ in pools[0]["captions"])
     tokenizer = Tokenizer(*learn_merges(captions, 200), length=TEXT.length)
     torch.manual_seed(2)
     networks = new_networks(tokenizer)
