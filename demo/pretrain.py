@@ -566,7 +566,11 @@ def words_loss(batch: dict, predicted: Tensor) -> Tensor:
     error = scale * (predicted.float() - noise)
     weight = batch["weight"] / batch["weight"].mean()
     of_difference = error[::2] - error[1::2]
-    return (weight * of_difference**2).mean() / 4 + (error**2).mean() / 16
+    difference = batch["images"][::2] - batch["images"][1::2]
+    # As a share of what there is to change, or hair, which is small, would count for little next to a shirt.
+    there_is = (weight * difference**2).mean((1, 2, 3)) + 0.1
+    of_words = (weight * of_difference**2).mean((1, 2, 3)) / there_is
+    return of_words.mean() / 8 + (error**2).mean() / 16
 
 
 @torch.no_grad()
