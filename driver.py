@@ -40,13 +40,15 @@ def read_driver(
     person: int = 1,
     smooth: bool = False,
     whole_bodies: int | None = None,
+    canvas: tuple[int, int] | None = None,
 ) -> Driver:
     """Reads the poses of the frames `within` (default: all) of a JSON file, or of a video or images.
 
     kind: one of KINDS; None finds out. Footage is looked at with the OpenPose networks of `model` (see
     `load_openpose`), following one `person` (1: the most prominent), optionally `smooth`ed; hands and
     face, which take most of the time, in all frames or in so many `whole_bodies` of them, uniformly.
-    What they find is kept in the folder `cache`.
+    What they find is kept in the folder `cache`. canvas: the (height, width) in pixels of the video that a JSON
+    file without a canvas of its own was found in.
 
     Raises FileNotFoundError, OSError and ValueError, naming the file and what is wrong with it.
     """
@@ -56,13 +58,15 @@ def read_driver(
         )
     if kind is None and (path.suffix.lower() == ".json" or holds_json(path)):
         kind = "json"
-    poses = load_poses(path) if kind == "json" else None
+    height, width = canvas or (None, None)
+    poses = load_poses(path, width, height) if kind == "json" else None
     total = len(poses) if poses is not None else count_frames(path)
     within = within or range(total)
     if within.stop > total:
         raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
     if poses is not None:
-        return Driver(poses[within.start : within.stop], within, total, read_canvas(path), None)
+        canvas = read_canvas(path) or canvas
+        return Driver(poses[within.start : within.stop], within, total, canvas, None)
 
     frames, fps = read_frames(path, within)
     canvas = frames.shape[1:3]

@@ -22,7 +22,7 @@ from clip import ImageEncoder, prepare_images
 from features import I3D, LPIPS, Inception, load_network
 from openpose import INTERPOLATED, OpenPose, find_poses
 from pose import Pose, is_seen, load_poses, place_pose, read_canvas, video_sim
-from train import parse_range
+from train import parse_canvas, parse_range
 from video import cover, fit_frame, read_frames, replacing, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.
@@ -331,14 +331,23 @@ def check_count(path: Path, count: int, what: str, name: Path, frames: int) -> N
         )
 
 
-def read_placed_poses(path: Path, within: range | None, height: int, width: int) -> list[Pose]:
-    """Poses on a canvas of the result's size, which they cover as frames do."""
-    poses = load_poses(path)
+def read_placed_poses(
+    path: Path,
+    within: range | None,
+    height: int,
+    width: int,
+    canvas: tuple[int, int] | None = None,
+) -> list[Pose]:
+    """Poses on a canvas of the result's size, which they cover as frames do.
+
+    canvas: the (height, width) of the video that they were found in, for a file that does not say.
+    """
+    poses = load_poses(path, *(canvas or (None, None))[::-1])
     if within and within.stop > len(poses):
         raise ValueError(
             f"{path}: {len(poses)} poses, so none for --range {within.start}:{within.stop}"
         )
-    placing = cover(*(read_canvas(path) or (height, width)), height, width).placement
+    placing = cover(*(read_canvas(path) or canvas or (height, width)), height, width).placement
     return [place_pose(pose, *placing) for pose in (poses[i] for i in within or range(len(poses)))]
 
 
@@ -402,7 +411,17 @@ def parse_arguments(
     parser.add_argument(
         "--train", type=Path, help="the training frames, such as runs/NAME/frames, or a clip"
     )
-    parser.add_argument("--poses", type=Path, help="the poses that were asked for")
+    parser.add_argument(
+        "--poses",
+        type=Path,
+        help="the poses that were asked for, such as the .poses.json that sample.py wrote",
+    )
+    parser.add_argument(
+        "--canvas",
+        type=parse_canvas,
+        metavar="WxH",
+        help="size of the video that poses in pixels were found in, if their JSON does not say",
+    )
     parser.add_argument(
         "--range",
         type=parse_range,
@@ -434,7 +453,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.truth:
         truth = read_truth(args.truth, args.range, args.fit, result, args.result)
     if args.poses:
-        asked = read_placed_poses(args.poses, args.range, height, width)
+        # What sample.py wrote beside the result holds the poses of its frames alone.
+        own = args.poses.name == f"{args.result.stem}.poses.json"
+        within = None if own else args.range
+        asked = read_placed_poses(args.poses, within, height, width, args.canvas)
         check_count(args.poses, len(asked), "poses", args.result, len(result))
     if args.train:
         training, _ = read_frames(args.train)

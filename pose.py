@@ -104,7 +104,7 @@ def load_poses(path: str | Path, width: int | None = None, height: int | None = 
         if None in canvas:
             raise ValueError(
                 f"{where}: pixel coordinates, but no canvas_width and canvas_height: "
-                "give the width and height of the video they were found in"
+                "give the size of the video they were found in, such as --canvas 1920x1080"
             )
         if not all(isinstance(side, (int, float)) and side > 0 for side in canvas):
             raise ValueError(f"{where}: canvas_width and canvas_height are {canvas}, not pixels")

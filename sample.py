@@ -24,7 +24,7 @@ from driver import Driver, read_driver
 from evaluate import psnr
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
 from parts import PARTS
-from pose import Pose, absences, draw_pose, place_pose
+from pose import Pose, absences, draw_pose, place_pose, save_poses
 from posecrafter import (
     best_edit_step,
     ddim_timesteps,
@@ -41,7 +41,15 @@ from posecrafter import (
 )
 from retarget import proportions, retarget
 from slicing import plans
-from train import Run, add_pose_arguments, load_run, load_trained, newest_run, parse_range
+from train import (
+    Run,
+    add_pose_arguments,
+    load_run,
+    load_trained,
+    newest_run,
+    parse_canvas,
+    parse_range,
+)
 from video import (
     VIDEOS_WRITTEN,
     add_sound,
@@ -97,6 +105,12 @@ def parse_arguments(
         help="what to follow: OpenPose JSON, or a video or images of anyone, or of a drawn skeleton",
     )
     add_pose_arguments(parser)
+    parser.add_argument(
+        "--canvas",
+        type=parse_canvas,
+        metavar="WxH",
+        help="size of the video that poses in pixels were found in, if their JSON does not say",
+    )
     parser.add_argument(
         "--smooth", action="store_true", help="take the jitter out of poses found in footage"
     )
@@ -165,7 +179,8 @@ def parse_arguments(
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="load nothing; print how much there is to compute, the memory and the time it takes",
+        help="load no weights but OpenPose's, if poses must be found; print how much there is to compute, "
+        "the memory and the time it takes",
     )
     parser.add_argument("--fps", type=float, help="of the result (default: the driver's)")
     parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
@@ -233,15 +248,20 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         args.edit_step = 1 if args.prompt else best_edit_step(args.edit, args.ddim_steps)
     if not 1 <= args.edit_step <= args.ddim_steps:
         raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
-    if args.start == "noise" and args.edit_step == 1:
-        args.edit = "none"  # there is nothing of the reference in that noise to be moved
+    if args.start == "noise" and args.edit != "none" and args.edit_step == 1:
+        raise ValueError(
+            f"--start noise --edit {args.edit}: at the first step that noise has nothing of the reference to "
+            "be moved; give an --edit-step above 1"
+        )
+    if args.fps is not None and args.fps <= 0:
+        raise ValueError(f"--fps {args.fps:g}: give a number above 0")
     out = args.out or run.folder / "samples" / f"{args.poses.stem}.mp4"
-    if out.suffix not in VIDEOS_WRITTEN:
+    if out.suffix.lower() not in VIDEOS_WRITTEN:
         raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
     if args.poses.resolve() in [
-        out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json")
+        out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")
     ]:
-        raise ValueError(f"{out}: it and its sheet and settings would overwrite {args.poses}")
+        raise ValueError(f"{out}: it and what is written beside it would overwrite {args.poses}")
     if args.slice is not None and args.slice < 1:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
 
@@ -253,6 +273,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         run.folder / "poses",
         args.person,
         args.smooth,
+        canvas=args.canvas,
     )
     targets, ratios = place_targets(driver, args.poses, run), None
     if args.retarget or (args.retarget is None and not is_training_clip(args.poses, settings)):
@@ -330,6 +351,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
     if sound:
         add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
+    # As they were followed: in this person's proportions and on this canvas.
+    save_poses(out.with_suffix(".poses.json"), targets, width, height)
     drawn = [draw_pose(pose, height, width) for pose in targets]
     save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
     report = {

@@ -88,8 +88,8 @@ def frugally(compute: Callable[[], Tensor], ways: list[Slicing]) -> Tensor:
         except torch.OutOfMemoryError:
             if len(ways) == 1:
                 raise MemoryError(
-                    "out of graphics memory with the smallest slices: give fewer frames or a smaller "
-                    "--size, or leave out --offload never"
+                    "out of graphics memory with the smallest slices: give fewer frames (--range), leave "
+                    "out --offload never if it was given, or train again with a smaller --size"
                 ) from None
         ways.pop(0)  # here the exception is gone, and with it what it held in memory
         torch.cuda.empty_cache()

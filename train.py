@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm, trange
@@ -62,14 +63,19 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Reads a run folder. Raises FileNotFoundError when there is none, or it is not finished."""
+    """Reads a run folder. Raises FileNotFoundError when there is none, or it is not finished, and ValueError
+    for a damaged one.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run; make one with: python train.py CLIP")
     if not (folder / "trained.safetensors").exists():
         raise FileNotFoundError(
             f"{folder}: training has not finished; give its command again to go on"
         )
-    settings = json.loads((folder / "settings.json").read_text())
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'settings.json'}: not JSON ({error})") from None
     frames, _ = read_frames(folder / "frames")
     return Run(folder, settings, frames, load_poses(folder / "frames.poses.json"))
 
@@ -83,8 +89,15 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 
 
 def load_trained(model: Model, path: Path) -> None:
-    """Copies a run's trained tensors into a model. Raises ValueError naming a tensor that does not fit."""
-    trained, parameters = load_file(path), trainable_parameters(model)
+    """Copies a run's trained tensors into a model.
+
+    Raises ValueError for a damaged file, and naming a tensor that does not fit.
+    """
+    try:
+        trained = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); train again") from None
+    parameters = trainable_parameters(model)
     for name in sorted(trained.keys() ^ parameters.keys()):
         raise ValueError(
             f"{path}: {name} is only in the {'file' if name in trained else 'model'}: another model?"
@@ -110,19 +123,26 @@ def read_training_frames(
     """
     count = count_frames(clip)
     asked = within or range(count)
-    if frames < 1 or len(asked) < frames:
-        raise ValueError(
-            f"{clip}: {frames} frames asked for, but {asked.start}:{asked.stop} has {len(asked)}"
-        )
     if asked.stop > count:
         raise ValueError(f"{clip}: frames up to {asked.stop} asked for, but it has {count}")
+
+    def enough(usable: range) -> None:
+        if frames < 1 or len(usable) < frames:
+            raise ValueError(
+                f"{clip}: {frames} frames asked for, but {usable.start}:{usable.stop} has {len(usable)}"
+            )
+
+    enough(asked)
     if poses_path is None:
         finding |= {"kind": "video", "whole_bodies": frames}
-    driver = read_driver(poses_path or clip, within=within, **finding)
+    canvas = read_frames(clip, [asked.start])[0].shape[1:3]
+    driver = read_driver(poses_path or clip, within=within, canvas=canvas, **finding)
     if abs(count - driver.total) > 2:  # decoders do not always agree on a video's last frames
         raise ValueError(f"{poses_path}: has {driver.total} poses, but {clip} has {count} frames")
     first = driver.within.start
-    indices = uniform_frames(range(first, min(driver.within.stop, count)), frames)
+    usable = range(first, min(driver.within.stop, count))
+    enough(usable)
+    indices = uniform_frames(usable, frames)
     poses = [driver.poses[index - first] for index in indices]
     for index, pose in zip(indices, poses):
         if not has_person(pose):
@@ -148,6 +168,14 @@ def parse_range(text: str) -> range:
     if not 0 <= start < stop:
         raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
     return range(start, stop)
+
+
+def parse_canvas(text: str) -> tuple[int, int]:
+    """ "1920x1080" -> (1080, 1920), height and width."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1920x1080")
+    return int(sides[1]), int(sides[0])
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -303,6 +331,8 @@ def main(args: argparse.Namespace) -> None:
     settings = {
         "clip": str(args.clip),
         "poses": args.poses and str(args.poses),
+        "poses_are": args.poses_are,
+        "person": args.person,
         "frames": indices,
         "fps": fps,
         "height": height,

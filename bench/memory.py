@@ -62,7 +62,8 @@ def measure_demo(frames: int) -> None:
     def steps(frames: int, count: int) -> float:
         hints = torch.zeros(frames, width, side, side, dtype=dtype)
         start = time.perf_counter()
-        sample(model, torch.randn(frames, 4, side, side), hints, context, count)
+        noise = torch.randn(frames, model.unet.config.in_channels, side, side)
+        sample(model, noise, hints, context, count)
         return (time.perf_counter() - start) / count
 
     steps(32, 1)  # warms up

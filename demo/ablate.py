@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import DEMO, read_settings
 from demo.cells import (
     FIGURES,
-    GUIDANCE,
     REPAINTED,
     REPAINTING,
     SHOWN,
@@ -69,7 +68,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         dance="facing",
         driver="own",
         repainted="",
-        told=False,
+        guidance=0.0,
         ddim_steps=args.ddim_steps,
         target_frames=args.target_frames,
     )
@@ -143,9 +142,11 @@ def harder(full: Cell) -> dict[str, Cell]:
 def repainting(full: Cell) -> dict[str, Cell]:
     """Each of REPAINTED, without and with a prompt that tells the colour it should have."""
     return {
-        f"{name}, {'told' if told else 'not told'}": replace(full, repainted=name, told=told)
+        f"{name}, {f'told, guidance {scale:g}' if scale else 'not told'}": replace(
+            full, repainted=name, guidance=scale
+        )
         for name in REPAINTED
-        for told in (False, True)
+        for scale in (0.0, 1.0, 1.5, 3.0)
     }
 
 
@@ -323,8 +324,8 @@ HARDER = (
     "the same dance, so the truth is the puppet's own; PCK asks for the poses that were followed."
 )
 ATTRIBUTES = (
-    f"The prompt names another colour, with a guidance scale of {GUIDANCE:g}. The truth is the puppet as it is, "
-    "and repainted."
+    "The prompt names another colour, with several guidance scales. The truth is the puppet as it is, and "
+    "repainted."
 )
 PLOTTED = {
     "alpha": ("edit step", ("psnr_person", "ssim", "psnr_face", "psnr_hands", "temporal")),

@@ -73,7 +73,6 @@ from train import train
 from video import replacing, save_image
 
 PROMPT = "a person"
-GUIDANCE = 3.0  # where the prompt tells something
 REPAINTED = ("hair", "shirt", "lower")  # what the prompt changes, by the names of a puppet's fields
 
 
@@ -95,7 +94,7 @@ class Cell:
     dance: str  # that is followed, one of `puppet.DANCES`; the training clip's is always the first
     driver: str  # whose poses: "own", or another puppet's, "literal" or "retargeted"
     repainted: str  # what should have another colour, one of REPAINTED, or "" for nothing
-    told: bool  # whether the prompt says so, with guidance
+    guidance: float  # of a prompt that says so; 0: it does not say
     ddim_steps: int
     target_frames: int
 
@@ -244,8 +243,9 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     hints = embed_hints(model, poses, SIZE, SIZE)
     context = encode_prompt(model, PROMPT)
     target, guidance = context, 1.0
-    if cell.told:
-        target, guidance = encode_prompt(model, f"{PROMPT}, {repaint(cell)[1]}"), GUIDANCE
+    if cell.guidance:
+        target = encode_prompt(model, f"{PROMPT}, {repaint(cell)[1]}")
+        guidance = cell.guidance
     reference = encode_frames(model, scene.frames[k : k + 1])
     if cell.source == "noise":
         random = torch.Generator().manual_seed(cell.seed)

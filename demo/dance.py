@@ -39,11 +39,12 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
         raise ValueError(f"{run}: holds something that is not a dance; choose another --run")
     shutil.rmtree(run, ignore_errors=True)
     (run / "clip").mkdir(parents=True)
-    frames, _, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
+    # The true video first: it tells that this folder is a dance.
     truth, _, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
+    write_video(run / "truth.mp4", truth, FPS)
+    frames, _, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
     for i, frame in enumerate(frames):  # as PNG, which loses nothing
         save_image(run / "clip" / f"{i:04d}.png", frame)
-    write_video(run / "truth.mp4", truth, FPS)
 
     command = [run / "clip", "--model", "demo", "--run", run]
     train.main(train.parse_arguments(list(map(str, command)))[1])
