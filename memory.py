@@ -1,8 +1,10 @@
 """How much memory a run will take: the real code on tensors without data, with an eye on what lives when.
 
 PyTorch's fake tensors have shapes, types and devices but no memory, so this predicts a graphics card's peak
-on a machine that has none, and an operation that mixes devices fails here as it would there. Left out is what
-no code of ours asks for: the CUDA context (about half a gigabyte), the workspaces of cuDNN, fragmentation.
+on a machine that has none, and an operation that mixes devices fails here as it would there. Left out are the
+VAE's work before and after, which takes one or two frames at a time (and may need more than the denoising of a
+very short clip), and what no code of ours asks for: the CUDA context (about half a gigabyte), the workspaces of
+cuDNN, fragmentation.
 """
 
 import time

@@ -54,7 +54,8 @@ def near_hull(
     left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
     along = ((offset * edge).sum(-1) / (edge**2).sum(-1).clip(1e-12)).clip(0, 1)
     distance = np.linalg.norm(offset - along[..., None] * edge, axis=-1).min(-1)
-    distance[left_of_edge.all(-1)] = 0
+    if len(start) > 2:  # one point or a line has no inside
+        distance[left_of_edge.all(-1)] = 0
     return pixels[distance <= reach], distance[distance <= reach]
 
 
@@ -181,6 +182,7 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
         if len(outline):
             yield from part(name, outline, margin, source, target)
 
+    # Once wide and behind everything, for the hair; at the end once close and before the torso, for the face.
     far = far_arm(pose, shoulders / max(torso, 1e-6))  # never, where no hips are seen
     yield from head("hair", 0.45)
     if far:

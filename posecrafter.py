@@ -1,10 +1,12 @@
 """The method: PoseCrafter (Zhong et al., ECCV 2024), from encoded frames and poses to new frames.
 
-A new clip is made by calling these one after another, as `sample.py` does:
+The paper's new clip is made by calling these one after another (`sample.py --edit face,hands`; by default it
+edits later and more, between two steps of `sample`):
 
     context = encode_prompt(model, "a person")
     k = select_reference(training_poses, target_poses)         # the training frame to start from
-    trajectory = invert(model, latents[k : k + 1], hints[k : k + 1], context)  # its way to noise
+    hint = embed_hints(model, [training_poses[k]], height, width)
+    trajectory = invert(model, latents[k : k + 1], hint, context)  # its way to noise
     poses = insert_reference(training_poses[k], target_poses)  # it leads the clip as key frame
     noise = trajectory[-1].repeat(len(poses), 1, 1, 1)         # all frames start from its noise,
     edit_latents(noise[1:], noise[0], poses[1:], poses[0])     # with face and hands moved in place

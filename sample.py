@@ -315,6 +315,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
 
     def edit(latents: Tensor, step: int) -> None:
         if step == args.edit_step and args.edit != "none":
+            # trajectory[0] is the image and trajectory[-1] the noise; this is the one as noisy as step's input.
             moved = trajectory[args.ddim_steps - step + 1][0]
             edited.update(
                 edit_latents(latents[first_target:], moved, targets, run.poses[k], args.edit)

@@ -1,7 +1,7 @@
 """Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
-width, in four stages, each of which resumes where it stopped:
+width, in four stages. A finished one is not done again, and training resumes from its last checkpoint:
 
 1. render pools of puppets, each identity in several poses, with control images and captions;
 2. train the VAE on all of them;
@@ -451,7 +451,8 @@ def training_batch(
     Three things teach the network to read the appearance off frame 0:
 
     - Two in three clips share noise as the method's inverted pseudo video does: at the last timestep all
-      frames are *equal* to frame 0, so the noise of frame i is frame 0's plus what keeps the sum equal.
+      frames are *equal* to frame 0. x = sqrt(a) z + sqrt(1 - a) noise shall be the same although the images
+      z differ, so noise_i = noise_0 + sqrt(a / (1 - a)) (z_0 - z_i), with a of that last timestep.
       The pose alone then says where things go; or latent editing has moved face and hands, or the whole
       body, in a third of them each. The other clips have independent noise, as fine-tuning has.
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
@@ -459,7 +460,7 @@ def training_batch(
       times.
 
     Many clips that share noise and have a twin start from the *twin's* frame 0, and the prompt tells what is
-    different: words count more than what the noise remembers.
+    different: words count more than what the noise remembers. What differs weighs five more there.
     """
     identities = rng.integers(len(latents), size=clips)
     order = np.stack([rng.permutation(POSES)[:frames] for _ in range(clips)])  # (clips, frames)
@@ -558,7 +559,11 @@ def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
 
 
 def words_loss(batch: dict, predicted: Tensor) -> Tensor:
-    """How far predicted noise is from the images' of a `words_batch`, and the pairs' difference from theirs."""
+    """The error of the images that predictions for a `words_batch` imply, and that of the pairs' differences.
+
+    The second, what words did, matters more: next to it the first, most of which no network can know in so
+    much noise, gets half the weight or less.
+    """
     a = ALPHAS_CUMPROD[batch["timestep"]][:, None, None, None]
     # The error of the predicted images; bounded, since next to nothing is left of them at the end.
     scale = ((1 - a) / a).sqrt().clamp(max=8)
@@ -575,8 +580,9 @@ def words_loss(batch: dict, predicted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def heed_single_words(networks: nn.ModuleDict) -> None:
-    """Attention to the prompt starts sharp, and what it reads strong: as torch would have it, it averages
-    over all 24 tokens, and the one that tells a colour is too faint to learn from."""
+    """Attention to the prompt starts sharp: as torch would have it, it averages over all 24 tokens, and the one
+    that tells a colour is too faint to learn from. Values are six times as strong and read a sixth as much, so
+    that only their gradients change: what reads them learns faster."""
     for name, module in networks.named_modules():
         if name.endswith("attn2"):
             for layer, factor in (("to_q", 3), ("to_k", 3), ("to_v", 6), ("to_out.0", 1 / 6)):

@@ -1,4 +1,4 @@
-"""Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, an hour or two on two CPU cores.
+"""Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, two or three hours on two CPU cores.
 
 CMU's networks have seen people; these have seen paper puppets, in the pool that `pretrain.py` renders
 (or has rendered) and some larger ones. They are the same code, narrower and with fewer stages, and

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,10 @@ def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     assert report["reference"] in (0, 4, 7, 11)
     assert report["frames"] == 5
     assert report["edited_regions"]["torso"] == 5
+    followed = load_poses(workplace / "out" / "result.poses.json")
+    asked = load_poses(workplace / "clip.json")[2:7]  # the training clip's own: as they are
+    assert len(followed) == 5
+    assert all(np.allclose(a.body, b.body, atol=1e-4) for a, b in zip(followed, asked))
     main(workplace, *SAMPLE, "--run", "runs/first", "--out", "paper.mp4", "--edit", "face,hands")
     report = json.loads((workplace / "paper.json").read_text())
     assert report["edited_regions"] == dict.fromkeys(("face", "left_hand", "right_hand"), 5)
@@ -311,6 +316,42 @@ def test_training_refuses(workplace, options, words):
     assert words in refusal(workplace, *TRAIN, "--run", "runs/bad", *options)
 
 
+def test_poses_one_frame_short_do_not_repeat_training_frames(workplace):
+    save_poses(workplace / "short.json", load_poses(workplace / "clip.json")[:11], SIZE, SIZE)
+    short = (*TRAIN, "--poses", "short.json", "--run", "runs/bad")
+    assert "12 frames asked for, but 0:11 has 11" in refusal(workplace, *short, "--frames", 12)
+
+
+def test_pixel_poses_without_a_canvas(workplace, trained):
+    """OpenPose's own files: training knows the clip's size, sampling must be told."""
+    (workplace / "openpose").mkdir()
+    for i, frame in enumerate(json.loads((workplace / "clip.json").read_text())):
+        written = workplace / "openpose" / f"clip_{i:012d}_keypoints.json"
+        written.write_text(json.dumps({"version": 1.3, "people": frame["people"]}))
+    main(workplace, *TRAIN, "--poses", "openpose", "--run", "runs/openpose", "--frames", 4)
+    first, again = (
+        load_poses(run / "frames.poses.json") for run in (trained, workplace / "runs" / "openpose")
+    )
+    assert all(np.allclose(a.body, b.body, atol=1e-4) for a, b in zip(first, again))
+
+    command = (*SAMPLE, "--poses", "openpose", "--run", "runs/openpose", "--out", "openpose.mp4")
+    assert "such as --canvas 1920x1080" in refusal(workplace, *command)
+    with pytest.raises(SystemExit):
+        main(workplace, *command, "--canvas", "64")
+    main(workplace, *command, "--canvas", "64x64")
+    assert len(load_poses(workplace / "openpose.poses.json")) == 5
+
+
+def test_a_damaged_run_is_named(workplace, trained):
+    shutil.copytree(trained, workplace / "runs" / "damaged")
+    tensors = workplace / "runs" / "damaged" / "trained.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    assert "trained.safetensors: damaged" in refusal(workplace, *SAMPLE, "--run", "runs/damaged")
+    (workplace / "runs" / "damaged" / "settings.json").write_text("{")
+    assert "settings.json: not JSON" in refusal(workplace, *SAMPLE, "--run", "runs/damaged")
+    shutil.rmtree(workplace / "runs" / "damaged")
+
+
 def test_poses_of_another_clip_are_refused(workplace):
     _, poses, _ = clip(1, 2, 20, SIZE)
     save_poses(workplace / "long.json", poses, SIZE, SIZE)
@@ -335,6 +376,8 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--edit-step", 4), "--edit-step 4"),
         (("--ddim-steps", 0), "0 DDIM steps"),
         (("--slice", 0), "--slice 0"),
+        (("--fps", 0), "--fps 0"),
+        (("--start", "noise", "--edit", "body", "--edit-step", 1), "an --edit-step above 1"),
         (("--out", "result.gif"), "must end in .mp4"),
         (("--out", "clip.mp4"), "would overwrite"),
     ],

@@ -10,7 +10,7 @@ import evaluate
 from clip import ImageConfig, ImageEncoder
 from demo.puppet import clip
 from evaluate import METRICS, frame_l1, frame_psnr, plot, pose_fidelity, psnr, ssim, worst_frames
-from pose import Pose, place_pose, save_poses, video_sim
+from pose import Pose, load_poses, place_pose, save_poses, video_sim
 from video import save_image
 
 
@@ -169,6 +169,14 @@ def test_all_that_needs_no_network_is_measured_and_the_rest_named(work, capsys):
     for name, (title, *_, needs) in METRICS.items():
         (line,) = [line for line in printed.splitlines() if line.strip().startswith(f"{title}  ")]
         assert ("needs " + needs in line) == (name not in figures)
+
+
+def test_the_poses_that_sampling_wrote_are_of_the_result_s_frames_alone(work):
+    poses = load_poses(work / "poses.json")
+    save_poses(work / "result.poses.json", poses[2:7], SIZE, SIZE)
+    options = ["--range", "2:7", "--train", work / "frames"]
+    asked = run(work, "--poses", work / "poses.json", *options)
+    assert run(work, "--poses", work / "result.poses.json", *options) == asked
 
 
 def test_without_a_truth_the_rest_is_still_measured(work):

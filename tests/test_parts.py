@@ -72,6 +72,14 @@ def test_the_region_is_the_hull_grown_by_one_latent_pixel():
     assert region.sum() == 11 * 11 + 4 * 11
 
 
+def test_the_region_of_a_point_is_a_disc_and_of_a_line_ends_with_it():
+    around = near_hull(np.array([[15, 15]], float), 2.0, 32, 32)[0]
+    assert sorted(np.hypot(*(around - 15).T).round(2).tolist())[-1] == 2 and len(around) == 13
+    pixels, distance = near_hull(np.array([[10, 15], [20, 15]], float), 2.0, 32, 32)
+    (beyond,) = distance[(pixels == (22, 15)).all(axis=1)]
+    assert beyond == 2
+
+
 def test_no_part_moves_between_equal_poses():
     _, (pose,), _ = clip(3, 6, 1)
     parts = parts_of(pose, pose)

@@ -97,7 +97,7 @@ def test_the_files_own_canvas_comes_before_the_arguments(tmp_path):
 
 def test_pixels_without_a_canvas_size_are_an_error_that_says_what_to_give(tmp_path):
     path = write(tmp_path / "poses.json", [{"people": []}, {"people": [person((50, 50, 1))]}])
-    with pytest.raises(ValueError, match=r"poses\.json: frame 1: .*give the width and height"):
+    with pytest.raises(ValueError, match=r"poses\.json: frame 1: .*--canvas"):
         load_poses(path)
 
 
