@@ -166,7 +166,6 @@ def predict_noise(
     timestep: int,
     context: Tensor | Context,
     hints: Tensor | Offloaded,
-    control_scale: float = 1.0,
 ) -> Tensor:
     """The noise that UNet and ControlNet see in latents (F, 4, h, w), float32 alike.
 
@@ -175,7 +174,7 @@ def predict_noise(
     x = latents.to(**network_inputs(model))
     if isinstance(hints, Tensor):
         hints = hints.to(**network_inputs(model))
-    control = model.controlnet(x, timestep, context, hints, control_scale)
+    control = model.controlnet(x, timestep, context, hints)
     return model.unet(x, timestep, context, control).float()
 
 

@@ -308,6 +308,10 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: give a number above 0")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise ValueError(f"--lr {args.lr:g}: give a number between 0 and 1")
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: give a number above 0")
 
     images, poses, indices, fps = read_training_frames(
         args.clip,

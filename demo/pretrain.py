@@ -243,8 +243,8 @@ def optimise(
     peak_lr: float,
     ema_decay: float,
     work: Path,
-):
-    """Trains `networks` with AdamW on `loss_at(step)`; returns them with averaged weights.
+) -> None:
+    """Trains `networks` with AdamW on `loss_at(step)`, and leaves them with averaged weights.
 
     One cosine from `peak_lr` to 1 % of it after a short warm-up, gradients clipped at 1. A checkpoint is
     written every five minutes, and a batch is a function of its step, so an interrupted run goes on as if
@@ -267,13 +267,17 @@ def optimise(
         groups, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     average = [p.detach().clone() for p in parameters]
-    start = 0
+    start, began = 0, time.monotonic()
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, mmap=True)
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average, state["average"])
         start = state["step"]
+        rows = [row.split(",") for row in log.read_text().splitlines()[1:]]
+        rows = [row for row in rows if int(row[0]) <= start]  # later ones will be written again
+        began -= int(rows[-1][2]) if rows else 0
+        log.write_text("\n".join(["step,loss,seconds", *map(",".join, rows)]) + "\n")
     else:
         log.write_text("step,loss,seconds\n")
 
@@ -287,7 +291,7 @@ def optimise(
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    losses, began, saved = [], time.monotonic(), time.monotonic()
+    losses, saved = [], time.monotonic()
     for step in (
         bar := trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)
     ):
@@ -315,7 +319,6 @@ def optimise(
             saved = time.monotonic()
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    return networks
 
 
 # ---- 2. The VAE -------------------------------------------------------------------------------------

@@ -309,6 +309,8 @@ def test_an_unreadable_clip_is_named(workplace):
         (("--poses", "gone.json"), "gone.json: no such file"),
         (("--model", "gone"), "gone: no such model"),
         (("--steps", 0), "--steps 0"),
+        (("--lr", -1), "--lr -1"),
+        (("--size", 0), "--size 0"),
         (("--size", 8), "size of 8"),
     ],
 )

@@ -1,6 +1,8 @@
 """How the demo base model is taught: its pool of puppets, and the noisy clips that it learns from."""
 
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +152,35 @@ def test_the_loss_of_words_asks_for_the_difference_of_the_images_in_its_place(po
     misplaced[1::2] = right[::2] + difference.roll((16, 16), dims=(2, 3))
     ignored, wrong = (pretrain.words_loss(batch, each) for each in (deaf, misplaced))
     assert 0 < ignored < 0.6 * wrong
+
+
+def test_interrupted_training_goes_on_as_if_it_had_not_stopped(monkeypatch, tmp_path):
+    """With a clock of ten seconds a glance, there is a checkpoint every now and then."""
+
+    def train(work: Path, stop_at: int = 200) -> torch.Tensor:
+        work.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 1)
+
+        def loss_at(step: int) -> torch.Tensor:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            return (layer(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+        clock = count(1000, 10)
+        monkeypatch.setattr(pretrain.time, "monotonic", lambda: next(clock))
+        pretrain.optimise("layer", torch.nn.ModuleDict({"l": layer}), loss_at, 200, 0.1, 0.9, work)
+        return layer.weight
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "again", stop_at=130)
+    again, straight = train(tmp_path / "again"), train(tmp_path / "straight")
+    assert torch.equal(again, straight)
+    rows = [row.split(",") for row in (tmp_path / "again" / "layer.csv").read_text().split()[1:]]
+    assert [int(row[0]) for row in rows] == [50, 100, 150, 200]
+    seconds = [int(row[2]) for row in rows]
+    assert seconds == sorted(seconds) and seconds[1] < seconds[2]
 
 
 def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
