@@ -32,6 +32,7 @@ from demo.cells import (
     compute,
     load_figures,
     load_strip,
+    repaint,
     set_scene,
     shown,
 )
@@ -139,6 +140,9 @@ def harder(full: Cell) -> dict[str, Cell]:
     }
 
 
+SCALES, SHOWN_SCALE = (0.0, 1.0, 1.5, 3.0), 1.5  # of guidance; 0: the prompt does not tell
+
+
 def repainting(full: Cell) -> dict[str, Cell]:
     """Each of REPAINTED, without and with a prompt that tells the colour it should have."""
     return {
@@ -146,7 +150,7 @@ def repainting(full: Cell) -> dict[str, Cell]:
             full, repainted=name, guidance=scale
         )
         for name in REPAINTED
-        for scale in (0.0, 1.0, 1.5, 3.0)
+        for scale in SCALES
     }
 
 
@@ -296,6 +300,17 @@ def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Cell]]) -> None:
     save_image(path, contact_sheet(rows, cell_height=SIZE))
 
 
+def draw_words(path: Path, work: Path, done: Sequence[dict[str, Cell]]) -> None:
+    """All puppets in their first seed: truth, and what the words that are `SHOWN_SCALE` strong made of it."""
+    rows = {}
+    for cells in [cells for cells in done if next(iter(cells.values())).seed == 0]:
+        told = [cell for cell in cells.values() if cell.guidance == SHOWN_SCALE]
+        who = told[0].identity
+        rows[f"{who}: truth"] = shown(set_scene(told[0]).truth)
+        rows |= {f"{who}: {repaint(cell)[1]}": load_strip(work, cell) for cell in told}
+    save_image(path, contact_sheet(rows, cell_height=SIZE))
+
+
 WITHIN = "The bars are 95 % intervals of what differs within puppets."
 SWEEPS = {  # each part's heading, first column, and what was done
     "alpha": (
@@ -418,7 +433,12 @@ def report(args: argparse.Namespace) -> None:
     if "attributes" in gathered:
         values, done = gathered["attributes"]
         text += ["## Words", ATTRIBUTES, describe(done), explain(REPAINTING)]
-        text += [markdown_table(values, "", REPAINTING)]
+        draw_words(args.out / "results_words.png", args.work, done)
+        text += [
+            markdown_table(values, "", REPAINTING),
+            f"With guidance {SHOWN_SCALE:g}:",
+            "![True frames, and other hair, shirts and lower garments](results_words.png)",
+        ]
     for part, (heading, first, meaning) in SWEEPS.items():
         if part not in gathered:
             continue

@@ -168,6 +168,7 @@ def test_words_and_harder_poses_are_measured_too(tmp_path):
         assert 0 < figures["colour"] < 442 and figures["psnr_elsewhere"] > 5
     assert cells.repaint(attributes["hair, told, guidance 3"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
+    assert (args.out / "results_words.png").exists()
     assert "| turning: whole body − full | " in text and "| hair, told, guidance 3 | " in text
 
 
