@@ -51,7 +51,8 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     # Poses are all that the true video is looked at for.
     target_poses = read_driver(run / "truth.mp4", model="demo").poses
     save_poses(run / "poses.json", target_poses, SIZE, SIZE)
-    command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS]
+    # It is the same puppet: proportions that differ would be mistakes of measuring.
+    command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]
     command += ["--out", run / "result.mp4", *sample_options]
     result = sample.main(sample.parse_arguments(list(map(str, command)))[1])
 

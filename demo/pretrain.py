@@ -3,7 +3,7 @@
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in four stages. A finished one is not done again, and training resumes from its last checkpoint:
 
-1. render pools of puppets, each identity in several poses, with control images and captions;
+1. render pools of puppets, each identity in several poses, with keypoints and captions;
 2. train the VAE on all of them;
 3. encode them once;
 4. train UNet, ControlNet and text encoder together, on short clips of one identity.
@@ -127,8 +127,8 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     """A row of the pool; and the caption, its words for what the twin changes, and the twin's words for it
     (nothing where there is no twin).
 
-    The row: frames (F, H, W, 3) uint8, hints, their control images, alike, masks (F, H/4, W/4) uint8, and
-    poses (F, 130, 3), all keypoints. F is POSES, and one more with a twin.
+    The row: frames (F, H, W, 3) uint8, masks (F, H/4, W/4) uint8, and poses (F, 130, 3), all keypoints. F is
+    POSES, and one more with a twin.
     """
     rng = np.random.default_rng((3, seed))
     height = plan.height
@@ -163,7 +163,6 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     words = ["a person", "", ""] if in_disguise else [caption(puppet), *told]
     row = {
         "frames": frames,
-        "hints": np.stack([draw_pose(pose, height, SIZE) for pose in poses]),
         "masks": masks,
         "poses": np.stack([np.concatenate(list(vars(pose).values())) for pose in poses]),
     }
@@ -178,10 +177,8 @@ def pose_from(keypoints: np.ndarray) -> Pose:
 def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
     """Renders what is not rendered yet; returns memory-mapped arrays with one row per identity."""
     identities, count = plan.identities, POSES + plan.twins
-    frame = (count, plan.height, SIZE, 3)
     shapes = {
-        "frames": (np.uint8, frame),
-        "hints": (np.uint8, frame),
+        "frames": (np.uint8, (count, plan.height, SIZE, 3)),
         "masks": (np.uint8, (count, plan.height // 4, SIZE // 4)),
         "poses": (np.float32, (count, 130, 3)),
     }
@@ -426,6 +423,22 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
 
+# How far from the truth keypoints are found in frames of 128 pixels: standard deviations in pixels, of x and
+# of y, as `openpose.py` with the demo model's networks finds them.
+FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, face, hands
+
+
+def as_found(rng, keypoints: np.ndarray, height: int) -> list[Pose]:
+    """The poses of a clip, from all keypoints (F, 130, 3), as they might have been found in its pixels.
+
+    Some clips' almost exactly, some rather badly. A network that has only seen a renderer's own keypoints takes
+    every misplaced pixel of a lip at its word.
+    """
+    error = rng.normal(0, rng.uniform(0, 1.5) * FOUND_WITHIN, (*keypoints.shape[:2], 2))
+    found = keypoints.copy()
+    found[..., :2] += error / (SIZE, height)
+    return [pose_from(each) for each in found]
+
 
 def prompt_from(rng, words: str, told: str = "") -> str:
     """At times nothing or just "a person", else with some or all of the attributes, in any order, so that each
@@ -462,6 +475,8 @@ def training_batch(
     - The loss weighs the person, and the place where it stood in frame 0, five times; face and hands, twelve
       times.
 
+    The poses are as one would find them in footage, see `as_found`.
+
     Many clips that share noise and have a twin start from the *twin's* frame 0, and the prompt tells what is
     different: words count more than what the noise remembers. What differs weighs five more there.
     """
@@ -473,7 +488,10 @@ def training_batch(
     order[from_twin] = (order - order[:, :1])[from_twin] % POSES  # frame 0 first: the twin's pose
     z = latents[identities[:, None], order]  # (clips, frames, 8, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
-    hints = np.stack([pool["hints"][i][o] for i, o in zip(identities, order)])
+    keypoints = pool["poses"][identities[:, None], order]  # (clips, frames, 130, 3)
+    height = pool["frames"].shape[2]
+    found = [as_found(rng, each, height) for each in keypoints]
+    hints = np.stack([draw_pose(pose, height, SIZE) for poses in found for pose in poses])
 
     alphas = ALPHAS_CUMPROD.numpy()
     ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
@@ -484,11 +502,8 @@ def training_batch(
         start = torch.from_numpy(noise[clip, 0] + ratio * inverted[clip])
         starts = start.repeat(frames, 1, 1, 1)
         if edited[clip]:
-            poses = [
-                pose_from(keypoints) for keypoints in pool["poses"][identities[clip], order[clip]]
-            ]
             parts = ("face,hands", "body")[edited[clip] - 1]
-            edit_latents(starts[1:], start, poses[1:], poses[0], parts)
+            edit_latents(starts[1:], start, found[clip][1:], found[clip][0], parts)
         noise[clip] = starts.numpy() - ratio * z[clip]
 
     timestep = rng.integers(1000, size=clips)
@@ -499,9 +514,8 @@ def training_batch(
 
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
     for clip, frame in np.ndindex(clips, frames):
-        pose = pose_from(pool["poses"][identities[clip], order[clip, frame]])
-        for part in details(pose):
-            weight[clip, frame, 0][latent_pixels(near(part, hints.shape[2]))] = 12
+        for part in details(pose_from(keypoints[clip, frame])):
+            weight[clip, frame, 0][latent_pixels(near(part, height))] = 12
     differs = (
         np.abs(inverted - z[:, 0]).max(axis=1, keepdims=True) > 0.3 * z.std()
     )  # (clips, 1, h, w)
@@ -529,35 +543,44 @@ def training_batch(
 
 
 def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
-    """Single noisy frames in pairs of one identity and its twin. Both have the *same* noisy latents, which
-    remember one of the two; only the prompts differ, in a colour.
+    """Single noisy frames in pairs. Both have the *same* noisy latents; only their prompts differ.
 
     So the difference between the two predictions is what the words did, and it should be the difference of the
     two images: in the hair if the words are of hair, and nothing elsewhere. All that the network cannot know
     of an image in so much noise, which hides what words do in the usual loss, is the same in both.
+
+    The images are of a puppet and its twin, and the noise remembers one of them, or something between, or
+    beyond, as guidance overshoots. In half of the pairs each prompt tells the colour of its own image. In the
+    others one prompt is empty, as guidance compares, which means the image that the noise remembers; the other
+    tells either colour, and so perhaps nothing new.
     """
     captions = pool["captions"]
-    with_twin = [i for i, (_, told, _) in enumerate(captions) if told]
-    identities = rng.choice(with_twin, pairs)
+    identities = rng.choice([i for i, (_, told, _) in enumerate(captions) if told], pairs)
     images = latents[identities][:, (0, TWIN)]  # (pairs, 2, 8, h, w)
-    timestep = rng.integers(600, 1000, size=pairs)  # where colours are still open
-    a = ALPHAS_CUMPROD.numpy()[timestep][:, None, None, None]
-    remembered = images[np.arange(pairs), rng.integers(2, size=pairs)]
-    noise = rng.standard_normal(remembered.shape, np.float32)
-    noisy = np.sqrt(a) * remembered + np.sqrt(1 - a) * noise
-
     prompts = []
     for i in identities:
         words, told, twins = captions[i]
         prompt = prompt_from(rng, words, told)
-        prompts += [prompt, prompt.replace(told, twins)]
+        prompts.append([prompt, prompt.replace(told, twins)])
+    way = rng.uniform(-0.5, 1.5, pairs).astype(np.float32)  # from the puppet to its twin
+    remembered = images[:, 0] + way[:, None, None, None] * (images[:, 1] - images[:, 0])
+    for pair in np.flatnonzero(rng.random(pairs) < 0.5):
+        told = rng.integers(2)
+        images[pair] = images[pair, [int(way[pair] > 0.5), told]]
+        prompts[pair] = ["", prompts[pair][told]]
+
+    timestep = rng.integers(600, 1000, size=pairs)  # where colours are still open
+    a = ALPHAS_CUMPROD.numpy()[timestep][:, None, None, None]
+    noise = rng.standard_normal(remembered.shape, np.float32)
+    noisy = np.sqrt(a) * remembered + np.sqrt(1 - a) * noise
+    height = pool["frames"].shape[2]
+    hints = np.stack([draw_pose(pose_from(pool["poses"][i, 0]), height, SIZE) for i in identities])
     return {
         "latents": torch.from_numpy(noisy.astype(np.float32)).repeat_interleave(2, 0),
         "images": torch.from_numpy(images).flatten(0, 1),
-        "weight": torch.from_numpy(1 + 4.0 * pool["masks"][identities, 0])[:, None].float(),
-        "hints": image_tensor(pool["hints"][identities, 0]).repeat_interleave(2, 0),
+        "hints": image_tensor(hints).repeat_interleave(2, 0),
         "timestep": torch.from_numpy(timestep).repeat_interleave(2),
-        "prompts": prompts,
+        "prompts": [prompt for pair in prompts for prompt in pair],
     }
 
 
@@ -572,13 +595,10 @@ def words_loss(batch: dict, predicted: Tensor) -> Tensor:
     scale = ((1 - a) / a).sqrt().clamp(max=8)
     noise = (batch["latents"] - a.sqrt() * batch["images"]) / (1 - a).sqrt()
     error = scale * (predicted.float() - noise)
-    weight = batch["weight"] / batch["weight"].mean()
-    of_difference = error[::2] - error[1::2]
-    difference = batch["images"][::2] - batch["images"][1::2]
+    of_difference = (error[::2] - error[1::2]).square().mean((1, 2, 3))
     # As a share of what there is to change, or hair, which is small, would count for little next to a shirt.
-    there_is = (weight * difference**2).mean((1, 2, 3)) + 0.1
-    of_words = (weight * of_difference**2).mean((1, 2, 3)) / there_is
-    return of_words.mean() / 8 + (error**2).mean() / 16
+    there_is = (batch["images"][::2] - batch["images"][1::2]).square().mean((1, 2, 3)) + 0.05
+    return (of_difference / there_is).mean() / 8 + error.square().mean() / 16
 
 
 @torch.no_grad()
@@ -612,8 +632,8 @@ def train_networks(
     plan: Round,
     frames: int = 3,
 ) -> None:
-    """Trains on pools and their latents, two steps in three on the last pool and in turn on those before it;
-    where the last has twins, every second step is of words. A batch is as many frames as 6 square clips have.
+    """Trains on pools and their latents, every second step on the last pool, else in turn on those before it;
+    where the last has twins, as many steps are of words. A batch is as many frames as 6 square clips have.
     """
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
@@ -626,7 +646,8 @@ def train_networks(
         if plan.twins and step % 2 == 1:
             batch = words_batch(rng, *last, pairs=3 * frames)
         else:
-            pool, latents = before[step // 6 % len(before)] if before and step % 3 == 0 else last
+            turn = step // (1 + plan.twins)
+            pool, latents = before[turn // 2 % len(before)] if before and turn % 2 else last
             clips = 6 * SIZE // pool["frames"].shape[2]
             batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):

@@ -26,8 +26,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import DEMO, keep_freed_memory, load_openpose, save_openpose
-from demo.pretrain import POSES, ROUNDS, SIZE, optimise, render_pool
-from demo.puppet import motion, pose_of, random_puppet, render
+from demo.pretrain import ROUNDS, SIZE, optimise, render_pool
+from demo.puppet import motion, random_puppet, render
 from openpose import (
     LIMB_MAPS,
     LIMBS,
@@ -59,12 +59,6 @@ PARTS = {"body": slice(0, 18), "face": slice(18, 88), "hands": slice(88, 130)}
 # ---- 1. Puppets and their keypoints -----------------------------------------------------------------
 
 
-def keypoints_of(seed: int) -> np.ndarray:
-    """All keypoints (POSES, 130, 3) of one identity of the pool, in the order of `PARTS`."""
-    puppet = random_puppet(seed)
-    return np.stack([stacked(pose_of(puppet, s)) for s in motion(seed, POSES * 15)[::15]])
-
-
 def stacked(pose: Pose) -> np.ndarray:
     """Body, face, left and right hand (130, 3)."""
     return np.concatenate(list(vars(pose).values()))
@@ -81,22 +75,16 @@ def load_pools(pool: Path, work: Path) -> list[dict[str, np.ndarray]]:
 
     Renders what is not rendered yet.
     """
-    seeds = ROUNDS[0].identities
     small = render_pool(pool, ROUNDS[0])
-    path = work / "keypoints.npy"
-    if not path.exists():
-        with multiprocessing.Pool() as workers:
-            found = workers.imap(keypoints_of, seeds, chunksize=8)
-            np.save(path, np.stack(list(tqdm(found, "keypoints", len(seeds), mininterval=10))))
     path = work / "large.npz"
     if not path.exists():
         with multiprocessing.Pool() as workers:
             drawn = workers.imap(render_large, LARGE_SEEDS, chunksize=8)
             columns = zip(*tqdm(drawn, "larger puppets", len(LARGE_SEEDS), mininterval=10))
             np.savez(path, **dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns))))
-    flat = {name: small[name].reshape(-1, *small[name].shape[2:]) for name in ("frames", "masks")}
-    keypoints = np.load(work / "keypoints.npy").reshape(-1, 130, 3)
-    return [flat | {"keypoints": keypoints}, dict(np.load(path))]
+    columns = {"frames": "frames", "masks": "masks", "keypoints": "poses"}
+    flat = {name: small[key].reshape(-1, *small[key].shape[2:]) for name, key in columns.items()}
+    return [flat, dict(np.load(path))]
 
 
 # ---- 2. Variety -------------------------------------------------------------------------------------
@@ -207,7 +195,7 @@ def hand_batch(
     for frame, pose in zip(frames, keypoints):
         hands = dict(zip(("left_hand", "right_hand"), np.split(pose[PARTS["hands"]], 2)))
         for hand, (x, y, size) in hand_boxes(
-            as_found(rng, pose, len(frame)), *frame.shape[:2]
+            body_as_found(rng, pose, len(frame)), *frame.shape[:2]
         ).items():
             crops.append(frame[y : y + size, x : x + size])
             points.append(shown_at(hands[hand] - (x, y, 0), side / size))
@@ -222,7 +210,9 @@ def face_batch(
     cells = side // STRIDE
     crops, points = [], []
     for frame, pose in zip(frames, keypoints):
-        for x, y, size in face_boxes(as_found(rng, pose, len(frame)), *frame.shape[:2]).values():
+        for x, y, size in face_boxes(
+            body_as_found(rng, pose, len(frame)), *frame.shape[:2]
+        ).values():
             crops.append(frame[y : y + size, x : x + size])
             face = pose[PARTS["face"]] - (x, y, 0)
             face[:, :2] *= STRIDE * (cells - 1) / (size - 1)  # decoding joins corner to corner
@@ -231,7 +221,7 @@ def face_batch(
     return face_input(crops, side), [heatmaps_at(points, cells, cells)]
 
 
-def as_found(rng: np.random.Generator, pose: np.ndarray, height: int) -> np.ndarray:
+def body_as_found(rng: np.random.Generator, pose: np.ndarray, height: int) -> np.ndarray:
     """The body (18, 3) as the body network might give it: in whole pixels, and not quite right."""
     body = pose[PARTS["body"]].copy()
     body[:, :2] = (body[:, :2] + rng.normal(0, 0.008 * height, (18, 2))).round()

@@ -15,7 +15,7 @@ from pose import draw_pose
 from posecrafter import ALPHAS_CUMPROD, edit_latents
 
 ROUND = replace(pretrain.ROUNDS[3], disguised=0.0)
-CLIPS, FRAMES = 12, 3
+CLIPS, FRAMES = 24, 3
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,32 @@ def test_a_twin_differs_in_what_its_words_say(pool):
     assert np.array_equal(pool["masks"][:, 0], pool["masks"][:, pretrain.TWIN])
 
 
-def test_the_pools_poses_are_those_of_its_control_images(pool):
-    for keypoints, hint in zip(pool["poses"][0], pool["hints"][0]):
-        assert np.array_equal(draw_pose(pretrain.pose_from(keypoints), 128, 128), hint)
+def test_poses_are_found_as_far_from_the_truth_as_the_networks_find_them(pool):
+    rng = np.random.default_rng(0)
+    true = pool["poses"][0, :4]
+    clips = [pretrain.as_found(rng, true, 128) for _ in range(200)]
+    found = np.array(
+        [[np.concatenate(list(vars(pose).values())) for pose in clip] for clip in clips]
+    )
+    off = (found - true)[..., :2] * 128
+    assert (found[..., 2] == true[:, :, 2]).all() and abs(off.mean()) < 0.02
+    for part, within in ((np.s_[:18], 0.8), (np.s_[18:88], 0.55), (np.s_[88:], 0.4)):
+        assert off[:, :, part].std() == pytest.approx(0.87 * within, rel=0.1)
+    each = off.std(axis=(1, 2, 3))
+    assert each.min() < 0.1 < 0.7 < each.max()
+
+
+def test_control_images_show_the_poses_of_their_frames(monkeypatch, pool):
+    monkeypatch.setattr(pretrain, "FOUND_WITHIN", 0)
+    which = np.arange(2 * (pretrain.POSES + 1), dtype=np.float32).reshape(2, -1, 1, 1, 1)
+    latents = np.broadcast_to(which, (*which.shape[:2], 8, 32, 32))
+    batch = pretrain.training_batch(np.random.default_rng(1), pool, latents, 1, CLIPS, FRAMES)
+    a = ALPHAS_CUMPROD[batch["timestep"]].repeat_interleave(FRAMES)[:, None, None, None]
+    shown = (batch["latents"] - (1 - a).sqrt() * batch["noise"]) / a.sqrt()
+    for index, hint in zip(shown.mean((1, 2, 3)).round().int().tolist(), batch["hints"]):
+        pose = pretrain.pose_from(pool["poses"].reshape(-1, 130, 3)[index])
+        drawn = (255 * hint).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(draw_pose(pose, 128, 128), drawn)
 
 
 def noise_of_a_batch(monkeypatch, pool, latents: np.ndarray):
@@ -130,14 +153,37 @@ def latents_with_twins() -> np.ndarray:
 
 
 def test_pairs_of_a_batch_of_words_differ_in_their_prompts_alone(pool):
-    batch = pretrain.words_batch(np.random.default_rng(1), pool, latents_with_twins(), 6)
+    batch = pretrain.words_batch(np.random.default_rng(1), pool, latents_with_twins(), 24)
     assert batch["timestep"].min() >= 600
     for name in ("latents", "hints", "timestep"):
         assert torch.equal(batch[name][::2], batch[name][1::2])
     pairs = {(words, twins) for _, words, twins in pool["captions"]}
-    for mine, other in zip(batch["prompts"][::2], batch["prompts"][1::2]):
+    same, images = [], batch["images"].unflatten(0, (24, 2))
+    for mine, other, (image, others) in zip(batch["prompts"][::2], batch["prompts"][1::2], images):
         changed = set(mine.split(", ")) ^ set(other.split(", "))
-        assert any(changed == set(pair) and pair[0] in mine for pair in pairs)
+        if mine:
+            assert any(changed == set(pair) and pair[0] in mine for pair in pairs)
+            assert not torch.equal(image, others)
+        else:
+            assert any(told in other for pair in pairs for told in pair)
+            same.append(torch.equal(image, others))
+    assert 6 < len(same) < 18 and 2 < sum(same) < len(same) - 2
+
+
+def test_the_empty_prompt_means_the_image_that_the_noise_remembers(pool):
+    """Or the nearer of the two: what lies between them, or beyond, is nobody's."""
+    latents = latents_with_twins()
+    latents[:, pretrain.TWIN, :, :2, :2] += 1000  # the twin stands out of any noise
+    batch = pretrain.words_batch(np.random.default_rng(1), pool, latents, 60)
+    a = ALPHAS_CUMPROD[batch["timestep"]].sqrt()
+    shown, remembered = (
+        images[:, :, :2, :2].mean((1, 2, 3)) / 1000
+        for images in (batch["images"], batch["latents"] / a[:, None, None, None])
+    )
+    empty = torch.tensor([not prompt for prompt in batch["prompts"]])
+    assert empty.sum() > 20
+    assert (shown - remembered)[empty].abs().max() < 0.52
+    assert remembered.min() < -0.3 and remembered.max() > 1.3
 
 
 def test_the_loss_of_words_asks_for_the_difference_of_the_images_in_its_place(pool):
