@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -759,6 +760,23 @@ def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
     return [Pose(*parts) for parts in zip(*smoothed)]
 
 
+LEAST_SIDE = 512  # pixels: the resolution at which ControlNet 1.1's annotators look at pictures
+
+
+def enlarged(frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (F, H, W, 3), if small, with their shorter side at `LEAST_SIDE`.
+
+    Keypoints are whole pixels: in frames of 128, a hand is eight of them.
+    """
+    height, width = frames.shape[1:3]
+    scale = LEAST_SIDE / min(height, width)
+    if scale <= 1:
+        return frames
+    size = round(width * scale), round(height * scale)
+    resized = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
+    return np.stack([np.asarray(image) for image in resized])
+
+
 def find_poses(
     nets: OpenPose,
     frames: np.ndarray,
@@ -771,8 +789,10 @@ def find_poses(
 
     `person` counts from 1, the most prominent. Short gaps are interpolated, see `fill_gaps`, and
     hands and face are looked for there too, in all frames or in those that `whole_bodies` names.
+    Small frames are `enlarged` first.
     Raises ValueError when nobody is found, or fewer people than `person`.
     """
+    frames = enlarged(frames)
     people = detect_bodies(nets, frames, progress)
     tracks = follow_people(people, frames.shape[2] / frames.shape[1])
     if not tracks:

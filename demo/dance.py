@@ -49,7 +49,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     command = [run / "clip", "--model", "demo", "--run", run]
     train.main(train.parse_arguments(list(map(str, command)))[1])
     # Poses are all that the true video is looked at for.
-    target_poses = read_driver(run / "truth.mp4", model="demo").poses
+    target_poses = read_driver(run / "truth.mp4", model="demo", smooth=True).poses
     save_poses(run / "poses.json", target_poses, SIZE, SIZE)
     # It is the same puppet: proportions that differ would be mistakes of measuring.
     command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]

@@ -504,6 +504,18 @@ def test_finding_poses_follows_one_and_says_when_there_is_nobody_to_follow():
         find_poses(acted([[]] * 9, height, width), frames)
 
 
+def test_keypoints_of_small_frames_are_finer_than_their_pixels():
+    height, width = 96, 128
+    path = 60 + np.arange(9) / 4
+    script = [[standing(x, 90, 80)] for x in path]
+    frames = np.zeros((9, height, width, 3), np.uint8)
+    poses = find_poses(acted(script, height, width), frames)
+    found = np.array([pose.body[0, 0] for pose in poses]) * width
+    assert np.abs(found - path - (found - path).mean()).max() < 0.2
+    large = np.zeros((1, 600, 520, 3), np.uint8)
+    assert openpose.enlarged(large) is large
+
+
 def test_hands_are_found_where_the_arm_was_only_interpolated():
     height, width = 360, 480
     body = standing(240, 350, 330)
