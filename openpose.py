@@ -766,7 +766,7 @@ LEAST_SIDE = 512  # pixels: the resolution at which ControlNet 1.1's annotators 
 def enlarged(frames: np.ndarray) -> np.ndarray:
     """Frames uint8 (F, H, W, 3), if small, with their shorter side at `LEAST_SIDE`.
 
-    Keypoints are whole pixels: in frames of 128, a hand is eight of them.
+    Keypoints are whole pixels, and in frames of 128 a hand is eight of them.
     """
     height, width = frames.shape[1:3]
     scale = LEAST_SIDE / min(height, width)
@@ -789,10 +789,9 @@ def find_poses(
 
     `person` counts from 1, the most prominent. Short gaps are interpolated, see `fill_gaps`, and
     hands and face are looked for there too, in all frames or in those that `whole_bodies` names.
-    Small frames are `enlarged` first.
+    In small frames that happens once these are `enlarged`; bodies are found as well without.
     Raises ValueError when nobody is found, or fewer people than `person`.
     """
-    frames = enlarged(frames)
     people = detect_bodies(nets, frames, progress)
     tracks = follow_people(people, frames.shape[2] / frames.shape[1])
     if not tracks:
@@ -808,7 +807,7 @@ def find_poses(
     poses = fill_gaps(poses)
     whole_bodies = set(range(len(frames)) if whole_bodies is None else whole_bodies)
     alone = [[pose] if i in whole_bodies else [] for i, pose in enumerate(poses)]
-    for frame, found in enumerate(detect_parts(nets, frames, alone, progress=progress)):
+    for frame, found in enumerate(detect_parts(nets, enlarged(frames), alone, progress=progress)):
         if found:
             (poses[frame],) = found
     poses = fill_gaps(poses)

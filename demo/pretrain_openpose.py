@@ -35,7 +35,9 @@ from openpose import (
     OpenPose,
     body_input,
     body_size,
-    detect,
+    detect_bodies,
+    detect_parts,
+    enlarged,
     face_boxes,
     face_input,
     hand_boxes,
@@ -256,6 +258,10 @@ def train(
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((3, step))
         frames, keypoints = varied(rng, pools[int(rng.random() < 0.15)], batch)
+        if part != "body":  # as `find_poses` does
+            shown = torch.from_numpy(enlarged(frames.numpy()))
+            keypoints[..., :2] *= shown.shape[1] / frames.shape[1]
+            frames = shown
         images, targets = make[part](rng, frames, keypoints)
         with torch.autocast("cpu", torch.bfloat16):
             said = net.stages(images.contiguous(memory_format=torch.channels_last))
@@ -300,8 +306,10 @@ def evaluate(nets: OpenPose, seeds: Sequence[int], side: int = SIZE) -> dict[str
     right = {part: [] for part in PARTS}
     for seed in tqdm(seeds, "evaluating", mininterval=10):
         frame, true, _ = render(random_puppet(seed), motion(seed, 13)[12], side)
-        (people,) = detect(nets, frame[None])
-        found = max(people, key=lambda pose: is_seen(pose.body).sum(), default=Pose())
+        (people,) = detect_bodies(nets, frame[None])
+        people = sorted(people, key=lambda pose: is_seen(pose.body).sum())[-1:]
+        (people,) = detect_parts(nets, enlarged(frame[None]), [people])
+        found = people[0] if people else Pose()
         for part, values in correct(found, true).items():
             right[part].append(values)
     return {part: float(np.concatenate(values).mean()) for part, values in right.items()}
