@@ -140,7 +140,7 @@ def harder(full: Cell) -> dict[str, Cell]:
     }
 
 
-SCALES, SHOWN_SCALE = (0.0, 1.0, 1.5, 3.0), 1.5  # of guidance; 0: the prompt does not tell
+SCALES, SHOWN_SCALE = (0.0, 1.0, 1.5, 3.0), 3.0  # of guidance; 0: the prompt does not tell
 
 
 def repainting(full: Cell) -> dict[str, Cell]:
