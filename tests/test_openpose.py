@@ -504,16 +504,21 @@ def test_finding_poses_follows_one_and_says_when_there_is_nobody_to_follow():
         find_poses(acted([[]] * 9, height, width), frames)
 
 
-def test_keypoints_of_small_frames_are_finer_than_their_pixels():
-    height, width = 96, 128
-    path = 60 + np.arange(9) / 4
-    script = [[standing(x, 90, 80)] for x in path]
-    frames = np.zeros((9, height, width, 3), np.uint8)
-    poses = find_poses(acted(script, height, width), frames)
-    found = np.array([pose.body[0, 0] for pose in poses]) * width
-    assert np.abs(found - path - (found - path).mean()).max() < 0.2
-    large = np.zeros((1, 600, 520, 3), np.uint8)
-    assert openpose.enlarged(large) is large
+def test_hands_too_small_to_look_at_are_enlarged():
+    """In frames of 96 pixels the box around a hand has fewer than the least that is looked at."""
+    body = standing(60, 90, 80)
+    x, y, side = hand_boxes(body * (4, 4, 1), 384, 512)["left_hand"]
+    large = np.full((1, 384, 512, 3), 90, np.uint8)
+    large[:, y + side // 2 :, x + side // 2 :][:, :24, :24] = (255, 0, 0)
+    frames = np.asarray(Image.fromarray(large[0]).reduce(4))[None]
+    nets = acted([[body]], 96, 128)
+    assert not detect(nets, frames)[0][0].left_hand.any()
+    nets = acted([[body]], 96, 128)
+    (pose,) = find_poses(nets, frames)
+    middle = np.array([x, y]) + side // 2 + 12
+    assert np.abs(pose.left_hand[8, :2] * (512, 384) - middle).max() < 12
+    assert openpose.enlarged(large).shape == (1, 512, 683, 3)
+    assert openpose.enlarged(np.zeros((1, 600, 520, 3), np.uint8)).shape == (1, 600, 520, 3)
 
 
 def test_hands_are_found_where_the_arm_was_only_interpolated():
