@@ -167,10 +167,10 @@ def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
     for cell in attributes.values():
         figures = cells.load_figures(args.work, cell)
         assert 0 < figures["colour"] < 442 and figures["psnr_elsewhere"] > 5
-    assert cells.repaint(attributes["hair, told, guidance 1.5"])[1] == "red hair"
+    assert cells.repaint(attributes["hair, told, guidance 3"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
     assert (args.out / "results_words.png").exists()
-    assert "| turning: whole body − full | " in text and "| hair, told, guidance 1.5 | " in text
+    assert "| turning: whole body − full | " in text and "| hair, told, guidance 3 | " in text
 
 
 def test_several_processes_compute_the_same_cells(tmp_path):
