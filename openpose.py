@@ -568,7 +568,7 @@ def detect(
     for frames of another shape or type.
     """
     people = detect_bodies(nets, frames, progress)
-    return detect_parts(nets, frames, people, hands, face, progress)
+    return detect_parts(nets, frames, people, hands, face, progress=progress)
 
 
 @torch.inference_mode()
@@ -590,6 +590,22 @@ def detect_bodies(nets: OpenPose, frames: np.ndarray, progress: bool = False) ->
     return people
 
 
+LEAST_SIDE = 512  # pixels: the resolution at which ControlNet 1.1's annotators look at pictures
+
+
+def enlarged(frame: np.ndarray, least_side: int = LEAST_SIDE) -> np.ndarray:
+    """A frame, uint8 (H, W, 3), with a shorter side of at least so many pixels.
+
+    Keypoints are whole pixels, and in frames of 128 a hand is eight of them.
+    """
+    height, width = frame.shape[:2]
+    scale = least_side / min(height, width)
+    if scale <= 1:
+        return frame
+    size = round(width * scale), round(height * scale)
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+
+
 @torch.inference_mode()
 def detect_parts(
     nets: OpenPose,
@@ -597,11 +613,13 @@ def detect_parts(
     people: Sequence[Sequence[Pose]],
     hands: bool = True,
     face: bool = True,
+    least_side: int = 0,
     progress: bool = False,
 ) -> list[list[Pose]]:
-    """The same people, found in the same frames, with their hands and faces."""
+    """The same people, found in the same frames, `enlarged` if small, with their hands and faces."""
     device = next(nets.body.parameters()).device
-    height, width = frames.shape[1:3]
+    look_at = lru_cache(1)(lambda frame: enlarged(frames[frame], least_side))  # jobs are in order
+    height, width = look_at(0).shape[:2]
     size = np.array([width, height, 1])
     looks = [("hands", hand_boxes, find_hands)] if hands else []
     looks += [("faces", face_boxes, find_faces)] if face else []
@@ -617,7 +635,7 @@ def detect_parts(
             for start in range(0, len(jobs), CROPS_AT_ONCE):
                 few = jobs[start : start + CROPS_AT_ONCE]
                 crops = [
-                    torch.tensor(frames[frame, y : y + side, x : x + side], device=device)
+                    torch.tensor(look_at(frame)[y : y + side, x : x + side], device=device)
                     for frame, _, _, (x, y, side) in few
                 ]
                 for (frame, index, part, (x, y, _)), points in zip(few, find(nets, crops)):
@@ -760,23 +778,6 @@ def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
     return [Pose(*parts) for parts in zip(*smoothed)]
 
 
-LEAST_SIDE = 512  # pixels: the resolution at which ControlNet 1.1's annotators look at pictures
-
-
-def enlarged(frames: np.ndarray) -> np.ndarray:
-    """Frames uint8 (F, H, W, 3), if small, with their shorter side at `LEAST_SIDE`.
-
-    Keypoints are whole pixels, and in frames of 128 a hand is eight of them.
-    """
-    height, width = frames.shape[1:3]
-    scale = LEAST_SIDE / min(height, width)
-    if scale <= 1:
-        return frames
-    size = round(width * scale), round(height * scale)
-    resized = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
-    return np.stack([np.asarray(image) for image in resized])
-
-
 def find_poses(
     nets: OpenPose,
     frames: np.ndarray,
@@ -789,7 +790,7 @@ def find_poses(
 
     `person` counts from 1, the most prominent. Short gaps are interpolated, see `fill_gaps`, and
     hands and face are looked for there too, in all frames or in those that `whole_bodies` names.
-    In small frames that happens once these are `enlarged`; bodies are found as well without.
+    Small frames are `enlarged` for that; bodies are found as well without.
     Raises ValueError when nobody is found, or fewer people than `person`.
     """
     people = detect_bodies(nets, frames, progress)
@@ -807,7 +808,8 @@ def find_poses(
     poses = fill_gaps(poses)
     whole_bodies = set(range(len(frames)) if whole_bodies is None else whole_bodies)
     alone = [[pose] if i in whole_bodies else [] for i, pose in enumerate(poses)]
-    for frame, found in enumerate(detect_parts(nets, enlarged(frames), alone, progress=progress)):
+    with_parts = detect_parts(nets, frames, alone, least_side=LEAST_SIDE, progress=progress)
+    for frame, found in enumerate(with_parts):
         if found:
             (poses[frame],) = found
     poses = fill_gaps(poses)

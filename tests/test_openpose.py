@@ -517,8 +517,8 @@ def test_hands_too_small_to_look_at_are_enlarged():
     (pose,) = find_poses(nets, frames)
     middle = np.array([x, y]) + side // 2 + 12
     assert np.abs(pose.left_hand[8, :2] * (512, 384) - middle).max() < 12
-    assert openpose.enlarged(large).shape == (1, 512, 683, 3)
-    assert openpose.enlarged(np.zeros((1, 600, 520, 3), np.uint8)).shape == (1, 600, 520, 3)
+    assert openpose.enlarged(large[0]).shape == (512, 683, 3)
+    assert openpose.enlarged(np.zeros((600, 520, 3), np.uint8)).shape == (600, 520, 3)
 
 
 def test_hands_are_found_where_the_arm_was_only_interpolated():
