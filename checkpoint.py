@@ -54,6 +54,7 @@ class Model:
     openpose: OpenPose | None = None  # only to find poses in pixels: see `load_openpose`
     size: int = 512  # pixels of the shorter side that the model was trained for
     learning_rate: float = 0.003  # for fine-tuning on a clip; the paper's
+    guidance_until: int = 0  # the last timestep where a guidance scale counts; 0: all do
 
 
 # ---- The public files ---------------------------------------------------------------------------
@@ -184,8 +185,7 @@ def load_model(
     check_that_parts_fit(**networks)
     for part, network in networks.items():
         fill(network, part, weight_file(sources[part], half), device, dtype)
-    settings = read_settings(sources["settings"]) if "settings" in sources else {}
-    return Model(**networks, tokenizer=tokenizer, **settings)
+    return Model(**networks, tokenizer=tokenizer, **read_settings(sources))
 
 
 def locate_parts(
@@ -226,11 +226,6 @@ def locate(name: str | Path) -> dict[str, Path]:
     path = model_path(name)
     if path.is_file():
         return dict.fromkeys(("unet", "vae", "text_encoder"), path)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such model; give sd15, demo, a folder in the diffusers layout or a "
-            "single-file Stable Diffusion 1.5 checkpoint"
-        )
     found = {part: path / part for part in (*PARTS, "tokenizer") if (path / part).is_dir()}
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
         if part not in found:
@@ -244,7 +239,14 @@ def locate(name: str | Path) -> dict[str, Path]:
 
 
 def model_path(name: str | Path) -> Path:
-    return DEMO if str(name) == "demo" else Path(name)
+    """Where a model lies; that of sd15 need not exist."""
+    path = DEMO if str(name) == "demo" else Path(name)
+    if str(name) != "sd15" and not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such model; give sd15, demo, a folder in the diffusers layout or a "
+            "single-file Stable Diffusion 1.5 checkpoint"
+        )
+    return path
 
 
 def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu") -> OpenPose:
@@ -448,11 +450,16 @@ def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
     return tokenizer
 
 
-def read_settings(path: Path) -> dict:
-    """`Model`'s size and learning rate."""
-    settings = read_json(path)
-    if unknown := settings.keys() - {"size", "learning_rate"}:
-        raise ValueError(f"{path}: unknown setting {min(unknown)}")
+SETTINGS = ("size", "learning_rate", "guidance_until")
+
+
+def read_settings(sources: dict[str, Path]) -> dict:
+    """Those of `Model`'s settings that are not the defaults; `sources` are what `locate` found."""
+    if "settings" not in sources:
+        return {}
+    settings = read_json(sources["settings"])
+    if unknown := settings.keys() - set(SETTINGS):
+        raise ValueError(f"{sources['settings']}: unknown setting {min(unknown)}")
     return settings
 
 
@@ -799,7 +806,7 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
         if model.openpose is not None:
             write_openpose(model.openpose, new / "openpose", dtype)
         save_tokenizer(model.tokenizer, new / "tokenizer")
-        settings = {"size": model.size, "learning_rate": model.learning_rate}
+        settings = {name: getattr(model, name) for name in SETTINGS}
         write_json(new / "posecrafter.json", settings)
 
 

@@ -782,9 +782,22 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float
 # ---- Clips --------------------------------------------------------------------------------------
 
 
-def drawing_radius(height: int, width: int) -> float:
-    """The radius of joints' discs, and half the width of limbs: see `pose.draw_pose`."""
-    return 4 * min(max(1.0, min(height, width) / 512), max(height, width) / 512)
+def drawing_radii(height: int, width: int) -> list[float]:
+    """What the radius of joints' discs, and half the width of limbs, may be.
+
+    `pose.draw_pose` scales it on large canvases, the public annotators do not.
+    """
+    scaled = 4 * min(max(1.0, min(height, width) / 512), max(height, width) / 512)
+    return [scaled, 4.0] if scaled > 4 else [scaled]
+
+
+def some(frames: np.ndarray) -> np.ndarray:
+    """Up to 8 of the frames, evenly spaced."""
+    return frames[np.linspace(0, len(frames) - 1, min(len(frames), 8)).astype(int)]
+
+
+def margin_for(radius: float) -> int:
+    return int(5 * radius) + 2
 
 
 def read_bodies(ink: Ink, radius: float) -> list[np.ndarray]:
@@ -801,21 +814,21 @@ def is_drawn(frames: np.ndarray) -> bool:
     True when black covers most of the frames, the rest is in the drawing's few colours and
     brightnesses, and skeletons can be made out in it. A clip without a drawn person is not drawn.
     """
-    radius = drawing_radius(*frames.shape[1:3])
-    margin = int(5 * radius) + 2
+    radii = drawing_radii(*frames.shape[1:3])
     drawn = inked = 0
-    for frame in frames[np.linspace(0, len(frames) - 1, min(len(frames), 8)).astype(int)]:
+    for frame in some(frames):
         bright = frame.max(axis=2) > 48
         if not bright.any():
             continue
         inked += 1
         if bright.mean() > 0.35:
             continue
-        ink = read_ink(frame, margin)
+        ink = read_ink(frame, margin_for(max(radii)))
         in_colour = (ink.joint >= 0) | (ink.limb >= 0) | ink.white
         if in_colour.sum() < 0.75 * bright.sum() or (ink.limb >= 0).sum() < 0.2 * bright.sum():
             continue
-        drawn += any((body[:, 2] == 1).sum() >= 4 for body in read_bodies(ink, radius))
+        bodies = (body for radius in radii for body in read_bodies(ink, radius))
+        drawn += any((body[:, 2] == 1).sum() >= 4 for body in bodies)
     return drawn > 0.5 * inked
 
 
@@ -826,9 +839,19 @@ def read_drawn(frames: np.ndarray) -> list[Pose]:
     seen have the score 1, those that only what is around them tells have `INFERRED`; what cannot be
     told is missing. A frame without at least three body keypoints gives an empty Pose.
     """
+
+    def keypoints(radius: float) -> int:
+        poses = read_with(some(frames), radius)
+        return sum(is_seen(part).sum() for pose in poses for part in vars(pose).values())
+
+    radii = drawing_radii(*frames.shape[1:3])
+    return read_with(frames, max(radii, key=keypoints) if len(radii) > 1 else radii[0])
+
+
+def read_with(frames: np.ndarray, radius: float) -> list[Pose]:
+    """`read_drawn` where the radius is known."""
     height, width = frames.shape[1:3]
-    radius = drawing_radius(height, width)
-    margin = int(5 * radius) + 2
+    margin = margin_for(radius)
     people = [read_bodies(read_ink(frame, margin), radius) for frame in frames]
     poses = []
     for frame, body in zip(frames, choose_person(people)):

@@ -65,6 +65,7 @@ def read_driver(
     if within.stop > total:
         raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
     if poses is not None:
+        choose_in_footage(path, kind, person)
         canvas = read_canvas(path) or canvas
         return Driver(poses[within.start : within.stop], within, total, canvas, None)
 
@@ -73,6 +74,7 @@ def read_driver(
     if kind is None:
         kind = "drawn" if is_drawn(frames[:: max(1, len(frames) // 16)]) else "video"
     if kind == "drawn":
+        choose_in_footage(path, kind, person)
         return Driver(read_drawn(frames), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
@@ -92,6 +94,14 @@ def read_driver(
         save_poses(found, poses, canvas[1], canvas[0])
         poses = load_poses(found)  # rounded, as the next run will read them
     return Driver(poses, within, total, canvas, fps)
+
+
+def choose_in_footage(path: Path, kind: str, person: int) -> None:
+    if person != 1:
+        raise ValueError(
+            f"{path}: --person {person} chooses between people in footage; of poses that are {kind} the most "
+            "prominent person's are taken, so leave only those you mean"
+        )
 
 
 def uniform_frames(within: range, number: int) -> list[int]:

@@ -445,6 +445,11 @@ def parse_arguments(
     return parser, parser.parse_args(command)
 
 
+def beside(clip: Path, end: str) -> Path:
+    """A file named after a video, or after a folder of frames, whose name may have dots."""
+    return clip.with_name((clip.name if clip.is_dir() else clip.stem) + end)
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Does what the command line says; returns the figures by their names in `METRICS`."""
     result, _ = read_frames(args.result)
@@ -454,14 +459,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         truth = read_truth(args.truth, args.range, args.fit, result, args.result)
     if args.poses:
         # What sample.py wrote beside the result holds the poses of its frames alone.
-        own = args.poses.name == f"{args.result.stem}.poses.json"
+        own = args.poses.resolve() == beside(args.result, ".poses.json").resolve()
         within = None if own else args.range
         asked = read_placed_poses(args.poses, within, height, width, args.canvas)
         check_count(args.poses, len(asked), "poses", args.result, len(result))
     if args.train:
         training, _ = read_frames(args.train)
-        beside = args.train.with_name(f"{args.train.stem}.poses.json")
-        trained = read_placed_poses(beside, None, height, width) if beside.is_file() else None
+        known = beside(args.train, ".poses.json")
+        trained = read_placed_poses(known, None, height, width) if known.is_file() else None
     if args.weights and not args.weights.is_dir():
         raise FileNotFoundError(f"{args.weights}: no such folder, given as --weights")
 
@@ -489,7 +494,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         if name not in figures and name not in left_out
     }
 
-    outputs = [args.result.with_name(args.result.stem + end) for end in OUTPUTS]
+    outputs = [beside(args.result, end) for end in OUTPUTS]
     if truth is not None:
         curves = {METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}
         save_image(outputs[1], plot(curves))

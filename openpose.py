@@ -593,17 +593,20 @@ def detect_bodies(nets: OpenPose, frames: np.ndarray, progress: bool = False) ->
 LEAST_SIDE = 512  # pixels: the resolution at which ControlNet 1.1's annotators look at pictures
 
 
+def enlarged_size(height: int, width: int, least_side: int) -> tuple[int, int]:
+    scale = max(1, least_side / min(height, width))
+    return round(height * scale), round(width * scale)
+
+
 def enlarged(frame: np.ndarray, least_side: int = LEAST_SIDE) -> np.ndarray:
     """A frame, uint8 (H, W, 3), with a shorter side of at least so many pixels.
 
     Keypoints are whole pixels, and in frames of 128 a hand is eight of them.
     """
-    height, width = frame.shape[:2]
-    scale = least_side / min(height, width)
-    if scale <= 1:
+    height, width = enlarged_size(*frame.shape[:2], least_side)
+    if height == len(frame):
         return frame
-    size = round(width * scale), round(height * scale)
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
 
 
 @torch.inference_mode()
@@ -619,7 +622,7 @@ def detect_parts(
     """The same people, found in the same frames, `enlarged` if small, with their hands and faces."""
     device = next(nets.body.parameters()).device
     look_at = lru_cache(1)(lambda frame: enlarged(frames[frame], least_side))  # jobs are in order
-    height, width = look_at(0).shape[:2]
+    height, width = enlarged_size(*frames.shape[1:3], least_side)
     size = np.array([width, height, 1])
     looks = [("hands", hand_boxes, find_hands)] if hands else []
     looks += [("faces", face_boxes, find_faces)] if face else []
@@ -862,6 +865,8 @@ def main(args: argparse.Namespace) -> None:
         )
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
+    if not args.out and out.exists():  # perhaps a run's own poses, or edited by hand
+        raise FileExistsError(f"{out}: exists; give it as --out to replace it, or another name")
     frames, fps = read_frames(args.clip)
     height, width = frames.shape[1:3]
     keep_freed_memory()

@@ -351,12 +351,14 @@ def sample(
     empty_context: Tensor | None = None,
     edit: Callable[[Tensor, int], None] | None = None,
     slicing: Sequence[Slicing] | None = None,
+    guidance_until: int = 0,
 ) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
     latents: (F, 4, h, w), the noise; hints: control images (F, 3, H, W), or what `embed_hints` made of them;
     context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
-    prompt's, and doubles the cost.
+    prompt's, and doubles the cost of the steps it counts for: all, as in the paper, or those down to the timestep
+    `guidance_until`, after which the scale is 1 (Kynkäänniemi et al., 2024, guide in such an interval).
     `edit(latents, step)` is called before each step, counted from 1, and may change the latents in place.
     `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
     """
@@ -368,7 +370,8 @@ def sample(
     hints = Offloaded(hints, inputs["device"]) if wait_outside else hints.to(**inputs)
 
     def predict(timestep: int) -> Tensor:
-        noise, *unguided = (predict_noise(model, latents, timestep, c, hints) for c in contexts)
+        compared = contexts if timestep >= guidance_until else contexts[:1]
+        noise, *unguided = (predict_noise(model, latents, timestep, c, hints) for c in compared)
         return unguided[0].lerp_(noise, guidance) if unguided else noise
 
     stride = TRAIN_STEPS // steps

@@ -19,6 +19,7 @@ from checkpoint import (
     load_model,
     locate_parts,
     networks_without_weights,
+    read_settings,
 )
 from driver import Driver, read_driver
 from evaluate import psnr
@@ -26,6 +27,7 @@ from memory import CUDA, operations, sampling_peak, seconds_per_frame
 from parts import PARTS
 from pose import Pose, absences, draw_pose, place_pose, save_poses
 from posecrafter import (
+    TRAIN_STEPS,
     best_edit_step,
     ddim_timesteps,
     decode_latents,
@@ -198,7 +200,8 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
     parameters = sum(p.numel() for network in vars(model).values() for p in network.parameters())
     height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
     step, decoding = operations(model, height, width)
-    passes = args.ddim_steps * (1 if args.guidance == 1 else 2)
+    until = read_settings(sources).get("guidance_until", 0) if args.guidance != 1 else TRAIN_STEPS
+    passes = args.ddim_steps + sum(t >= until for t in ddim_timesteps(args.ddim_steps))
     inversion = args.start == "inversion" or args.edit != "none"
     print(
         f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
@@ -261,7 +264,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     if args.poses.resolve() in [
         out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")
     ]:
-        raise ValueError(f"{out}: it and what is written beside it would overwrite {args.poses}")
+        raise ValueError(f"{out}: it and what is written beside it would overwrite {args.poses}; choose an --out")
     if args.slice is not None and args.slice < 1:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
 
@@ -332,6 +335,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
             encode_prompt(model, ""),
             edit,
             plans(device, dtype, finest_map(model, noise), args.slice, args.offload),
+            model.guidance_until,
         )
     except MemoryError as error:
         offload = "never" if args.offload == "never" else "always"
@@ -366,6 +370,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "proportions": ratios,  # the subject's to the driver's
         "prompt": args.prompt or settings["prompt"],
         "guidance": args.guidance,
+        "guidance_until": model.guidance_until,
         "ddim_steps": args.ddim_steps,
         "edit": args.edit,
         "edit_step": args.edit_step,

@@ -99,7 +99,8 @@ def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, 
     wanted = None if indices is None else set(indices)
     frames, count = {}, 0
     try:
-        exactly = ["-sws_flags", EXACT_COLOUR]
+        # Every stored frame once, also where they are not evenly spaced in time, as phones film.
+        exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
         with closing(imageio.get_reader(path, format="FFMPEG", output_params=exactly)) as reader:
             fps = float(reader.get_meta_data()["fps"])
             for frame in reader:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import DEMO, read_settings
+from checkpoint import locate, read_settings
 from demo.cells import (
     FIGURES,
     REPAINTED,
@@ -40,7 +40,7 @@ from demo.dance import HELD_OUT, SIZE, TRAINING_FRAMES
 from demo.puppet import random_puppet
 from evaluate import FAINT, INK, LINE, PAPER
 from pose import draw_pose
-from posecrafter import best_edit_step, training_steps
+from posecrafter import best_edit_step, ddim_timesteps, training_steps
 from video import contact_sheet, replacing, save_image
 
 # ---- What is run --------------------------------------------------------------------------------
@@ -51,6 +51,7 @@ ALPHAS = (1, 5, 10, 20, 30, 40, 50)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DDIM_STEPS = (10, 20, 50)
 PARTS = ("main", "harder", "attributes", "alpha", "frames", "rate", "interpolation", "steps")
+SETTINGS = read_settings(locate("demo"))
 
 
 def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
@@ -61,7 +62,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         training_frames=8,
         clip_frames=TRAINING_FRAMES,
         training_steps=args.training_steps or training_steps(8),
-        learning_rate=read_settings(DEMO / "posecrafter.json")["learning_rate"],
+        learning_rate=SETTINGS["learning_rate"],
         insert=True,
         edit="face,hands",
         edit_step=1,
@@ -70,6 +71,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         driver="own",
         repainted="",
         guidance=0.0,
+        guidance_until=0,
         ddim_steps=args.ddim_steps,
         target_frames=args.target_frames,
     )
@@ -140,17 +142,22 @@ def harder(full: Cell) -> dict[str, Cell]:
     }
 
 
-SCALES, SHOWN_SCALE = (0.0, 1.0, 1.5, 3.0), 3.0  # of guidance; 0: the prompt does not tell
+NOT_TOLD, GUIDED = "not told", "guidance 3"
+WORDS = {  # guidance scales, and the timestep until which they count
+    NOT_TOLD: (0.0, 0),
+    "told": (1.0, 0),
+    "guidance 1.5": (1.5, SETTINGS["guidance_until"]),
+    GUIDED: (3.0, SETTINGS["guidance_until"]),
+    f"{GUIDED}, to the end": (3.0, 0),
+}
 
 
 def repainting(full: Cell) -> dict[str, Cell]:
     """Each of REPAINTED, without and with a prompt that tells the colour it should have."""
     return {
-        f"{name}, {f'told, guidance {scale:g}' if scale else 'not told'}": replace(
-            full, repainted=name, guidance=scale
-        )
+        f"{name}, {way}": replace(full, repainted=name, guidance=scale, guidance_until=until)
         for name in REPAINTED
-        for scale in SCALES
+        for way, (scale, until) in WORDS.items()
     }
 
 
@@ -301,10 +308,10 @@ def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Cell]]) -> None:
 
 
 def draw_words(path: Path, work: Path, done: Sequence[dict[str, Cell]]) -> None:
-    """All puppets in their first seed: truth, and what the words that are `SHOWN_SCALE` strong made of it."""
+    """All puppets: truth, and what guided words made of it."""
     rows = {}
-    for cells in [cells for cells in done if next(iter(cells.values())).seed == 0]:
-        told = [cell for cell in cells.values() if cell.guidance == SHOWN_SCALE]
+    for cells in done:
+        told = [cells[f"{name}, {GUIDED}"] for name in REPAINTED]
         who = told[0].identity
         rows[f"{who}: truth"] = shown(set_scene(told[0]).truth)
         rows |= {f"{who}: {repaint(cell)[1]}": load_strip(work, cell) for cell in told}
@@ -339,8 +346,8 @@ HARDER = (
     "the same dance, so the truth is the puppet's own; PCK asks for the poses that were followed."
 )
 ATTRIBUTES = (
-    "The prompt names another colour, with several guidance scales. The truth is the puppet as it is, and "
-    "repainted."
+    "The prompt names another colour, with several guidance scales, which count down to timestep "
+    f"{SETTINGS['guidance_until']}, or to the end. The truth is the puppet as it is, and repainted."
 )
 PLOTTED = {
     "alpha": ("edit step", ("psnr_person", "ssim", "psnr_face", "psnr_hands", "temporal")),
@@ -436,7 +443,7 @@ def report(args: argparse.Namespace) -> None:
         draw_words(args.out / "results_words.png", args.work, done)
         text += [
             markdown_table(values, "", REPAINTING),
-            f"With guidance {SHOWN_SCALE:g}:",
+            f"With {GUIDED}:",
             "![True frames, and other hair, shirts and lower garments](results_words.png)",
         ]
     for part, (heading, first, meaning) in SWEEPS.items():
@@ -445,8 +452,8 @@ def report(args: argparse.Namespace) -> None:
         values, done = gathered[part]
         figures = FIGURES | VIDEO_SIM if part == "frames" else FIGURES
         steps = ", ".join(str(cell.training_steps) for cell in done[0].values())
-        rate = read_settings(DEMO / "posecrafter.json")["learning_rate"]
-        text += [f"## {heading}", meaning.format(steps=steps, rate=rate), describe(done)]
+        meaning = meaning.format(steps=steps, rate=SETTINGS["learning_rate"])
+        text += [f"## {heading}", meaning, describe(done)]
         text += [explain(VIDEO_SIM)] if part == "frames" else []
         text += [markdown_table(values, first, figures)]
         if part in PLOTTED:
@@ -501,8 +508,13 @@ def parse_arguments(
 def main(args: argparse.Namespace) -> None:
     if not 1 <= args.identities <= 500 or not 1 <= args.sweep_identities <= 500:
         raise ValueError("1 to 500 puppets: more would dance the next seed's dances")
-    if args.seeds < 1 or args.target_frames < 2 or args.ddim_steps < 1:
-        raise ValueError("give 1 or more --seeds and --ddim-steps, and 2 or more --target-frames")
+    if (
+        args.seeds < 1
+        or args.target_frames < 2
+        or (args.training_steps is not None and args.training_steps < 1)
+    ):
+        raise ValueError("give 1 or more --seeds, --training-steps, and 2 or more --target-frames")
+    ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not all(1 <= frames <= LONG_CLIP for frames in args.training_frames):
         raise ValueError(f"--training-frames: there are {LONG_CLIP} to choose from")
     wanted = [cell for rows in plan(args).values() for row in rows for cell in row.values()]

@@ -95,6 +95,7 @@ class Cell:
     driver: str  # whose poses: "own", or another puppet's, "literal" or "retargeted"
     repainted: str  # what should have another colour, one of REPAINTED, or "" for nothing
     guidance: float  # of a prompt that says so; 0: it does not say
+    guidance_until: int  # timestep
     ddim_steps: int
     target_frames: int
 
@@ -242,10 +243,9 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     first_target = len(poses) - len(targets)
     hints = embed_hints(model, poses, SIZE, SIZE)
     context = encode_prompt(model, PROMPT)
-    target, guidance = context, 1.0
+    target = context
     if cell.guidance:
         target = encode_prompt(model, f"{PROMPT}, {repaint(cell)[1]}")
-        guidance = cell.guidance
     reference = encode_frames(model, scene.frames[k : k + 1])
     if cell.source == "noise":
         random = torch.Generator().manual_seed(cell.seed)
@@ -263,8 +263,17 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
 
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)
     with by_nearest if cell.interpolation == "nearest" else nullcontext():
-        guided = guidance, encode_prompt(model, "")
-        latents = sample(model, noise, hints, target, cell.ddim_steps, *guided, edit)
+        latents = sample(
+            model,
+            noise,
+            hints,
+            target,
+            cell.ddim_steps,
+            cell.guidance or 1.0,
+            encode_prompt(model, ""),
+            edit,
+            guidance_until=cell.guidance_until,
+        )
     return np.stack(list(decode_latents(model, latents[first_target:])))
 
 

@@ -35,14 +35,16 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     Writes everything to `run`; an earlier dance there is replaced. Other options go on to
     `sample.py`. Raises ValueError for a folder that holds anything else.
     """
-    if run.exists() and not (run / "truth.mp4").exists() and any(run.iterdir()):
-        raise ValueError(f"{run}: holds something that is not a dance; choose another --run")
-    shutil.rmtree(run, ignore_errors=True)
-    (run / "clip").mkdir(parents=True)
-    # The true video first: it tells that this folder is a dance.
+    # It is the same puppet, not to be retargeted: proportions that differ would be mistakes of measuring.
+    command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]
+    command += ["--out", run / "result.mp4", *sample_options]
+    sample_arguments = sample.parse_arguments(list(map(str, command)))[1]
+
+    make_anew(run)
     truth, _, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
     write_video(run / "truth.mp4", truth, FPS)
     frames, _, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
+    (run / "clip").mkdir()
     for i, frame in enumerate(frames):  # as PNG, which loses nothing
         save_image(run / "clip" / f"{i:04d}.png", frame)
 
@@ -51,10 +53,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     # Poses are all that the true video is looked at for.
     target_poses = read_driver(run / "truth.mp4", model="demo", smooth=True).poses
     save_poses(run / "poses.json", target_poses, SIZE, SIZE)
-    # It is the same puppet: proportions that differ would be mistakes of measuring.
-    command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]
-    command += ["--out", run / "result.mp4", *sample_options]
-    result = sample.main(sample.parse_arguments(list(map(str, command)))[1])
+    result = sample.main(sample_arguments)
 
     reference = frames[json.loads((run / "result.json").read_text())["reference"]]
     copied = np.repeat(reference[None], len(truth), axis=0)
@@ -65,6 +64,19 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
         metrics["ssim" + suffix] = ssim(video, truth)
     drawn = [draw_pose(pose, SIZE, SIZE) for pose in target_poses]
     return metrics, {"pose": drawn, "truth": truth, "result": result}
+
+
+def make_anew(run: Path) -> None:
+    """An empty folder with a note that makes it this demo's, to be replaced by the next.
+
+    Raises ValueError for a folder that holds anything and no such note.
+    """
+    note = run / "made_by_the_demo.txt"
+    if run.exists() and any(run.iterdir()) and not note.exists():
+        raise ValueError(f"{run}: holds something that is not a dance; choose another --run")
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    note.write_text("The next run of the demo replaces this folder.\n")
 
 
 def main() -> None:
@@ -82,7 +94,8 @@ def main() -> None:
         metrics, clips = dance(identity, run, sample_options)
         every.append(metrics)
         rows |= {f"{name} {identity}" if several else name: clips[name] for name in clips}
-    mean = {name: float(np.mean([metrics[name] for metrics in every])) for name in every[0]}
+    names = [name for name in every[0] if name != "identity"]
+    mean = {name: float(np.mean([metrics[name] for metrics in every])) for name in names}
     metrics = {"mean": mean, "each": every} if len(every) > 1 else every[0]
     (args.run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     save_image(args.run / "contact_sheet.png", contact_sheet(rows))

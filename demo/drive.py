@@ -7,7 +7,6 @@ contact sheet and the figures of all of them.
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 import train
-from demo.dance import FPS, SIZE, TARGET_FRAMES, TRAINING_FRAMES
+from demo.dance import FPS, SIZE, TARGET_FRAMES, TRAINING_FRAMES, make_anew
 from demo.puppet import Puppet, clip, motion, random_puppet, render
 from evaluate import psnr
 from pose import Pose, draw_pose, is_seen, save_poses
@@ -47,10 +46,8 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
     Writes everything to `run`; an earlier pair there is replaced. Raises ValueError for a folder that
     holds anything else.
     """
-    if run.exists() and not (run / "driver.poses.json").exists() and any(run.iterdir()):
-        raise ValueError(f"{run}: holds something that is not a drive; choose another --run")
-    shutil.rmtree(run, ignore_errors=True)
-    (run / "clip").mkdir(parents=True)
+    make_anew(run)
+    (run / "clip").mkdir()
     frames, poses, _ = clip(subject, 2 * subject, TRAINING_FRAMES, SIZE)
     _, driver_poses, _ = clip(driver, 2 * driver + 1, TARGET_FRAMES, SIZE)
     states = motion(2 * driver + 1, TARGET_FRAMES)

@@ -58,12 +58,14 @@ from pose import Pose, draw_pose, place_pose
 from posecrafter import ALPHAS_CUMPROD, edit_latents, image_tensor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
+from video import replacing
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
 POSES = 8  # per identity, drawn from ten seconds of motion
 # Where a round has twins, one more frame: the first once more, but with hair or a garment in another colour.
 TWIN = POSES
 LEARNING_RATE = 0.003  # of fine-tuning on a clip: the paper's; 0.06 dB over 1e-3 on a real clip
+GUIDANCE_UNTIL = 800  # timestep: colours are settled by then, and what guidance does later is harm
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(
     in_channels=8,
@@ -417,14 +419,15 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for frames in tqdm(pool["frames"], desc="encoding", mininterval=10):
                 latents.append(vae.encode(image_tensor(frames) * 2 - 1)[0].half().numpy())
-        np.save(path, np.stack(latents))
+        with replacing(path) as unfinished:
+            np.save(unfinished, np.stack(latents))
     return np.load(path).astype(np.float32)
 
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
 
-# How far from the truth keypoints are found in frames of 128 pixels: standard deviations in pixels, of x and
-# of y, as `openpose.py` with the demo model's networks finds them.
+# How far from the truth keypoints are found in frames of 128 pixels, about: standard deviations in pixels, of x
+# and of y. `pretrain_openpose.py --evaluate` says how far the demo's own networks are off: somewhat less by now.
 FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, face, hands
 
 
@@ -691,7 +694,8 @@ def main():
     for number, (plan, work) in enumerate(zip(ROUNDS, works), start=1):
         train_networks(networks, known[:number], tokenizer, work, plan)
     vae.config = replace(vae.config, scale=scale)
-    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, learning_rate=LEARNING_RATE)
+    settings = {"learning_rate": LEARNING_RATE, "guidance_until": GUIDANCE_UNTIL}
+    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, **settings)
     save_model(model, args.out)
     print(
         f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*.safetensors')) / 1e6:.1f} MB"

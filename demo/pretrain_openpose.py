@@ -45,6 +45,7 @@ from openpose import (
     hand_input,
 )
 from pose import Pose, is_seen
+from video import replacing
 
 # A crop of a hand in a frame of 128 pixels has 20 to 25 of them, and one of a face 30: they need no
 # enlarging to 736 and 384, which would be nine tenths of the work. A second stage cannot say more than
@@ -84,7 +85,9 @@ def load_pools(pool: Path, work: Path) -> list[dict[str, np.ndarray]]:
         with multiprocessing.Pool() as workers:
             drawn = workers.imap(render_large, LARGE_SEEDS, chunksize=8)
             columns = zip(*tqdm(drawn, "larger puppets", len(LARGE_SEEDS), mininterval=10))
-            np.savez(path, **dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns))))
+            pool = dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns)))
+        with replacing(path) as unfinished:
+            np.savez(unfinished, **pool)
     columns = {"frames": "frames", "masks": "masks", "keypoints": "poses"}
     flat = {name: small[key].reshape(-1, *small[key].shape[2:]) for name, key in columns.items()}
     return [flat, dict(np.load(path))]
@@ -345,7 +348,9 @@ def main():
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the demo's networks")
     args = parser.parse_args()
     keep_freed_memory()
-    if not args.evaluate:
+    if args.evaluate:
+        nets = load_openpose("demo")
+    else:
         args.work.mkdir(parents=True, exist_ok=True)
         args.pool.mkdir(parents=True, exist_ok=True)
         pools = load_pools(args.pool, args.work)
@@ -359,9 +364,8 @@ def main():
         save_openpose(nets, args.out)
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.1f} MB")
 
-    nets = load_openpose("demo")
     for side in (SIZE, LARGE):
-        figures = evaluate(nets, range(EVALUATED), side)
+        figures = evaluate(nets.eval(), range(EVALUATED), side)
         body, hands, face = (
             f"{figures[part][0]:.1%} ({figures[part][1]:.2f} pixels off)"
             for part in ("body", "hands", "face")

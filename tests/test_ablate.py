@@ -157,7 +157,8 @@ def test_a_puppet_goes_through_all_rows(tmp_path):
 
 
 def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(ablate, "SCALES", (0.0, ablate.SHOWN_SCALE))
+    ways = {way: ablate.WORDS[way] for way in (ablate.NOT_TOLD, ablate.GUIDED)}
+    monkeypatch.setattr(ablate, "WORDS", ways)
     args = few(tmp_path, "--parts", "harder", "attributes")
     ablate.main(args)
     harder, attributes = (ablate.plan(args)[part][0] for part in ("harder", "attributes"))
@@ -167,10 +168,10 @@ def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
     for cell in attributes.values():
         figures = cells.load_figures(args.work, cell)
         assert 0 < figures["colour"] < 442 and figures["psnr_elsewhere"] > 5
-    assert cells.repaint(attributes["hair, told, guidance 3"])[1] == "red hair"
+    assert cells.repaint(attributes["hair, guidance 3"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
     assert (args.out / "results_words.png").exists()
-    assert "| turning: whole body − full | " in text and "| hair, told, guidance 3 | " in text
+    assert "| turning: whole body − full | " in text and "| hair, guidance 3 | " in text
 
 
 def test_several_processes_compute_the_same_cells(tmp_path):

@@ -131,7 +131,8 @@ def model(tokenizer) -> Model:
         shapes = {f"{part}.{n}": tensor.shape for n, tensor in network.state_dict().items()}
         tensors = {n.removeprefix(f"{part}."): tensor for n, tensor in fill(shapes).items()}
         network.load_state_dict(tensors)
-    return Model(**networks, tokenizer=tokenizer, size=256, learning_rate=1e-4)
+    settings = {"size": 256, "learning_rate": 1e-4, "guidance_until": 700}
+    return Model(**networks, tokenizer=tokenizer, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_a_saved_model_comes_back(model, saved):
         assert ours.config == theirs.config and same(weights(ours), weights(theirs))
     assert loaded.tokenizer.vocab == model.tokenizer.vocab
     assert loaded.tokenizer.merges == model.tokenizer.merges
-    assert (loaded.size, loaded.learning_rate) == (256, 1e-4)
+    assert (loaded.size, loaded.learning_rate, loaded.guidance_until) == (256, 1e-4, 700)
 
 
 def test_temporal_layers_start_from_key_frame_attention_and_at_zero(saved):
@@ -321,6 +322,11 @@ def test_a_model_s_own_openpose_is_saved_and_loaded(model, tmp_path):
     assert loaded.config == openpose.config and not loaded.training
     assert same(loaded.state_dict(), openpose.state_dict())
     assert load_model(path).openpose is None  # it takes time, and is rarely needed
+
+
+def test_a_mistyped_model_is_not_taken_for_the_public_one():
+    with pytest.raises(FileNotFoundError, match="demmo: no such model; give sd15, demo"):
+        load_openpose("demmo")
 
 
 # ---- Layouts ------------------------------------------------------------------------------------

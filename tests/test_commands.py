@@ -243,18 +243,19 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     assert len((workplace / "runs" / "interrupted" / "loss.csv").read_text().splitlines()) == 4
 
 
-def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, monkeypatch):
+def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, trained, monkeypatch):
     frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=12, size=SIZE)
     looked_at = []
 
     def find(nets, frames, person=1, whole_bodies=None, smooth=False, progress=False):
-        looked_at.append(whole_bodies)
+        looked_at.append((whole_bodies, person, smooth))
         return poses[: len(frames)]
 
     monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
     monkeypatch.setattr(driver, "find_poses", find)
-    main(workplace, *TRAIN[:2], *TRAIN[4:], "--run", "runs/pixels", "--frames", 4)
-    assert looked_at == [[0, 4, 7, 11]]
+    options = ("--run", "runs/pixels", "--frames", 4, "--person", 2)
+    main(workplace, *TRAIN[:2], *TRAIN[4:], *options)
+    assert looked_at == [([0, 4, 7, 11], 2, False)]
     given = load_poses(workplace / "runs" / "first" / "frames.poses.json")
     found = load_poses(workplace / "runs" / "pixels" / "frames.poses.json")
     assert all(np.abs(a.body - b.body).max() < 1e-4 for a, b in zip(given, found, strict=True))
@@ -264,9 +265,10 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, monke
     subprocess.run([*ffmpeg, workplace / "tone.wav"], check=True, capture_output=True)
     add_sound(workplace / "loud.mp4", workplace / "tone.wav", 0, 1)
     command = ("sample.py", "--poses", "loud.mp4", "--run", "runs/pixels", "--ddim-steps", 3)
+    command += ("--person", 3, "--smooth")
     main(workplace, *command, "--out", "loud_result.mp4")
     main(workplace, *command, "--out", "silent_result.mp4", "--no-audio")
-    assert looked_at[1:] == [list(range(6))], "found twice"
+    assert looked_at[1:] == [(list(range(6)), 3, True)], "not as asked for, or found twice"
     assert has_sound(workplace / "loud_result.mp4")
     assert not has_sound(workplace / "silent_result.mp4")
     assert read_frames(workplace / "loud_result.mp4")[1] == 8, "the driver's speed, not the clip's"
@@ -381,7 +383,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--fps", 0), "--fps 0"),
         (("--start", "noise", "--edit", "body", "--edit-step", 1), "an --edit-step above 1"),
         (("--out", "result.gif"), "must end in .mp4"),
-        (("--out", "clip.mp4"), "would overwrite"),
+        (("--out", "clip.mp4"), "; choose an --out"),
     ],
 )
 def test_sampling_refuses(workplace, trained, options, words):

@@ -7,7 +7,7 @@ import torch
 import sample
 import train
 from checkpoint import DEMO, load_model
-from demo.dance import dance
+from demo.dance import dance, make_anew
 from demo.puppet import clip
 from evaluate import psnr
 from pose import save_poses
@@ -52,10 +52,16 @@ def test_an_inverted_puppet_is_noise_that_remembers_it(model):
 
 
 def test_the_demo_deletes_no_folder_but_its_own(tmp_path):
-    (tmp_path / "holiday.jpg").touch()
+    (tmp_path / "truth.mp4").touch()
     with pytest.raises(ValueError, match="not a dance"):
         dance(0, tmp_path, [])
-    assert (tmp_path / "holiday.jpg").exists()
+    assert (tmp_path / "truth.mp4").exists()
+    for _ in range(2):  # what it made it replaces, though it was stopped early
+        make_anew(tmp_path / "demo")
+        (tmp_path / "demo" / "clip").mkdir()
+    with pytest.raises(SystemExit):
+        dance(0, tmp_path / "demo", ["--guidanse", "3"])
+    assert (tmp_path / "demo" / "clip").exists()
 
 
 def test_a_new_puppet_dances_better_than_a_copied_frame_would(tmp_path):

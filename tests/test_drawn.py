@@ -57,6 +57,22 @@ def test_a_drawn_body_is_read_back(height, width, quality):
     assert np.median(distances) < 1 and np.quantile(distances, 0.95) < 8 and share > 0.8
 
 
+@pytest.mark.parametrize("lines", ["scaled", "as thin as ever"])
+def test_large_canvases_are_read_whether_their_lines_are_scaled_or_not(lines):
+    poses = puppets(2)
+    if lines == "scaled":
+        frames = drawing(poses, 1024, 1024)
+    else:
+        frames = np.zeros((2, 1024, 1024, 3), np.uint8)
+        frames[:, 256:768, 256:768] = drawing(poses, 512, 512)
+        poses = [place_pose(pose, 0.5, 0.5, 0.25, 0.25) for pose in poses]
+    assert is_drawn(frames)
+    read = read_drawn(frames)
+    distances, share = errors(read, poses, 1024, 1024)
+    assert np.median(distances) < 1 and share > 0.95
+    assert all(is_seen(pose.left_hand).sum() > 12 for pose in read)
+
+
 def test_a_drawn_body_is_read_back_from_a_video(tmp_path):
     frames = through_video(drawing(puppets(), 256, 256), tmp_path)
     assert is_drawn(frames)

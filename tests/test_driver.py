@@ -75,6 +75,12 @@ def test_what_was_found_in_pixels_is_kept_until_anything_changes(tmp_path, puppe
     for n, change in enumerate(({"person": 2}, {"smooth": True}, {"within": range(4)}), start=2):
         read_driver(clip_path, cache=cache, **change)
         assert len(finder) == n
+    assert [(person, smooth) for _, person, _, smooth in finder] == [
+        (1, False),
+        (2, False),
+        (1, True),
+        (1, False),
+    ]
     write_video(clip_path, frames[:9], 12)
     assert len(read_driver(clip_path, cache=cache).poses) == 9
     assert len(finder) == 5
@@ -105,6 +111,15 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path, name, words):
     with pytest.raises((OSError, ValueError), match=words) as refused:
         read_driver(tmp_path / name)
     assert name in str(refused.value)
+
+
+def test_people_are_chosen_between_in_footage_alone(tmp_path, puppet):
+    _, poses = puppet
+    save_poses(tmp_path / "list.json", poses, 200, 100)
+    write_video(tmp_path / "drawn.mp4", [draw_pose(pose, 256, 256) for pose in poses], 12)
+    for name in ("list.json", "drawn.mp4"):
+        with pytest.raises(ValueError, match=f"{name}: --person 2 chooses between people in foot"):
+            read_driver(tmp_path / name, person=2)
 
 
 def test_frames_outside_the_clip_are_refused(tmp_path, puppet, finder):

@@ -177,6 +177,9 @@ def test_the_poses_that_sampling_wrote_are_of_the_result_s_frames_alone(work):
     options = ["--range", "2:7", "--train", work / "frames"]
     asked = run(work, "--poses", work / "poses.json", *options)
     assert run(work, "--poses", work / "result.poses.json", *options) == asked
+    (work / "elsewhere").mkdir()
+    save_poses(work / "elsewhere" / "result.poses.json", poses, SIZE, SIZE)
+    assert run(work, "--poses", work / "elsewhere" / "result.poses.json", *options) == asked
 
 
 def test_without_a_truth_the_rest_is_still_measured(work):

@@ -595,6 +595,29 @@ def test_a_folder_of_images_is_a_clip_and_out_says_where_to_write(run, tmp_path)
     assert len(load_poses(tmp_path / "dance.json")) == 3 and (tmp_path / "dance.mp4").exists()
 
 
+def test_another_person_is_followed_on_request_without_hands_and_face(run, tmp_path):
+    (tmp_path / "two").mkdir()
+    for i in range(3):
+        save_image(tmp_path / f"two/{i}.png", np.full((192, 256, 3), (255, 0, 0), np.uint8))
+    script = [[standing(60, 180, 170), standing(200, 180, 110)]] * 3
+    run(script, 192, 256, tmp_path / "two", "--person", 2, "--body-only")
+    for pose in load_poses(tmp_path / "two.poses.json"):
+        seen = pose.body[is_seen(pose.body)]
+        assert 0.7 < seen[:, 0].mean() < 0.85
+        assert not is_seen(pose.left_hand).any() and not is_seen(pose.face).any()
+
+
+def test_poses_that_exist_are_replaced_only_where_out_names_them(run, tmp_path):
+    save_image(tmp_path / "photo.png", np.zeros((101, 57, 3), np.uint8))
+    (tmp_path / "photo.poses.json").write_text("edited by hand")
+    with pytest.raises(FileExistsError, match=r"photo\.poses\.json: exists"):
+        run([[standing(28, 95, 90)]], 101, 57, tmp_path / "photo.png")
+    assert (tmp_path / "photo.poses.json").read_text() == "edited by hand"
+    named = "--out", tmp_path / "photo.poses.json"
+    run([[standing(28, 95, 90)]], 101, 57, tmp_path / "photo.png", *named)
+    assert has_person(load_poses(tmp_path / "photo.poses.json")[0])
+
+
 def test_the_clip_itself_is_never_overwritten_by_its_preview(run, tmp_path):
     clip = tmp_path / "dance.mp4"
     clip.write_bytes(b"precious")

@@ -194,6 +194,26 @@ def test_edit_is_called_before_every_step_and_changes_the_result(model):
     assert worst(edited, sample(model, latents, hints, context, 3)) > 1e-2
 
 
+def test_guidance_counts_down_to_its_timestep(model):
+    latents, hints, context = a_clip(2)
+    empty, seen = a_clip(2, seed=1)[2], {}
+
+    def remember(latents: torch.Tensor, step: int) -> None:
+        seen[step] = latents.clone()
+
+    sample(model, latents, hints, context, 4, 3.0, empty, remember)
+
+    def recall(latents: torch.Tensor, step: int) -> None:
+        if step == 3:
+            latents.copy_(seen[3])
+
+    expected = sample(model, latents, hints, context, 4, edit=recall)
+    until = ddim_timesteps(4)[1]
+    guided = sample(model, latents, hints, context, 4, 3.0, empty, guidance_until=until)
+    assert worst(guided, expected) < 1e-6
+    assert worst(guided, sample(model, latents, hints, context, 4, 3.0, empty)) > 1e-2
+
+
 def test_sampling_leaves_the_noise_it_was_given_alone(model):
     latents, hints, context = a_clip(2)
     before = latents.clone()

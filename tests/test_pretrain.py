@@ -38,7 +38,7 @@ def test_a_twin_differs_in_what_its_words_say(pool):
     assert np.array_equal(pool["masks"][:, 0], pool["masks"][:, pretrain.TWIN])
 
 
-def test_poses_are_found_as_far_from_the_truth_as_the_networks_find_them(pool):
+def test_misplaced_poses_are_off_by_as_much_as_is_said(pool):
     rng = np.random.default_rng(0)
     true = pool["poses"][0, :4]
     clips = [pretrain.as_found(rng, true, 128) for _ in range(200)]

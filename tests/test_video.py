@@ -1,5 +1,7 @@
+import subprocess
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,7 @@ from PIL import Image
 from pose import Pose, place_pose
 from video import (
     contact_sheet,
+    count_frames,
     fit,
     fit_frame,
     open_video,
@@ -34,6 +37,16 @@ def video(tmp_path_factory) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- video
+
+
+def test_every_stored_frame_of_an_uneven_video_is_read_once(video, tmp_path):
+    """As phones film; here the second half is half as fast."""
+    ffmpeg, path = imageio_ffmpeg.get_ffmpeg_exe(), tmp_path / "uneven.mp4"
+    slower = ["-vf", "setpts='if(lt(N,6),N,2*N-6)/12/TB'", "-fps_mode", "vfr"]
+    subprocess.run([ffmpeg, "-i", video, *slower, path], check=True, capture_output=True)
+    frames, _ = read_frames(path)
+    assert count_frames(path) == len(frames) == 12
+    assert np.abs(frames.mean((1, 2, 3)) - clip().mean((1, 2, 3))).max() < 4
 
 
 def test_a_video_comes_back_as_it_was_written(video):
