@@ -146,7 +146,6 @@ NOT_TOLD, GUIDED = "not told", "guidance 3"
 WORDS = {  # guidance scales, and the timestep until which they count
     NOT_TOLD: (0.0, 0),
     "told": (1.0, 0),
-    "guidance 1.5": (1.5, SETTINGS["guidance_until"]),
     GUIDED: (3.0, SETTINGS["guidance_until"]),
     f"{GUIDED}, to the end": (3.0, 0),
 }
