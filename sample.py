@@ -201,6 +201,7 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
     height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
     step, decoding = operations(model, height, width)
     until = read_settings(sources).get("guidance_until", 0) if args.guidance != 1 else TRAIN_STEPS
+    # A guided step predicts the noise twice.
     passes = args.ddim_steps + sum(t >= until for t in ddim_timesteps(args.ddim_steps))
     inversion = args.start == "inversion" or args.edit != "none"
     print(
