@@ -65,7 +65,7 @@ def read_driver(
     if within.stop > total:
         raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
     if poses is not None:
-        choose_in_footage(path, kind, person)
+        refuse_choice(path, kind, person)
         canvas = read_canvas(path) or canvas
         return Driver(poses[within.start : within.stop], within, total, canvas, None)
 
@@ -74,7 +74,7 @@ def read_driver(
     if kind is None:
         kind = "drawn" if is_drawn(frames[:: max(1, len(frames) // 16)]) else "video"
     if kind == "drawn":
-        choose_in_footage(path, kind, person)
+        refuse_choice(path, kind, person)
         return Driver(read_drawn(frames), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
@@ -96,7 +96,8 @@ def read_driver(
     return Driver(poses, within, total, canvas, fps)
 
 
-def choose_in_footage(path: Path, kind: str, person: int) -> None:
+def refuse_choice(path: Path, kind: str, person: int) -> None:
+    """Raises ValueError when a `person` is chosen where only the most prominent one can be had."""
     if person != 1:
         raise ValueError(
             f"{path}: --person {person} chooses between people in footage; of poses that are {kind} the most "

@@ -3,8 +3,6 @@
 import colorsys
 import json
 import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from video import by_number, replacing
 
 
 @dataclass(frozen=True)
@@ -131,28 +131,18 @@ def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int)
         person = {_KEYS[name][0]: part.round(3).ravel().tolist() for name, part in parts.items()}
         people = [] if _is_empty(pose) else [person]
         frames.append({"people": people, "canvas_width": width, "canvas_height": height})
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(frames, separators=(",", ":")))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _is_empty(pose: Pose) -> bool:
     return not any(is_seen(part).any() for part in vars(pose).values())
 
 
-def _by_number(path: Path) -> list:
-    """A sorting key that puts frame10 after frame9."""
-    texts_and_numbers = re.split(r"([0-9]+)", path.name)
-    return [int(part) if index % 2 else part for index, part in enumerate(texts_and_numbers)]
-
-
 def _read_frames(path: Path) -> list[tuple[str, dict]]:
     """The frames of a file or folder, each with the name that errors give it."""
     if path.is_dir():
-        files = sorted(path.glob("*.json"), key=_by_number)
+        files = sorted(path.glob("*.json"), key=by_number)
         if not files:
             raise FileNotFoundError(f"{path}: no .json files of poses in this folder")
         return [frame for file in files for frame in _read_frames(file)]

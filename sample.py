@@ -1,10 +1,12 @@
 """Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
-Writes the video, a contact sheet (target pose, result) and the settings with what happened, side by side.
+Writes, side by side: the video, a contact sheet (target pose, result), the poses as they were followed, and the
+settings with what happened.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +50,7 @@ from train import (
     add_pose_arguments,
     load_run,
     load_trained,
+    name_of,
     newest_run,
     parse_canvas,
     parse_range,
@@ -89,11 +92,42 @@ def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
     if text == "auto":
         return select_reference(run.poses, targets)
     indices = run.settings["frames"]
-    if not text.isdigit() or int(text) not in indices:
+    if not text.isdecimal() or int(text) not in indices:
         raise ValueError(
             f"--reference {text}: give auto or one of the training frames, {', '.join(map(str, indices))}"
         )
     return indices.index(int(text))
+
+
+def check_out(out: Path, inputs: list[Path]) -> None:
+    """Raises ValueError where a result cannot or should not lie: over the files that it is made from, among them,
+    or with its report over a JSON file that is none.
+    """
+    if out.suffix.lower() not in VIDEOS_WRITTEN:
+        raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
+    written = [out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")]
+    for path in inputs:
+        if path.resolve() in written:
+            raise ValueError(
+                f"{out}: it and what is written beside it would overwrite {path}; choose an --out"
+            )
+        if path.is_dir() and path.resolve() == written[0].parent:
+            raise ValueError(f"{out}: would lie among the frames in {path}; choose another --out")
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; choose another --out")
+    report = out.with_suffix(".json")
+    if report.exists():
+        try:
+            is_report = "ddim_steps" in json.loads(report.read_bytes())
+        except (ValueError, TypeError):
+            is_report = False
+        if not is_report:
+            raise ValueError(
+                f"{out}: its report would overwrite {report}, which is no report; choose another --out"
+            )
+    above = next(folder for folder in out.resolve().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{out}: {above} is a file, not a folder")
 
 
 def parse_arguments(
@@ -138,7 +172,7 @@ def parse_arguments(
         default=1.0,
         help="guidance scale; 3 to change attributes (default: 1)",
     )
-    parser.add_argument("--ddim-steps", type=int, default=50)
+    parser.add_argument("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
     parser.add_argument(
         "--edit",
         choices=(*PARTS, "none"),
@@ -184,7 +218,11 @@ def parse_arguments(
         help="load no weights but OpenPose's, if poses must be found; print how much there is to compute, "
         "the memory and the time it takes",
     )
-    parser.add_argument("--fps", type=float, help="of the result (default: the driver's)")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="of the result (default: the driver's, or the training clip's if the driver is JSON)",
+    )
     parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's samples/)"
@@ -248,8 +286,10 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     height, width = run.frames.shape[1:3]
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     args.edit = args.edit or ("body" if args.start == "inversion" else "none")
+    prompt = settings["prompt"] if args.prompt is None else args.prompt
+    own_prompt = prompt != settings["prompt"]
     if args.edit_step is None:
-        args.edit_step = 1 if args.prompt else best_edit_step(args.edit, args.ddim_steps)
+        args.edit_step = 1 if own_prompt else best_edit_step(args.edit, args.ddim_steps)
     if not 1 <= args.edit_step <= args.ddim_steps:
         raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
     if args.start == "noise" and args.edit != "none" and args.edit_step == 1:
@@ -257,15 +297,12 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
             f"--start noise --edit {args.edit}: at the first step that noise has nothing of the reference to "
             "be moved; give an --edit-step above 1"
         )
-    if args.fps is not None and args.fps <= 0:
+    if args.fps is not None and not 0 < args.fps < math.inf:
         raise ValueError(f"--fps {args.fps:g}: give a number above 0")
-    out = args.out or run.folder / "samples" / f"{args.poses.stem}.mp4"
-    if out.suffix.lower() not in VIDEOS_WRITTEN:
-        raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    if args.poses.resolve() in [
-        out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")
-    ]:
-        raise ValueError(f"{out}: it and what is written beside it would overwrite {args.poses}; choose an --out")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance {args.guidance:g}: give a number such as 1 or 3")
+    out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
+    check_out(out, [args.poses, *(Path(settings[name]) for name in ("clip", "poses") if settings[name])])
     if args.slice is not None and args.slice < 1:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
 
@@ -279,6 +316,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         args.smooth,
         canvas=args.canvas,
     )
+    if args.canvas and driver.fps:
+        raise ValueError(f"{args.poses}: --canvas is for JSON; footage has a size of its own")
     targets, ratios = place_targets(driver, args.poses, run), None
     if args.retarget or (args.retarget is None and not is_training_clip(args.poses, settings)):
         try:
@@ -302,7 +341,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     first_target = len(poses) - len(targets)
     hints = embed_hints(model, poses, height, width)
     source = encode_prompt(model, settings["prompt"])
-    target = encode_prompt(model, args.prompt) if args.prompt else source
+    target = encode_prompt(model, prompt) if own_prompt else source
     reference = encode_frames(model, run.frames[k : k + 1])
 
     trajectory = None
@@ -356,7 +395,11 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     # At another speed the sound would run away from the movements.
     sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
     if sound:
-        add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
+        try:
+            add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
+        except OSError as error:  # which is no reason to leave the rest unwritten
+            sound = False
+            print(f"{out}: without sound: {error}")
     # As they were followed: in this person's proportions and on this canvas.
     save_poses(out.with_suffix(".poses.json"), targets, width, height)
     drawn = [draw_pose(pose, height, width) for pose in targets]
@@ -369,7 +412,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "sound": sound,
         "retargeted": ratios is not None,
         "proportions": ratios,  # the subject's to the driver's
-        "prompt": args.prompt or settings["prompt"],
+        "prompt": prompt,
         "guidance": args.guidance,
         "guidance_until": model.guidance_until,
         "ddim_steps": args.ddim_steps,
@@ -396,6 +439,8 @@ if __name__ == "__main__":
         main(args)
     except (MemoryError, OSError, ValueError) as error:
         parser.exit(2, f"sample.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "sample.py: stopped\n")
     except torch.OutOfMemoryError:  # in encoding or decoding: sampling knows ways around it
         parser.exit(
             2, "sample.py: out of graphics memory: frames of this size need a larger card\n"

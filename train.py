@@ -10,12 +10,16 @@ Leaves a run folder that `sample.py` makes new videos from:
     preview.png           the frames and their control images, to check that the poses fit
     poses/                what was found in pixels, to be found only once
 
-An interrupted run goes on where it stopped when the same command is given again.
+An interrupted run goes on from its last checkpoint, at most two minutes back, when the same command is given
+again.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import pickle
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm, trange
 
@@ -72,12 +76,27 @@ def load_run(folder: Path) -> Run:
         raise FileNotFoundError(
             f"{folder}: training has not finished; give its command again to go on"
         )
-    try:
-        settings = json.loads((folder / "settings.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'settings.json'}: not JSON ({error})") from None
+    settings = read_run_settings(folder)
     frames, _ = read_frames(folder / "frames")
-    return Run(folder, settings, frames, load_poses(folder / "frames.poses.json"))
+    poses = load_poses(folder / "frames.poses.json")
+    if not len(frames) == len(poses) == len(settings["frames"]):
+        counts = f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
+        raise ValueError(f"{folder}: a damaged run: {counts}; delete it and train again")
+    return Run(folder, settings, frames, poses)
+
+
+def read_run_settings(folder: Path) -> dict:
+    """What a run was asked for. Raises ValueError, naming the file, when it is damaged."""
+    path = folder / "settings.json"
+    try:
+        settings = json.loads(path.read_text())
+        missing = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt"} - {*settings}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete {folder} and train again") from None
+    if missing:
+        lacks = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: lacks {lacks}; delete {folder} and train again")
+    return settings
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
@@ -110,6 +129,12 @@ def load_trained(model: Model, path: Path) -> None:
 
 
 # ---- What goes in -------------------------------------------------------------------------------
+
+
+def name_of(source: Path) -> str:
+    """What is made of a video, file or folder is called by this, without an extension."""
+    source = source.resolve()
+    return source.name if source.is_dir() else source.stem
 
 
 def read_training_frames(
@@ -197,6 +222,7 @@ def train(
     latents: (N, 4, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
     Frozen weights keep their precision; the trained ones and their optimizer state are float32. The noise
     of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same run.
+    Raises ValueError for a damaged checkpoint.
     """
     parameters = trainable_parameters(model)
     device, dtype = latents.device, model.unet.conv_in.weight.dtype
@@ -208,11 +234,14 @@ def train(
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        for name, parameter in parameters.items():
-            parameter.data.copy_(state["parameters"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        try:
+            state = torch.load(checkpoint, weights_only=True, map_location=device)
+            for name, parameter in parameters.items():
+                parameter.data.copy_(state["parameters"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+        except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+            raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
     rows = log.read_text().splitlines()[: 1 + start] if start else ["step,timestep,loss"]
     log.write_text("\n".join(rows) + "\n")  # what was logged after the checkpoint comes again
 
@@ -294,14 +323,18 @@ def parse_arguments(
     parser.add_argument(
         "--run", type=Path, help="the folder to make (default: runs/ and the clip's name)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the noise and the timesteps (default: 0)"
+    )
     return parser, parser.parse_args(command)
 
 
 def main(args: argparse.Namespace) -> None:
     if not args.clip.exists():
         raise FileNotFoundError(f"{args.clip}: no such clip")
-    folder = args.run or Path("runs") / args.clip.stem
+    if args.poses_are and not args.poses:
+        raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
+    folder = args.run or Path("runs") / name_of(args.clip)
     if (folder / "trained.safetensors").exists():
         raise ValueError(
             f"{folder}: there is a finished run already; choose another with --run, or delete it"
@@ -332,6 +365,7 @@ def main(args: argparse.Namespace) -> None:
     frames = np.stack([fit_frame(image, placing) for image in images])
     poses = [place_pose(pose, *placing.placement) for pose in poses]
     height, width = placing.height, placing.width
+    keypoints = np.stack([np.concatenate(list(vars(pose).values())) for pose in poses])
     settings = {
         "clip": str(args.clip),
         "poses": args.poses and str(args.poses),
@@ -348,24 +382,28 @@ def main(args: argparse.Namespace) -> None:
         "steps": args.steps or training_steps(len(frames)),
         "learning_rate": args.lr or model.learning_rate,
         "seed": args.seed,
+        # Other frames, or poses that were corrected, make another run.
+        "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
     }
     context = encode_prompt(model, args.prompt)
     latents = encode_frames(model, frames)
     hints = embed_hints(model, poses, height, width)
 
-    begun = folder / "settings.json"
-    if begun.exists() and json.loads(begun.read_text()) != settings:
-        raise ValueError(
-            f"{folder}: an unfinished run with other settings; choose another with --run, or delete it"
-        )
+    if (folder / "settings.json").exists():
+        begun = read_run_settings(folder)
+        if other := [name for name in settings if settings[name] != begun.get(name)]:
+            raise ValueError(
+                f"{folder}: an unfinished run with other {', '.join(other)}; choose another with --run, or "
+                "delete it"
+            )
     (folder / "frames").mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "settings.json") as unfinished:  # first: what follows is of these settings
+        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
     for index, frame in zip(indices, frames):
         save_image(folder / "frames" / f"{index:05d}.png", frame)
     save_poses(folder / "frames.poses.json", poses, width, height)
     drawn = [draw_pose(pose, height, width) for pose in poses]
     save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
-    with replacing(folder / "settings.json") as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
 
     trained = train(
         model,
@@ -379,12 +417,12 @@ def main(args: argparse.Namespace) -> None:
         folder / "loss.csv",
     )
     with replacing(folder / "trained.safetensors") as unfinished:
-        save_file(trained, unfinished)
+        unfinished.write_bytes(save(trained))
     (folder / "training_state.pt").unlink(missing_ok=True)
     tqdm.write(
         f"{folder}: trained on {len(frames)} frames of {width}x{height} in {settings['steps']} steps"
     )
-    tqdm.write(f"now: python sample.py --run {folder} --poses POSES.json")
+    tqdm.write(f"now: python sample.py --run {shlex.quote(str(folder))} --poses POSES.json")
 
 
 if __name__ == "__main__":
@@ -393,5 +431,7 @@ if __name__ == "__main__":
         main(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"train.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "train.py: stopped; the same command goes on from the last checkpoint\n")
     except torch.OutOfMemoryError:
         parser.exit(2, "train.py: out of graphics memory: give fewer --frames or a smaller --size\n")

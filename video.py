@@ -27,8 +27,10 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
     """The frames of a video, a folder of images (in the order of their numbers) or one image.
 
     Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the
-    frames per second (24 for images). Transparency is laid over black. Only the frames asked for
-    are held in memory, and a video is decoded no further than the last of them.
+    frames per second (24 for images, and for videos that do not say). Transparency is laid over
+    black. Whatever else ffmpeg can decode is a video, also an animation or a file without an
+    extension. Only the frames asked for are held in memory, and a video is decoded no further than
+    the last of them.
 
     Raises FileNotFoundError, OSError for what cannot be decoded, and ValueError for an index
     outside the clip, for no indices at all or for images of different sizes.
@@ -53,13 +55,14 @@ def count_frames(path: str | Path) -> int:
     if path.suffix.lower() in IMAGES:
         return 1
     try:
-        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+        return imageio_ffmpeg.count_frames_and_secs(path.resolve())[0]
     except RuntimeError:
         raise OSError(f"{path}: not a readable video") from None
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES), key=_by_number)
+    images = (f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != ".")
+    files = sorted(images, key=by_number)
     if not files:
         raise FileNotFoundError(f"{folder}: no images ({', '.join(IMAGES)}) in this folder")
     return files
@@ -89,35 +92,46 @@ def _read_image(path: Path) -> np.ndarray:
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip, not scale
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             image = image.convert("RGBA")
-    except (OSError, SyntaxError) as error:  # SyntaxError: PIL's word for a broken PNG
+    # SyntaxError is PIL's word for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: not a readable image ({error})") from None
     black = Image.new("RGBA", image.size, "black")
     return np.asarray(Image.alpha_composite(black, image).convert("RGB"))
 
 
 def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, float]:
-    wanted = None if indices is None else set(indices)
-    frames, count = {}, 0
+    places: dict[int, list[int]] = {}  # of each frame in the result
+    for place, index in enumerate(indices if indices is not None else ()):
+        places.setdefault(index, []).append(place)
+    frames, count, missing = [], 0, len(places)
+    # Every stored frame once, also where they are not evenly spaced in time, as phones film.
+    exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
     try:
-        # Every stored frame once, also where they are not evenly spaced in time, as phones film.
-        exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
-        with closing(imageio.get_reader(path, format="FFMPEG", output_params=exactly)) as reader:
-            fps = float(reader.get_meta_data()["fps"])
-            for frame in reader:
-                if wanted is None or count in wanted:
-                    frames[count] = np.asarray(frame)
+        # ffmpeg would take what stands before a colon in a relative path for a protocol.
+        with closing(
+            imageio_ffmpeg.read_frames(path.resolve(), output_params=exactly)
+        ) as reader:
+            about = next(reader)
+            shape = (*about["size"][::-1], 3)
+            if indices is not None:
+                frames = np.empty((len(indices), *shape), np.uint8)
+            for pixels in reader:
+                frame = np.frombuffer(pixels, np.uint8).reshape(shape)
+                if indices is None:
+                    frames.append(frame)
+                elif count in places:
+                    frames[places[count]] = frame
+                    missing -= 1
                 count += 1
-                if wanted is not None and len(frames) == len(wanted):
+                if places and not missing:
                     break
     except (OSError, RuntimeError, KeyError):
         raise OSError(f"{path}: not a readable video") from None
     if not count:
         raise OSError(f"{path}: a video without frames")
-    if indices is None:
-        indices = range(count)
-    elif len(frames) < len(wanted):
+    if missing:
         _check_indices(path, indices, count)
-    return np.stack([frames[index] for index in indices]), fps
+    return np.asarray(frames), float(about["fps"]) or 24.0  # some streams do not say
 
 
 def _check_indices(path: Path, indices: Sequence[int], count: int) -> None:
@@ -126,8 +140,8 @@ def _check_indices(path: Path, indices: Sequence[int], count: int) -> None:
             raise ValueError(f"{path}: has {count} frames (0 to {count - 1}), so no frame {index}")
 
 
-def _by_number(path: Path) -> list:
-    """A sorting key that puts frame10 after frame9."""
+def by_number(path: Path) -> list:
+    """A sorting key for file names that puts frame10 after frame9."""
     texts_and_numbers = re.split(r"([0-9]+)", path.name)
     return [int(part) if index % 2 else part for index, part in enumerate(texts_and_numbers)]
 
@@ -319,7 +333,7 @@ def has_sound(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir() or path.suffix.lower() in IMAGES:
         return False
-    with closing(imageio_ffmpeg.read_frames(path)) as reader:
+    with closing(imageio_ffmpeg.read_frames(path.resolve())) as reader:
         return "audio_codec" in next(reader)
 
 
@@ -329,8 +343,9 @@ def add_sound(path: str | Path, source: str | Path, start: float, seconds: float
     Raises OSError when ffmpeg cannot, and then leaves the video as it was.
     """
     with replacing(Path(path)) as unfinished:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", path]
-        command += ["-ss", start, "-i", source, "-map", "0:v", "-map", "1:a:0", "-t", seconds]
+        silent, source_file = (Path(file).resolve() for file in (path, source))
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", silent]
+        command += ["-ss", start, "-i", source_file, "-map", "0:v", "-map", "1:a:0", "-t", seconds]
         command += ["-c:v", "copy", "-c:a", "aac", "-movflags", "+faststart", unfinished]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:

@@ -233,7 +233,18 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
         main(workplace, *arguments)
     assert "has not finished" in refusal(workplace, *SAMPLE, "--run", "runs/interrupted")
     other = refusal(workplace, *TRAIN, "--frames", 5, "--run", "runs/interrupted")
-    assert "other settings" in other
+    assert "unfinished run with other frames, inputs" in other
+    poses = load_poses(workplace / "clip.json")
+    save_poses(workplace / "corrected.json", poses[::-1], SIZE, SIZE)
+    (workplace / "clip.json").rename(workplace / "as_it_was.json")
+    (workplace / "corrected.json").rename(workplace / "clip.json")
+    assert "unfinished run with other inputs" in refusal(workplace, *arguments)
+    (workplace / "as_it_was.json").rename(workplace / "clip.json")
+    state = workplace / "runs" / "interrupted" / "training_state.pt"
+    shutil.copy(state, workplace / "whole_state.pt")
+    state.write_bytes(b"no checkpoint")
+    assert "training_state.pt: damaged; delete it" in refusal(workplace, *arguments)
+    shutil.move(workplace / "whole_state.pt", state)
 
     monkeypatch.setattr(train, "training_loss", training_loss)
     main(workplace, *arguments)
@@ -272,6 +283,15 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, train
     assert has_sound(workplace / "loud_result.mp4")
     assert not has_sound(workplace / "silent_result.mp4")
     assert read_frames(workplace / "loud_result.mp4")[1] == 8, "the driver's speed, not the clip's"
+    assert "--canvas is for JSON" in refusal(workplace, *command, "--canvas", "64x64")
+
+    def fail(*_):
+        raise OSError("loud.mp4: its sound could not be copied (no reason given)")
+
+    monkeypatch.setattr(sample, "add_sound", fail)
+    main(workplace, *command, "--out", "unsounded.mp4")
+    assert not has_sound(workplace / "unsounded.mp4")
+    assert json.loads((workplace / "unsounded.json").read_text())["sound"] is False
 
 
 def test_a_single_picture_of_an_odd_size_and_kind_can_be_the_driver(
@@ -314,10 +334,34 @@ def test_an_unreadable_clip_is_named(workplace):
         (("--lr", -1), "--lr -1"),
         (("--size", 0), "--size 0"),
         (("--size", 8), "size of 8"),
+        (("--poses", "clip.mp4", "--poses-are", "json"), "not a JSON file"),
     ],
 )
 def test_training_refuses(workplace, options, words):
     assert words in refusal(workplace, *TRAIN, "--run", "runs/bad", *options)
+
+
+def test_what_poses_are_is_said_of_poses_that_are_given(workplace):
+    command = ("train.py", "clip.mp4", "--model", "model", "--poses-are", "drawn")
+    assert "--poses-are drawn: " in refusal(workplace, *command)
+
+
+def test_a_run_is_named_after_its_clip(workplace, monkeypatch):
+    (workplace / "me.day1").mkdir()
+    monkeypatch.chdir(workplace / "me.day1")
+    assert train.name_of(Path(".")) == "me.day1"
+    assert train.name_of(Path("../clip.mp4")) == "clip"
+
+
+def test_an_empty_prompt_is_a_prompt_and_the_trained_one_is_none_of_its_own(workplace, trained):
+    reports = {}
+    for prompt in ("", "a person"):
+        options = ("--prompt", prompt, "--ddim-steps", 10, "--range", "0:1", "--out", "prompted.mp4")
+        main(workplace, *SAMPLE, "--run", "runs/first", *options)
+        reports[prompt] = json.loads((workplace / "prompted.json").read_text())
+        assert reports[prompt]["prompt"] == prompt
+    assert reports[""]["edit_step"] == 1
+    assert reports["a person"]["edit_step"] > 1
 
 
 def test_poses_one_frame_short_do_not_repeat_training_frames(workplace):
@@ -351,8 +395,13 @@ def test_a_damaged_run_is_named(workplace, trained):
     tensors = workplace / "runs" / "damaged" / "trained.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
     assert "trained.safetensors: damaged" in refusal(workplace, *SAMPLE, "--run", "runs/damaged")
-    (workplace / "runs" / "damaged" / "settings.json").write_text("{")
-    assert "settings.json: not JSON" in refusal(workplace, *SAMPLE, "--run", "runs/damaged")
+    (workplace / "runs" / "damaged" / "frames" / "00004.png").unlink()
+    line = refusal(workplace, *SAMPLE, "--run", "runs/damaged")
+    assert "3 frames, 4 poses, and settings of 4" in line
+    for broken, words in (("{", "damaged"), ("", "damaged"), ("[]", "lacks clip, contr"), ("1", "dam")):
+        (workplace / "runs" / "damaged" / "settings.json").write_text(broken)
+        line = refusal(workplace, *SAMPLE, "--run", "runs/damaged")
+        assert "settings.json: " + words in line
     shutil.rmtree(workplace / "runs" / "damaged")
 
 
@@ -383,10 +432,18 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--fps", 0), "--fps 0"),
         (("--start", "noise", "--edit", "body", "--edit-step", 1), "an --edit-step above 1"),
         (("--out", "result.gif"), "must end in .mp4"),
-        (("--out", "clip.mp4"), "; choose an --out"),
+        (("--fps", "inf"), "--fps inf"),
+        (("--guidance", "nan"), "--guidance nan"),
+        (("--out", "clip.mp4"), "would overwrite clip.json; choose an --out"),
+        (("--poses", "gap.json", "--out", "clip.mov"), "would overwrite clip.json; choose an --out"),
+        (("--poses", "images", "--out", "images/new.mp4"), "would lie among the frames in images"),
+        (("--out", "gap.mp4"), "its report would overwrite gap.json"),
+        (("--out", "folder.mp4"), "folder.mp4: is a folder"),
+        (("--out", "clip.mp4/x.mp4"), "clip.mp4 is a file, not a folder"),
     ],
 )
 def test_sampling_refuses(workplace, trained, options, words):
+    (workplace / "folder.mp4").mkdir(exist_ok=True)
     assert words in refusal(workplace, *SAMPLE, "--run", "runs/first", *options)
 
 

@@ -12,6 +12,7 @@ from video import (
     count_frames,
     fit,
     fit_frame,
+    has_sound,
     open_video,
     read_frames,
     save_image,
@@ -47,6 +48,21 @@ def test_every_stored_frame_of_an_uneven_video_is_read_once(video, tmp_path):
     frames, _ = read_frames(path)
     assert count_frames(path) == len(frames) == 12
     assert np.abs(frames.mean((1, 2, 3)) - clip().mean((1, 2, 3))).max() < 4
+
+
+@pytest.mark.parametrize("name", ["clip.ts", "clip.m4v", "clip.gif", "12:30.mp4", "clip"])
+def test_a_video_s_name_does_not_matter(video, tmp_path, monkeypatch, name):
+    """Nor a colon in a relative path, where ffmpeg would see a protocol."""
+    monkeypatch.chdir(tmp_path)
+    as_mp4 = ["-f", "mp4"] if name == "clip" else []
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", video, *as_mp4, tmp_path / name]
+    subprocess.run(command, check=True, capture_output=True)
+    assert count_frames(name) == 12
+    frames, fps = read_frames(name, [11, 3, 11])
+    assert round(fps) == 12
+    levels = frames.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(levels, 20 + 16 * np.array([11, 3, 11]), atol=8)
+    assert not has_sound(name)
 
 
 def test_a_video_comes_back_as_it_was_written(video):
@@ -211,13 +227,20 @@ def test_a_phone_s_sideways_photo_is_set_upright(tmp_path):
     assert read_frames(tmp_path / "photo.jpg")[0].shape == (1, 60, 40, 3)
 
 
-def test_images_that_make_no_clip_are_named(tmp_path):
+def test_images_that_make_no_clip_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no images"):
         read_frames(tmp_path)
     save_image(tmp_path / "1.png", np.zeros((8, 6, 3), np.uint8))
     save_image(tmp_path / "2.png", np.zeros((6, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"2\.png: 8x6 pixels, but 1\.png has 6x8"):
         read_frames(tmp_path)
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "._1.png").write_bytes(b"what a Mac leaves on other disks")
+    assert count_frames(tmp_path) == len(read_frames(tmp_path)[0]) == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(OSError, match=r"1\.png: not a readable image"):
+        read_frames(tmp_path)
+    monkeypatch.undo()
     (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     with pytest.raises(OSError, match=r"2\.png: not a readable image"):
         read_frames(tmp_path)
