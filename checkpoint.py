@@ -13,13 +13,12 @@ import argparse
 import ctypes
 import json
 import os
-import pickle
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +36,9 @@ from openpose import OpenPose
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
+# Large buffers in huge pages. torch reads this when it makes its first tensor, which other modules do on import.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 DEMO = Path(__file__).resolve().parent / "demo" / "weights"
 PARTS = ("unet", "controlnet", "vae", "text_encoder")
 OPENPOSE_PARTS = ("body", "hand", "face")
@@ -44,14 +46,13 @@ OPENPOSE_PARTS = ("body", "hand", "face")
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that turns poses into a video, ready for use: on one device, in one dtype."""
+    """Everything that turns poses into a video. What finds poses in pixels is apart: see `load_openpose`."""
 
     unet: UNet
     controlnet: ControlNet
     vae: VAE
     text_encoder: TextEncoder
     tokenizer: Tokenizer
-    openpose: OpenPose | None = None  # only to find poses in pixels: see `load_openpose`
     size: int = 512  # pixels of the shorter side that the model was trained for
     learning_rate: float = 0.003  # for fine-tuning on a clip; the paper's
     guidance_until: int = 0  # the last timestep where a guidance scale counts; 0: all do
@@ -274,23 +275,31 @@ WEIGHT_FILES = [
 ]
 
 
+def variants(name: str) -> tuple[str, str]:
+    """What a file of weights is called in half precision, and in full."""
+    stem, _, extension = name.rpartition(".")
+    return f"{stem}.fp16.{extension}", name
+
+
 def weight_file(source: Path, half: bool) -> Path:
-    """The file with the tensors: the source itself, or the one in that folder that suits best."""
+    """The file with the tensors: the source itself, or the one in that folder that suits best.
+
+    Raises FileNotFoundError for a folder without any.
+    """
     if not source.is_dir():
         return source
     for name in WEIGHT_FILES:
-        stem, _, extension = name.rpartition(".")
-        variants = [source / f"{stem}.fp16.{extension}", source / name]
-        for path in variants if half else reversed(variants):
-            if path.is_file():
-                return path
+        for each in variants(name) if half else reversed(variants(name)):
+            if (source / each).is_file():
+                return source / each
     raise FileNotFoundError(f"{source}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 
 def check_that_parts_fit(
     unet: UNet, controlnet: ControlNet, vae: VAE, text_encoder: TextEncoder
 ) -> None:
-    hint_factor = 2 ** (len(controlnet.controlnet_cond_embedding.blocks) // 2)
+    """Raises ValueError, naming both sizes, for networks that are of different models."""
+    hint_factor = controlnet.controlnet_cond_embedding.factor
     pairs = [
         ("the VAE's latent channels", vae.config.latent_channels, unet.config.in_channels),
         ("the text encoder's width", text_encoder.config.width, unet.config.context_dim),
@@ -325,11 +334,29 @@ def read_config(source: Path, read: Callable[[dict], Config]) -> Config | None:
     path = source / "config.json"
     config = read_json(path)
     try:
-        return read(config)
+        sizes = read(config)
+        for each in sizes if isinstance(sizes, tuple) else (sizes,):
+            if is_dataclass(each):
+                check_sizes(each)
+        return sizes
     except KeyError as error:
         raise ValueError(f"{path}: does not say {error.args[0]}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_sizes(config: UNetConfig | VAEConfig | TextConfig) -> None:
+    """Raises ValueError for a size of another type than its default, and for channels that cannot be split."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        numbers = value if field.type == tuple[int, ...] else (value,)
+        kinds = (int, float) if field.type is float else (int,)
+        if not isinstance(numbers, tuple) or not all(type(n) in kinds and n > 0 for n in numbers):
+            raise ValueError(f"{value!r} given as {field.name}")
+    widths = getattr(config, "widths", None) or (config.width,)
+    for name in ("norm_groups", "heads"):
+        if any(width % getattr(config, name, 1) for width in widths):
+            raise ValueError(f"{getattr(config, name)} {name} do not divide widths of {widths}")
 
 
 # What it means when a setting is not the one that this program is written for.
@@ -342,6 +369,7 @@ MEANINGS = {
 
 
 def require(config: dict, **expected: object) -> None:
+    """Raises ValueError for a setting that is there and not as expected."""
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise ValueError(
@@ -443,7 +471,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
                 tuple(m.split() if isinstance(m, str) else m) for m in content["model"]["merges"]
             ]
             tokenizer = Tokenizer(vocab, merges, config.length)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: no CLIP tokenizer ({error})") from None
     if (tokens := 1 + max(tokenizer.vocab.values())) > config.vocab_size:
         raise ValueError(f"{folder}: {tokens} tokens, the text encoder knows {config.vocab_size}")
@@ -460,6 +488,9 @@ def read_settings(sources: dict[str, Path]) -> dict:
     settings = read_json(sources["settings"])
     if unknown := settings.keys() - set(SETTINGS):
         raise ValueError(f"{sources['settings']}: unknown setting {min(unknown)}")
+    for name, value in settings.items():
+        if type(value) not in (int, type(getattr(Model, name))) or value < 0:
+            raise ValueError(f"{sources['settings']}: {value!r} given as {name}")
     return settings
 
 
@@ -526,7 +557,7 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
             contents = torch.load(
                 path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
             )
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         if wanted := re.search(r"GLOBAL ([\w.]+) ", str(error)):
             raise ValueError(
                 f"{path}: wants to call {wanted[1]} on being read, which is refused because it "
@@ -539,7 +570,10 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
         contents = contents["state_dict"]
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: holds no named tensors")
-    return {name: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+    named = {name: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+    if not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{path}: holds tensors without names")
+    return named
 
 
 # ---- Layouts: names in the files ----------------------------------------------------------------
@@ -782,7 +816,8 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
     """Writes a model as a folder in the diffusers layout, which `load_model` and diffusers read.
 
     The temporal layers are left out, as in a public model: loading starts them anew. Everything is
-    written beside the folder first, so that a full disk or a crash leaves what was there before.
+    written beside the folder first, so that a full disk leaves what was there before. A part's weights
+    of other names and precisions, which would be older ones, are removed.
     """
     folder = Path(folder)
     parts = {
@@ -803,11 +838,13 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
         for part, (network, stem, config) in parts.items():
             write_json(new / part / "config.json", config)
             write_tensors(new / part / f"{stem}.safetensors", network, dtype)
-        if model.openpose is not None:
-            write_openpose(model.openpose, new / "openpose", dtype)
         save_tokenizer(model.tokenizer, new / "tokenizer")
         settings = {name: getattr(model, name) for name in SETTINGS}
         write_json(new / "posecrafter.json", settings)
+    known = {name for each in WEIGHT_FILES for name in variants(each)}
+    for part, (_, stem, _) in parts.items():
+        for name in known - {f"{stem}.safetensors"}:
+            (folder / part / name).unlink(missing_ok=True)
 
 
 def save_openpose(
@@ -967,7 +1004,7 @@ def keep_freed_memory() -> None:
     them anew costs more than the arithmetic: a training step of the demo model takes a quarter of
     the time with this. Those of 32 MB and more are given back all the same, or the gaps between
     them would add up, but are mapped in huge pages, which costs little. To be called before the
-    first of them is made. Does nothing where the C library is another one.
+    first buffers are made. Does nothing where the C library is another one.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -978,7 +1015,6 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 256 * 2**20)
     mallopt(arena_max, 1)
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch asks for huge pages
 
 
 # ---- The command line ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class HintEmbedding(nn.Module):
 
     def __init__(self, hint_widths: tuple[int, ...], out_channels: int):
         super().__init__()
-        self.widths = hint_widths
+        self.widths, self.factor = hint_widths, 2 ** (len(hint_widths) - 1)
         self.conv_in = nn.Conv2d(3, hint_widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         for width, next_width in pairwise(hint_widths):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet import ControlNet
 from posecrafter import (
-    finest_map,
     predict_noise,
     recompute_activations,
     sample,
@@ -37,7 +37,7 @@ from slicing import plans, slices
 from unet import UNet
 
 CUDA = torch.device("cuda", 0)
-MANY = 24  # frames, three slices
+SLICES = 3  # in the shorter of the clips that longer ones are predicted from
 
 
 class LiveMemory(TorchDispatchMode):
@@ -125,7 +125,8 @@ def without_data(device: torch.device) -> Iterator[LiveMemory]:
     """Within it, tensors have no data, and attention is the kind that makes no full matrix, as on a card."""
     attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
     stand_ins = nullcontext() if torch.backends.cuda.is_built() else WithoutCUDA()
-    with FakeTensorMode(), attention, LiveMemory(device) as memory, stand_ins:
+    one_stream = patch("slicing.copying", return_value=None)  # others cannot be waited for without data
+    with FakeTensorMode(), attention, LiveMemory(device) as memory, stand_ins, one_stream:
         yield memory
 
 
@@ -151,7 +152,7 @@ def operations(model, height: int, width: int) -> tuple[int, int]:
     height and width are in latent pixels. Temporal attention grows with the clip, but is little.
     """
     latents = torch.empty(1, model.unet.config.in_channels, height, width, device="meta")
-    factor = 2 ** (len(model.controlnet.controlnet_cond_embedding.widths) - 1)
+    factor = model.controlnet.controlnet_cond_embedding.factor
     hint = torch.empty(1, 3, factor * height, factor * width, device="meta")
     context = torch.empty(77, model.unet.config.context_dim, device="meta")
     with torch.no_grad():
@@ -208,29 +209,31 @@ def sampling_peak(
 ) -> int:
     """The most bytes on the device while a clip is sampled; height and width in latent pixels.
 
-    Memory is a constant plus so much per frame, so long clips are predicted from two shorter ones.
+    Memory is a constant plus so much per frame, so long clips are predicted from two shorter ones, in the way in
+    which the long one is sampled.
     """
-    if frames > 2 * MANY:
-        few, more = (
-            sampling_peak(
-                model, n, height, width, dtype, guidance, frames_per_slice, offload, device
-            )
-            for n in (MANY, 2 * MANY)
-        )
-        return more + (more - few) * (frames - 2 * MANY) // MANY
+    config = model.unet.config
+    frame = config.widths[0], height, width
+    way = plans(device, dtype, (frames, *frame), frames_per_slice, offload)[0]
     if dtype == torch.bfloat16:
         dtype = torch.float16  # as large, and its attention never looks at the numbers, which are not there
-    with without_data(device) as memory:
-        networks = networks_without_data(model, device, dtype)
-        config = model.unet.config
-        latents = torch.empty(frames, config.in_channels, height, width, device=device)
-        hints = torch.empty(frames, config.widths[0], height, width, dtype=dtype)
-        hints = hints.contiguous(memory_format=torch.channels_last)
-        context = torch.empty(77, config.context_dim, device=device, dtype=dtype)
-        ways = plans(device, dtype, finest_map(model, latents), frames_per_slice, offload)
-        memory.peak = memory.live
-        sample(networks, latents, hints, context, 1, guidance, context, slicing=ways)
-    return memory.peak
+
+    def peak(frames: int) -> int:
+        with without_data(device) as memory:
+            networks = networks_without_data(model, device, dtype)
+            latents = torch.empty(frames, config.in_channels, height, width, device=device)
+            hints = torch.empty(frames, *frame, dtype=dtype)
+            hints = hints.contiguous(memory_format=torch.channels_last)
+            context = torch.empty(77, config.context_dim, device=device, dtype=dtype)
+            memory.peak = memory.live
+            sample(networks, latents, hints, context, 1, guidance, context, slicing=[way])
+        return memory.peak
+
+    many = SLICES * max(1, way.numbers // prod(frame))
+    if frames <= 2 * many:
+        return peak(frames)
+    few, more = peak(many), peak(2 * many)
+    return more + (more - few) * (frames - 2 * many) // many
 
 
 def training_peak(
@@ -244,9 +247,9 @@ def training_peak(
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        recompute_activations(networks)
         config = model.unet.config
         latents, noise = torch.empty(2, frames, config.in_channels, height, width)
+        recompute_activations(networks, latents)
         hints = torch.empty(frames, config.widths[0], height, width, dtype=dtype)
         context = torch.empty(77, config.context_dim, dtype=dtype)
         # AdamW: two moments of each trained tensor, and as much again while it steps.

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from parts import PARTS
-from pose import Pose, draw_pose, is_seen, pose_distance
+from pose import Pose, draw_pose, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
 
@@ -68,15 +68,14 @@ def image_tensor(frames: np.ndarray) -> Tensor:
 
 @torch.inference_mode()
 def encode_frames(model, frames: np.ndarray) -> Tensor:
-    """Frames uint8 (F, H, W, 3) -> latents float32 (F, 4, H/s, W/s): the VAE's mean times its scale.
+    """Frames uint8 (F, H, W, 3) -> latents float32 (F, C, H/s, W/s): the VAE's mean times its scale.
 
     The mean rather than a sample, so that a frame has one latent.
     """
     latents = []
     with visiting(model.vae, network_inputs(model)["device"]) as vae:
-        for (
-            frame
-        ) in frames:  # one at a time: full-resolution feature maps are the VAE's whole memory
+        # One at a time: full-resolution feature maps are the VAE's whole memory.
+        for frame in frames:
             image = image_tensor(frame[None]).to(**network_inputs(model)) * 2 - 1
             mean, _ = vae.encode(image)
             latents.append(mean.float() * vae.config.scale)
@@ -85,7 +84,7 @@ def encode_frames(model, frames: np.ndarray) -> Tensor:
 
 @torch.inference_mode()
 def decode_latents(model, latents: Tensor, slice_size: int = 2) -> Iterator[np.ndarray]:
-    """Latents (F, 4, h, w) -> frames uint8 (H, W, 3), one after another, decoded a few at a time."""
+    """Latents (F, C, h, w) -> frames uint8 (H, W, 3), one after another, decoded a few at a time."""
     with visiting(model.vae, network_inputs(model)["device"]) as vae:
         for part in latents.split(slice_size):
             images = vae.decode((part / vae.config.scale).to(**network_inputs(model))).float()
@@ -120,9 +119,8 @@ def embed_hints(model, poses: Sequence[Pose], height: int, width: int) -> Tensor
 # ---- The diffusion: Stable Diffusion 1.5's schedule and DDIM ------------------------------------
 
 TRAIN_STEPS = 1000
-BETAS = (
-    torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
-)  # "scaled linear"
+# "Scaled linear".
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
 ALPHAS = ALPHAS_CUMPROD.tolist()
 
@@ -130,10 +128,12 @@ ALPHAS = ALPHAS_CUMPROD.tolist()
 def ddim_timesteps(steps: int) -> list[int]:
     """The timesteps of a run of `steps` steps, from noise to image: 981, 961, ..., 1 for 50.
 
-    Evenly spaced and one above the multiples ("steps offset 1"). Raises ValueError outside 1 to 1000.
+    Evenly spaced and one above the multiples ("steps offset 1"), as in the public schedulers, where numbers that
+    do not divide 1000 start somewhat later. Raises ValueError for those that would start from half an image
+    (334 steps: at 667), and outside 1 to 500.
     """
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise ValueError(f"{steps} DDIM steps: give a number from 1 to {TRAIN_STEPS}")
+    if not 1 <= steps <= TRAIN_STEPS // 2 or TRAIN_STEPS % steps > TRAIN_STEPS // 10:
+        raise ValueError(f"{steps} DDIM steps: give 1 to 100, or 125, 200, 250 or 500")
     stride = TRAIN_STEPS // steps
     return [i * stride + 1 for i in reversed(range(steps))]
 
@@ -167,7 +167,7 @@ def predict_noise(
     context: Tensor | Context,
     hints: Tensor | Offloaded,
 ) -> Tensor:
-    """The noise that UNet and ControlNet see in latents (F, 4, h, w), float32 alike.
+    """The noise that UNet and ControlNet see in latents (F, C, h, w), float32 alike.
 
     hints: control images (F, 3, H, W) in [0, 1], or their embeddings; context: (tokens, context_dim).
     """
@@ -196,11 +196,17 @@ def trainable_parameters(model) -> dict[str, nn.Parameter]:
     }
 
 
-def recompute_activations(model) -> None:
-    """From now on, training keeps only the inputs of the blocks and computes the rest again going backwards.
+LARGE = 2**22  # numbers in a clip's feature map, from which on training would keep tens of gigabytes of them
+
+
+def recompute_activations(model, latents: Tensor) -> None:
+    """Prepares for training on clips of large frames, latents (F, C, h, w): from now on only the inputs of the
+    blocks are kept, and the rest is computed again going backwards. Of small frames all is kept.
 
     A third more to compute, for a fraction of the memory (gradient checkpointing, Chen et al. 2016).
     """
+    if math.prod(finest_map(model, latents)) <= LARGE:
+        return
     for network in (model.unet, model.controlnet):
         for block in network.modules():
             if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
@@ -229,19 +235,19 @@ def training_loss(
 def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose]) -> int:
     """The training frame whose pose is closest to all target poses: i* = argmin_i sum_l ||p_l - p_i||^2.
 
-    Target frames without a person do not vote. Raises ValueError when no pose can be compared.
+    Of training frames that share no keypoints with some of the targets, those that can be compared with the most
+    come first. Raises ValueError when no pose can be compared.
     """
-    sums = []
-    for training in training_poses:
-        distances = [
-            pose_distance(training, target) for target in target_poses if is_seen(target.body).any()
-        ]
-        sums.append(sum(distances) if distances else math.inf)
-    if math.isinf(min(sums)):
+    distances = np.array(
+        [[pose_distance(one, other) for other in target_poses] for one in training_poses]
+    )
+    comparable = np.isfinite(distances)
+    if not comparable.any():
         raise ValueError(
-            "no training frame shares body keypoints with every target pose: is there a person in it?"
+            "no training frame shares body keypoints with a target pose: is there a person in them?"
         )
-    return int(np.argmin(sums))
+    sums = np.where(comparable, distances, 0).sum(axis=1)
+    return int(np.lexsort((sums, -comparable.sum(axis=1)))[0])
 
 
 # ---- Inversion of a pseudo video ----------------------------------------------------------------
@@ -251,18 +257,19 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
 def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50) -> list[Tensor]:
     """DDIM inversion of the reference frame: its way from image to noise.
 
-    latent: (1, 4, h, w), encoded; hint: its own control image (1, 3, H, W), or what `embed_hints` made of
+    latent: (1, C, h, w), encoded; hint: its own control image (1, 3, H, W), or what `embed_hints` made of
     it; context: the source prompt's.
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
     The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay
     equal on the way: they share the key frame, attention over equal tokens gives one of them, and equal
     frames have one frame's norm statistics. So one frame is inverted, and the noise repeated.
-    A clip (F, 4, h, w) is inverted as a clip.
+    A clip (F, C, h, w) is inverted as a clip.
     """
     trajectory, context = [latent], Context(context)
+    timesteps = ddim_timesteps(steps)
     stride = TRAIN_STEPS // steps
-    for timestep in tqdm(ddim_timesteps(steps)[::-1], desc="inverting", leave=False):
+    for timestep in tqdm(timesteps[::-1], desc="inverting", leave=False):
         # The noise is wanted at the level of the *next* timestep but predicted from this one's latents.
         noise = predict_noise(model, trajectory[-1], timestep, context, hint)
         trajectory.append(ddim_step(trajectory[-1], noise, timestep - stride, timestep))
@@ -284,7 +291,7 @@ def insert_reference(reference_pose: Pose, target_poses: Sequence[Pose]) -> list
 
 
 def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
-    """Reads a latent (4, H, W) at K points (K, 2) in pixels, between pixel centres: (4, K)."""
+    """Reads a latent (C, H, W) at K points (K, 2) in pixels, between pixel centres: (C, K)."""
     height, width = latent.shape[-2:]
     corner = np.floor(points).astype(int)
     fraction = torch.tensor(points - corner, dtype=latent.dtype, device=latent.device)
@@ -308,7 +315,7 @@ def edit_latents(
 ) -> Counter[str]:
     """Moves parts of the reference to where each target pose has them, in place.
 
-    latents: (M, 4, h, w), one per pose; reference_latent: (4, h, w), of the same timestep; parts: a key of
+    latents: (M, C, h, w), one per pose; reference_latent: (C, h, w), of the same timestep; parts: a key of
     `parts.PARTS`, "face,hands" as in the paper, or "body" for all of it. Where a part lies in the target, the
     latent becomes the reference's, read through the part's map; what it would read from outside the
     reference stays as it was. Returns how many regions were edited of each part.
@@ -355,7 +362,7 @@ def sample(
 ) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
-    latents: (F, 4, h, w), the noise; hints: control images (F, 3, H, W), or what `embed_hints` made of them;
+    latents: (F, C, h, w), the noise; hints: control images (F, 3, H, W), or what `embed_hints` made of them;
     context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
     prompt's, and doubles the cost of the steps it counts for: all, as in the paper, or those down to the timestep
     `guidance_until`, after which the scale is 1 (Kynkäänniemi et al., 2024, guide in such an interval).
@@ -365,17 +372,25 @@ def sample(
     latents = latents.clone()
     contexts = [Context(context)] + ([Context(empty_context)] if guidance != 1 else [])
     slicing = list(slicing or plans(*network_inputs(model).values(), finest_map(model, latents)))
-    inputs = network_inputs(model)
-    wait_outside = slicing[0].offload and hints.shape[1] != 3
-    hints = Offloaded(hints, inputs["device"]) if wait_outside else hints.to(**inputs)
+    inputs, placed = network_inputs(model), {}
+
+    def place_hints() -> Tensor | Offloaded:
+        """The hints where the way that is tried now wants them."""
+        outside = slicing[0].offload and hints.shape[1] != 3
+        if outside not in placed:
+            placed.clear()
+            placed[outside] = Offloaded(hints, inputs["device"]) if outside else hints.to(**inputs)
+        return placed[outside]
 
     def predict(timestep: int) -> Tensor:
         compared = contexts if timestep >= guidance_until else contexts[:1]
-        noise, *unguided = (predict_noise(model, latents, timestep, c, hints) for c in compared)
+        noises = (predict_noise(model, latents, timestep, c, place_hints()) for c in compared)
+        noise, *unguided = noises
         return unguided[0].lerp_(noise, guidance) if unguided else noise
 
+    timesteps = ddim_timesteps(steps)
     stride = TRAIN_STEPS // steps
-    for step, timestep in enumerate(tqdm(ddim_timesteps(steps), desc="sampling"), start=1):
+    for step, timestep in enumerate(tqdm(timesteps, desc="sampling"), start=1):
         if edit is not None:
             edit(latents, step)
         noise = frugally(lambda timestep=timestep: predict(timestep), slicing)

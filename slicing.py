@@ -52,6 +52,7 @@ def plans(
 
     finest: shape (F, C, H, W) of the clip's feature maps at the UNet's finest level. A slice is as many
     numbers as `frames_per_slice` frames of those, so at coarser levels it has more frames.
+    frames_per_slice: by default 8 on a graphics card; on a CPU one, or a few if they are small.
     offload: "always", "never", or "auto": if the clip does not fit otherwise.
     """
     frame = prod(finest[1:])
@@ -113,7 +114,7 @@ def by_frames(
     whole: take one slice in any case.
     """
     if whole:
-        return layer(*maps)
+        return layer(*(x[slice(0, len(x))] for x in maps))
     length = len(maps[0])
     for frames in spans(length, max(x[:1].numel() for x in maps if isinstance(x, Tensor))):
         part = layer(*(x[frames] for x in maps))

@@ -17,7 +17,6 @@ again.
 import argparse
 import hashlib
 import json
-import math
 import pickle
 import shlex
 import time
@@ -38,7 +37,6 @@ from posecrafter import (
     embed_hints,
     encode_frames,
     encode_prompt,
-    finest_map,
     recompute_activations,
     trainable_parameters,
     training_loss,
@@ -47,9 +45,6 @@ from posecrafter import (
 from video import contact_sheet, count_frames, fit, fit_frame, read_frames, replacing, save_image
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
-LARGE = (
-    2**22
-)  # numbers in a feature map from which on training would keep tens of gigabytes of them
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
 
 
@@ -219,7 +214,7 @@ def train(
 ) -> dict[str, Tensor]:
     """The training loop: AdamW at a fixed rate on the loss at random timesteps. Returns the trained tensors.
 
-    latents: (N, 4, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
+    latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
     Frozen weights keep their precision; the trained ones and their optimizer state are float32. The noise
     of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same run.
     Raises ValueError for a damaged checkpoint.
@@ -229,8 +224,7 @@ def train(
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    if math.prod(finest_map(model, latents[:BATCH])) > LARGE:
-        recompute_activations(model)
+    recompute_activations(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     start = 0
     if checkpoint.exists():

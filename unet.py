@@ -191,9 +191,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.ModuleList(
-            [nn.Linear(dim, dim)]
-        )  # a list because the checkpoint says to_out.0
+        # A list because the checkpoint says to_out.0.
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, context_dim) -> (B, heads, S, dim / heads) twice."""
@@ -303,9 +302,8 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int, norm_groups: int, temporal: bool):
         super().__init__()
-        self.norm = nn.GroupNorm(
-            norm_groups, dim, eps=1e-6
-        )  # per frame, unlike the residual blocks' norms
+        # Per frame, unlike the residual blocks' norms.
+        self.norm = nn.GroupNorm(norm_groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(
             [BasicTransformerBlock(dim, context_dim, heads, temporal)]
@@ -337,7 +335,7 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # (N, C, H, W) -> (N, C, *size)
         # The skip's size rather than twice ours: odd sizes were rounded up on the way down.
         return by_frames(lambda x: self.conv(F.interpolate(x, size=size, mode="nearest")), x)
 
@@ -452,8 +450,9 @@ def prepare_inputs(
     latents: Tensor, timestep: int | Tensor, context: Tensor | Context
 ) -> tuple[Tensor, Tensor, Context]:
     """Brings a network's inputs to one form: channels_last latents, timestep (B,), and a `Context`."""
-    timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
     context = context if isinstance(context, Context) else Context(context)
+    timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
+    timestep = timestep.expand(len(context.embedding))
     return latents.contiguous(memory_format=torch.channels_last), timestep, context
 
 

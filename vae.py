@@ -15,17 +15,12 @@ class VAEConfig:
     """Sizes of a VAE. The defaults are Stable Diffusion 1.5's (`sd-vae-ft-mse`)."""
 
     latent_channels: int = 4
-    widths: tuple[int, ...] = (
-        128,
-        256,
-        512,
-        512,
-    )  # channels at each level; every level but the last halves
+    # Channels at each level; every level but the last halves.
+    widths: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_groups: int = 32
-    scale: float = (
-        0.18215  # latents times this have about unit variance; the diffusion works on those
-    )
+    # Latents times this have about unit variance; the diffusion works on those.
+    scale: float = 0.18215
 
     @property
     def factor(self) -> int:
@@ -61,9 +56,7 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        tokens = (
-            self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
-        )  # (N, 1 head, H*W, C)
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (N, 1, H*W, C)
         h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         h = self.to_out[0](h[:, 0])  # (N, H*W, C)
         return x + h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
@@ -171,10 +164,10 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, s*H, s*W) in [-1, 1] -> mean and log-variance of the latents, each (N, 4, H, W)."""
+        """Images (N, 3, s*H, s*W) in [-1, 1] -> mean and log-variance of the latents, each (N, C, H, W)."""
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, 4, H, W), unscaled -> images (N, 3, s*H, s*W), about [-1, 1] but not clamped."""
+        """Latents (N, C, H, W), unscaled -> images (N, 3, s*H, s*W), about [-1, 1] but not clamped."""
         return self.decoder(self.post_quant_conv(latents))

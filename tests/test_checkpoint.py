@@ -4,10 +4,14 @@ The manifests in ../shared list the names and shapes of the public files. Most t
 those names with all widths shrunk; those marked `parity` write them at full size.
 """
 
+import contextlib
+import copy
 import ctypes
+import dataclasses
 import json
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -28,13 +32,14 @@ from torch import Tensor, nn
 from weights import fill
 
 import checkpoint
-from checkpoint import Model, load_model, load_openpose, save_model
+from checkpoint import Model, load_model, load_openpose, save_model, save_openpose
 from clip import BYTE_SYMBOLS, END, START, WORD_END, TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from openpose import OpenPose
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
+ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
 
 # Stable Diffusion 1.5 with widths 20 times smaller, its VAE 8 times, its text encoder 32 times.
@@ -314,14 +319,27 @@ def test_half_precision_files_are_preferred_in_half_precision_only(saved, tmp_pa
     assert torch.equal(load_model(tmp_path / "model").vae.state_dict()[name], halves[name].float())
 
 
+def test_saving_over_a_model_leaves_none_of_its_older_weights(model, tmp_path):
+    save_model(model, tmp_path, torch.float32)
+    part = tmp_path / "vae"
+    (part / "diffusion_pytorch_model.safetensors").rename(
+        part / "diffusion_pytorch_model.fp16.safetensors"
+    )
+    newer = copy.deepcopy(model.vae)
+    newer.quant_conv.bias.data += 1
+    save_model(dataclasses.replace(model, vae=newer), tmp_path, torch.float32)
+    loaded = load_model(tmp_path, dtype=torch.float16).vae
+    assert torch.equal(loaded.quant_conv.bias, newer.quant_conv.bias.half())
+
+
 def test_a_model_s_own_openpose_is_saved_and_loaded(model, tmp_path):
     openpose = OpenPose(0.05, stages=(3, 2, 1), hand_sizes=(40, 80), face_size=64)
     path = tmp_path / "model"
-    save_model(Model(**{**model.__dict__, "openpose": openpose}), path, torch.float32)
+    save_model(model, path)
+    save_openpose(openpose, path / "openpose", torch.float32)
     loaded = load_openpose(path)
     assert loaded.config == openpose.config and not loaded.training
     assert same(loaded.state_dict(), openpose.state_dict())
-    assert load_model(path).openpose is None  # it takes time, and is rarely needed
 
 
 def test_a_mistyped_model_is_not_taken_for_the_public_one():
@@ -597,6 +615,39 @@ def test_folders_of_other_models_are_told_by_their_config(saved, tmp_path, key, 
     assert told in error_of(load_model, tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        ("unet/config.json", "layers_per_block", [1, 1, 1, 1]),
+        ("unet/config.json", "attention_head_dim", [2, 2, 2, 2]),
+        ("unet/config.json", "cross_attention_dim", [24]),
+        ("unet/config.json", "norm_num_groups", 7),
+        ("controlnet/config.json", "norm_num_groups", 7),
+        ("vae/config.json", "layers_per_block", "2"),
+        ("vae/config.json", "norm_num_groups", None),
+        ("vae/config.json", "block_out_channels", "abcd"),
+        ("vae/config.json", "scaling_factor", "x"),
+        ("text_encoder/config.json", "hidden_size", None),
+        ("posecrafter.json", "size", "big"),
+        ("posecrafter.json", "learning_rate", None),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_with_its_file(saved, tmp_path, file, key, value):
+    subprocess.run(["cp", "-r", saved, tmp_path / "model"], check=True)
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert error_of(load_model, tmp_path / "model").startswith(f"{path}: ")
+
+
+def test_another_model_s_tokenizer_is_named(saved, tmp_path):
+    subprocess.run(["cp", "-r", saved, tmp_path / "model"], check=True)
+    folder = tmp_path / "model" / "tokenizer"
+    (folder / "vocab.json").unlink()
+    unigram = {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(unigram))
+    assert error_of(load_model, tmp_path / "model").startswith(f"{folder}: no CLIP tokenizer")
+
+
 def test_a_model_that_predicts_velocities_is_refused(saved, tmp_path):
     subprocess.run(["cp", "-r", saved, tmp_path / "model"], check=True)
     (tmp_path / "model" / "scheduler").mkdir()
@@ -637,6 +688,21 @@ def test_corrupt_files_are_told(tmp_path):
         path = tmp_path / "vae.safetensors"
         path.write_bytes(start + bytes(noise))
         assert error_of(load_vae, path).startswith(f"{path}: truncated, corrupt or")
+
+
+def test_flipped_bits_in_a_pickle_are_told_too(tmp_path):
+    """They can raise nearly anything on being read."""
+    path, dice = tmp_path / "vae.pth", random.Random(0)
+    torch.save(public_tensors("vae"), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[dice.randrange(2000)] ^= 1 << dice.randrange(8)
+        path.write_bytes(flipped)
+        with contextlib.suppress(ValueError):  # where it changes a number, nothing is wrong
+            load_vae(path)
+    torch.save({0: torch.zeros(2)}, path)
+    assert "without names" in error_of(load_vae, path)
 
 
 def test_what_is_no_file_of_weights_is_told(tmp_path):
@@ -1072,3 +1138,23 @@ def test_loading_all_of_sd15_takes_little_more_memory_than_its_weights(
     assert sum(p.numel() for network in networks for p in network.parameters()) == 1_481_296_827
     print(f"{size / 1e9:.2f} GB of weights in {took:.1f} s, peak {peak / size:.3f} times that")
     assert peak / size < 1.15
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(),
+    reason="this machine gives no huge pages",
+)
+def test_large_buffers_of_the_commands_are_in_huge_pages():
+    program = """
+import train, sample, torch
+sample.keep_freed_memory()
+x = torch.zeros(50_000_000)
+print(sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("AnonHugePages")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 100_000, "kB, of 200 MB"

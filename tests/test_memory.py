@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import memory
+import posecrafter
 from controlnet import ControlNet
 from memory import (
     CUDA,
@@ -18,6 +19,7 @@ from memory import (
     without_data,
 )
 from posecrafter import invert
+from slicing import Slicing
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -108,6 +110,29 @@ def test_memory_is_a_constant_and_so_much_per_frame(full_size):
     """What predictions of long clips rest on."""
     few, more, most = (sampling_peak(full_size, n, 16, 16) for n in (16, 32, 48))
     assert most - more == pytest.approx(more - few, rel=0.02)
+
+
+def test_long_clips_are_predicted_as_if_all_of_their_frames_were_counted(full_size, monkeypatch):
+    options = {"frames_per_slice": 12, "device": torch.device("cpu")}
+    predicted = sampling_peak(full_size, 80, 8, 8, torch.float32, **options)
+    monkeypatch.setattr(memory, "SLICES", 1000)  # so that no clip is long
+    counted = sampling_peak(full_size, 80, 8, 8, torch.float32, **options)
+    assert predicted == pytest.approx(counted, rel=0.02)
+
+
+def test_a_long_clip_is_predicted_in_its_own_way(full_size, monkeypatch):
+    """A card with little free memory takes other slices of long clips than of short ones."""
+    ways = []
+    monkeypatch.setattr(memory, "plans", lambda *args: [Slicing(8 * 320 * 64, args[2][0] > 100)])
+    monkeypatch.setattr(memory, "sample", lambda *_, slicing, **__: ways.extend(slicing))
+    sampling_peak(full_size, 400, 8, 8)
+    assert ways and all(way.offload for way in ways)
+
+
+def test_training_on_small_frames_keeps_what_it_computed(full_size, monkeypatch):
+    kept = training_peak(full_size, 2, 16, 16)
+    monkeypatch.setattr(posecrafter, "LARGE", 0)
+    assert kept - training_peak(full_size, 2, 16, 16) > 0.05 * GB
 
 
 def test_operations_are_stable_diffusion_s(full_size):

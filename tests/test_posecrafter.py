@@ -118,8 +118,11 @@ def test_training_loss_and_every_gradient_equal_the_public_code(model, oracle):
 def test_fifty_steps_run_from_981_to_1():
     assert ddim_timesteps(50)[:2] == [981, 961]
     assert ddim_timesteps(50)[-1] == 1
-    with pytest.raises(ValueError, match="0 DDIM steps"):
-        ddim_timesteps(0)
+    for steps in (0, 334, 600, 1000):  # 334 would start at 667, where half of the image is left
+        with pytest.raises(ValueError, match=f"{steps} DDIM steps: give 1 to 100"):
+            ddim_timesteps(steps)
+    for steps in (*range(1, 101), 125, 200, 250, 500):
+        assert 1000 - ddim_timesteps(steps)[0] < 1000 / steps + 100
 
 
 def test_a_ddim_step_with_the_true_noise_lands_on_the_other_timestep():
@@ -253,6 +256,13 @@ def test_targets_without_a_person_do_not_vote_and_none_at_all_is_an_error():
     assert select_reference(training, [Pose(), body((0.5, 0.5))]) == 1
     with pytest.raises(ValueError, match="person"):
         select_reference([Pose()], [body((0.5, 0.5))])
+
+
+def test_a_target_that_shows_other_keypoints_does_not_stop_the_run():
+    training = [body((0.1, 0.1)), body((0.5, 0.5)), body((0.9, 0.9), (0.9, 0.9))]
+    targets = [body((0.5, 0.5)), body((0.4, 0.5))]
+    assert select_reference(training[:2], [*targets, body(None, (0.2, 0.2))]) == 1
+    assert select_reference(training, [*targets, body(None, (0.2, 0.2))]) == 2, "sees them all"
 
 
 def test_the_reference_leads_the_clip():

@@ -1,12 +1,14 @@
 """A clip in slices is the clip at once: any frames, sizes, slices, and wherever the skips wait."""
 
 import random as dice
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_networks import SHARED, SMALL, SMALL_HINTS, filled, random, worst
 from torch import Tensor, nn
 
+import posecrafter
 import slicing
 from controlnet import ControlNet
 from slicing import (
@@ -92,6 +94,16 @@ def test_several_clips_in_slices_are_each_as_alone(networks):
     for i in range(3):
         clip = slice(2 * i, 2 * i + 2)
         alone = predict(networks, latents[clip], timesteps[i].item(), contexts[i], hints[clip])
+        assert worst(together[clip], alone) < 1e-5
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_several_clips_at_one_timestep_are_each_as_alone(networks, offload):
+    latents, hints, contexts = random(4, 4, 8, 8), random(4, 3, 64, 64), random(2, 7, 24)
+    together = predict(networks, latents, 501, contexts, hints, numbers=1000, offload=offload)
+    for i in range(2):
+        clip = slice(2 * i, 2 * i + 2)
+        alone = predict(networks, latents[clip], 501, contexts[i], hints[clip])
         assert worst(together[clip], alone) < 1e-5
 
 
@@ -222,6 +234,23 @@ def test_settings_end_with_their_block():
 
 
 # ---- When memory runs out -----------------------------------------------------------------------
+
+
+def test_hints_wait_outside_as_soon_as_a_way_says_so(networks, monkeypatch):
+    seen = []
+
+    def predict_noise(model, latents, timestep, context, hints):
+        seen.append(type(hints))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError
+        return latents
+
+    monkeypatch.setattr(posecrafter, "predict_noise", predict_noise)
+    model = SimpleNamespace(unet=networks[0], controlnet=networks[1])
+    inputs = random(2, 4, 8, 8), random(2, 32, 8, 8), random(7, 24)
+    ways = [Slicing(1000), Slicing(1000, offload=True)]
+    posecrafter.sample(model, *inputs, steps=2, slicing=ways)
+    assert seen == [Tensor, Offloaded, Offloaded]
 
 
 def test_the_next_way_is_taken_where_one_does_not_fit():
