@@ -335,9 +335,8 @@ def read_config(source: Path, read: Callable[[dict], Config]) -> Config | None:
     config = read_json(path)
     try:
         sizes = read(config)
-        for each in sizes if isinstance(sizes, tuple) else (sizes,):
-            if is_dataclass(each):
-                check_sizes(each)
+        if is_dataclass(sizes):
+            check_sizes(sizes)
         return sizes
     except KeyError as error:
         raise ValueError(f"{path}: does not say {error.args[0]}") from None
@@ -345,13 +344,20 @@ def read_config(source: Path, read: Callable[[dict], Config]) -> Config | None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def are_sizes(numbers: tuple) -> bool:
+    """Whether there are any, and all are whole numbers above 0."""
+    return bool(numbers) and all(type(number) is int and number > 0 for number in numbers)
+
+
 def check_sizes(config: UNetConfig | VAEConfig | TextConfig) -> None:
     """Raises ValueError for a size of another type than its default, and for channels that cannot be split."""
     for field in fields(config):
         value = getattr(config, field.name)
-        numbers = value if field.type == tuple[int, ...] else (value,)
-        kinds = (int, float) if field.type is float else (int,)
-        if not isinstance(numbers, tuple) or not all(type(n) in kinds and n > 0 for n in numbers):
+        if field.type is float:
+            fits = type(value) in (int, float) and value > 0
+        else:
+            fits = are_sizes(value if field.type == tuple[int, ...] else (value,))
+        if not fits:
             raise ValueError(f"{value!r} given as {field.name}")
     widths = getattr(config, "widths", None) or (config.width,)
     for name in ("norm_groups", "heads"):
@@ -414,7 +420,11 @@ def level_types(levels: int) -> tuple[list[str], list[str]]:
 
 
 def read_controlnet_config(config: dict) -> tuple[UNetConfig, tuple[int, ...]]:
-    return read_unet_config(config), tuple(config["conditioning_embedding_out_channels"])
+    sizes, hint_widths = read_unet_config(config), config["conditioning_embedding_out_channels"]
+    check_sizes(sizes)
+    if not are_sizes(tuple(hint_widths)):
+        raise ValueError(f"{hint_widths!r} given as conditioning_embedding_out_channels")
+    return sizes, tuple(hint_widths)
 
 
 def read_vae_config(config: dict) -> VAEConfig:

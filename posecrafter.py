@@ -196,7 +196,9 @@ def trainable_parameters(model) -> dict[str, nn.Parameter]:
     }
 
 
-LARGE = 2**22  # numbers in a clip's feature map, from which on training would keep tens of gigabytes of them
+LARGE = (
+    2**22
+)  # numbers in a clip's feature map, from which on training would keep tens of gigabytes of them
 
 
 def recompute_activations(model, latents: Tensor) -> None:
@@ -235,8 +237,8 @@ def training_loss(
 def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose]) -> int:
     """The training frame whose pose is closest to all target poses: i* = argmin_i sum_l ||p_l - p_i||^2.
 
-    Of training frames that share no keypoints with some of the targets, those that can be compared with the most
-    come first. Raises ValueError when no pose can be compared.
+    Target frames without a person do not vote. Of training frames that share no keypoints with some of the
+    targets, those that can be compared with the most come first. Raises ValueError when no pose can be compared.
     """
     distances = np.array(
         [[pose_distance(one, other) for other in target_poses] for one in training_poses]

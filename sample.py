@@ -105,7 +105,9 @@ def check_out(out: Path, inputs: list[Path]) -> None:
     """
     if out.suffix.lower() not in VIDEOS_WRITTEN:
         raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    written = [out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")]
+    written = [
+        out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")
+    ]
     for path in inputs:
         if path.resolve() in written:
             raise ValueError(
@@ -302,7 +304,9 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance:g}: give a number such as 1 or 3")
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
-    check_out(out, [args.poses, *(Path(settings[name]) for name in ("clip", "poses") if settings[name])])
+    check_out(
+        out, [args.poses, *(Path(settings[name]) for name in ("clip", "poses") if settings[name])]
+    )
     if args.slice is not None and args.slice < 1:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
 

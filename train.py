@@ -17,7 +17,6 @@ again.
 import argparse
 import hashlib
 import json
-import pickle
 import shlex
 import time
 from dataclasses import dataclass
@@ -234,7 +233,9 @@ def train(
                 parameter.data.copy_(state["parameters"][name])
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
-        except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a damaged pickle can raise anything
             raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
     rows = log.read_text().splitlines()[: 1 + start] if start else ["step,timestep,loss"]
     log.write_text("\n".join(rows) + "\n")  # what was logged after the checkpoint comes again

@@ -108,9 +108,7 @@ def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, 
     exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
     try:
         # ffmpeg would take what stands before a colon in a relative path for a protocol.
-        with closing(
-            imageio_ffmpeg.read_frames(path.resolve(), output_params=exactly)
-        ) as reader:
+        with closing(imageio_ffmpeg.read_frames(path.resolve(), output_params=exactly)) as reader:
             about = next(reader)
             shape = (*about["size"][::-1], 3)
             if indices is not None:

@@ -356,7 +356,16 @@ def test_a_run_is_named_after_its_clip(workplace, monkeypatch):
 def test_an_empty_prompt_is_a_prompt_and_the_trained_one_is_none_of_its_own(workplace, trained):
     reports = {}
     for prompt in ("", "a person"):
-        options = ("--prompt", prompt, "--ddim-steps", 10, "--range", "0:1", "--out", "prompted.mp4")
+        options = (
+            "--prompt",
+            prompt,
+            "--ddim-steps",
+            10,
+            "--range",
+            "0:1",
+            "--out",
+            "prompted.mp4",
+        )
         main(workplace, *SAMPLE, "--run", "runs/first", *options)
         reports[prompt] = json.loads((workplace / "prompted.json").read_text())
         assert reports[prompt]["prompt"] == prompt
@@ -398,7 +407,12 @@ def test_a_damaged_run_is_named(workplace, trained):
     (workplace / "runs" / "damaged" / "frames" / "00004.png").unlink()
     line = refusal(workplace, *SAMPLE, "--run", "runs/damaged")
     assert "3 frames, 4 poses, and settings of 4" in line
-    for broken, words in (("{", "damaged"), ("", "damaged"), ("[]", "lacks clip, contr"), ("1", "dam")):
+    for broken, words in (
+        ("{", "damaged"),
+        ("", "damaged"),
+        ("[]", "lacks clip, contr"),
+        ("1", "dam"),
+    ):
         (workplace / "runs" / "damaged" / "settings.json").write_text(broken)
         line = refusal(workplace, *SAMPLE, "--run", "runs/damaged")
         assert "settings.json: " + words in line
@@ -435,7 +449,10 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--fps", "inf"), "--fps inf"),
         (("--guidance", "nan"), "--guidance nan"),
         (("--out", "clip.mp4"), "would overwrite clip.json; choose an --out"),
-        (("--poses", "gap.json", "--out", "clip.mov"), "would overwrite clip.json; choose an --out"),
+        (
+            ("--poses", "gap.json", "--out", "clip.mov"),
+            "would overwrite clip.json; choose an --out",
+        ),
         (("--poses", "images", "--out", "images/new.mp4"), "would lie among the frames in images"),
         (("--out", "gap.mp4"), "its report would overwrite gap.json"),
         (("--out", "folder.mp4"), "folder.mp4: is a folder"),
