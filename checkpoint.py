@@ -1057,3 +1057,5 @@ if __name__ == "__main__":
         main(parser.parse_args())
     except (OSError, ValueError) as error:
         parser.exit(2, f"checkpoint.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "checkpoint.py: stopped; --download goes on from what it has\n")

@@ -522,5 +522,7 @@ if __name__ == "__main__":
         main(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "evaluate.py: stopped\n")
     except torch.OutOfMemoryError:
         parser.exit(2, "evaluate.py: out of graphics memory: compare shorter videos\n")

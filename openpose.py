@@ -898,3 +898,5 @@ if __name__ == "__main__":
         main(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"openpose.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "openpose.py: stopped\n")

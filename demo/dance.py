@@ -115,3 +115,6 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         print(f"dance.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("dance.py: stopped", file=sys.stderr)
+        sys.exit(130)

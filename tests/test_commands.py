@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,29 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
     main(workplace, "train.py", "images", *TRAIN[2:], "--run", "runs/newest", "--frames", 2)
     main(workplace, *SAMPLE)
     assert (workplace / "runs" / "newest" / "samples" / "clip.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "busy_with"),
+    [
+        ("train.py", ["clip.mp4", "--poses", "clip.json"], "driver.read_driver"),
+        ("sample.py", ["--poses", "clip.json", "--run", "runs/any"], "train.load_run"),
+        ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
+        ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),
+        ("checkpoint.py", ["--download"], "huggingface_hub.try_to_load_from_cache"),
+    ],
+)
+def test_control_c_is_no_traceback(workplace, script, arguments, busy_with, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(busy_with, interrupted)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    monkeypatch.chdir(workplace)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stopped.value.code == 130
+    assert re.fullmatch(rf"{script}: stopped.*\n", capsys.readouterr().err)
 
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
