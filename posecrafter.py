@@ -196,9 +196,8 @@ def trainable_parameters(model) -> dict[str, nn.Parameter]:
     }
 
 
-LARGE = (
-    2**22
-)  # numbers in a clip's feature map, from which on training would keep tens of gigabytes of them
+# Numbers in a clip's feature map, from which on training would keep tens of gigabytes of them.
+LARGE = 2**22
 
 
 def recompute_activations(model, latents: Tensor) -> None:

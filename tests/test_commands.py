@@ -224,6 +224,7 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
         ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
         ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),
         ("checkpoint.py", ["--download"], "huggingface_hub.try_to_load_from_cache"),
+        ("demo/dance.py", ["--run", "runs/stopped"], "demo.puppet.clip"),
     ],
 )
 def test_control_c_is_no_traceback(workplace, script, arguments, busy_with, monkeypatch, capsys):
@@ -236,7 +237,7 @@ def test_control_c_is_no_traceback(workplace, script, arguments, busy_with, monk
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert stopped.value.code == 130
-    assert re.fullmatch(rf"{script}: stopped.*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"{Path(script).name}: stopped.*\n", capsys.readouterr().err)
 
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
@@ -380,17 +381,8 @@ def test_a_run_is_named_after_its_clip(workplace, monkeypatch):
 def test_an_empty_prompt_is_a_prompt_and_the_trained_one_is_none_of_its_own(workplace, trained):
     reports = {}
     for prompt in ("", "a person"):
-        options = (
-            "--prompt",
-            prompt,
-            "--ddim-steps",
-            10,
-            "--range",
-            "0:1",
-            "--out",
-            "prompted.mp4",
-        )
-        main(workplace, *SAMPLE, "--run", "runs/first", *options)
+        options = ("--prompt", prompt, "--ddim-steps", 10, "--range", "0:1")
+        main(workplace, *SAMPLE, "--run", "runs/first", *options, "--out", "prompted.mp4")
         reports[prompt] = json.loads((workplace / "prompted.json").read_text())
         assert reports[prompt]["prompt"] == prompt
     assert reports[""]["edit_step"] == 1
