@@ -203,6 +203,15 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
             yield from arm(side)
 
 
+def covered(pose: Pose, other: Pose, height: int, width: int) -> np.ndarray:
+    """How much of each latent pixel (height, width) the parts that both poses show cover in the first."""
+    cover = np.zeros((height, width))
+    for part in body_parts(pose, other, height, width):
+        x, y = part.pixels.T
+        cover[y, x] = np.maximum(cover[y, x], part.weight)
+    return cover
+
+
 def far_arm(pose: Pose, slimness: float) -> str | None:
     """The arm that a turned body hides, "right" or "left": that on the side the nose points to.
 

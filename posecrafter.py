@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from parts import PARTS
+from parts import PARTS, covered
 from pose import Pose, draw_pose, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
@@ -335,6 +335,55 @@ def edit_latents(
             edited[part.name] += bool(inside.any())
     latents.copy_(edited_latents)
     return edited
+
+
+def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
+    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w).
+
+    The mean of the frames where nobody stands at a place or right beside it, which its latent would show too.
+    Where somebody always does, what is around is continued.
+    """
+    height, width = latents.shape[-2:]
+    bodies = torch.from_numpy(np.stack([covered(pose, pose, height, width) for pose in poses]))
+    empty = (F.max_pool2d(bodies, 3, 1, 1) == 0)[:, None].to(latents)
+    seen = empty.sum(dim=0)
+    if not seen.any():
+        return latents.mean(dim=0)
+    behind, known = (latents * empty).sum(dim=0) / seen.clamp(min=1), (seen > 0).to(latents)
+    while not known.all():
+        share = F.avg_pool2d(known, 3, 1, 1)
+        around = F.avg_pool2d(behind * known, 3, 1, 1) / share.clamp(min=1 / 9)
+        behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
+    return behind
+
+
+UNCOVER_UNTIL = 100  # the timestep of the last step before which `uncover` does something
+
+
+def left_behind(poses: Sequence[Pose], reference_pose: Pose, height: int, width: int) -> Tensor:
+    """Which latent pixels the reference's body covers and a pose's does not: booleans (M, 1, height, width)."""
+    left = [
+        (covered(reference_pose, pose, height, width) > 0)
+        & (covered(pose, reference_pose, height, width) == 0)
+        for pose in poses
+    ]
+    return torch.from_numpy(np.stack(left))[:, None]
+
+
+def uncover(latents: Tensor, behind: Tensor, left: Tensor, timestep: int, seed: int) -> None:
+    """Where the reference's body was and a target's is not, puts what is behind it, in place.
+
+    latents: (M, C, h, w), as noisy as `timestep` is; behind: (C, h, w), clean, see `without_people`; left: see
+    `left_behind`. Without it, the inverted noise of a limb that was there becomes specks of it in mid-air. To be
+    done before each step from the editing on: once is not enough, since all frames look at the reference, which
+    has the limb there. The noise is the same each time and in all frames, and so is what they uncover. Nothing
+    is put below UNCOVER_UNTIL: the last steps close the seams.
+    """
+    if timestep < UNCOVER_UNTIL:
+        return
+    noise = torch.randn(behind.shape, generator=torch.Generator().manual_seed(seed)).to(behind)
+    noisy = add_noise(behind, noise, timestep)
+    latents.copy_(torch.where(left.to(latents.device), noisy, latents))
 
 
 def best_edit_step(parts: str, steps: int) -> int:

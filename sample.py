@@ -40,8 +40,11 @@ from posecrafter import (
     finest_map,
     insert_reference,
     invert,
+    left_behind,
     sample,
     select_reference,
+    uncover,
+    without_people,
 )
 from retarget import proportions, retarget
 from slicing import plans
@@ -358,9 +361,17 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         random = torch.Generator().manual_seed(args.seed)
         noise = torch.randn(len(poses), *reference.shape[1:], generator=random).to(device)
 
+    # A prompt of one's own may ask for another background.
+    uncovering = args.edit == "body" and not own_prompt
+    if uncovering:
+        behind = without_people(encode_frames(model, run.frames), run.poses)
+        left = left_behind(targets, run.poses[k], *behind.shape[1:])
     edited = {}
 
     def edit(latents: Tensor, step: int) -> None:
+        if uncovering and step >= args.edit_step:
+            timestep = ddim_timesteps(args.ddim_steps)[step - 1]
+            uncover(latents[first_target:], behind, left, timestep, args.seed)
         if step == args.edit_step and args.edit != "none":
             # trajectory[0] is the image and trajectory[-1] the noise; this is the one as noisy as step's input.
             moved = trajectory[args.ddim_steps - step + 1][0]

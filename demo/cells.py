@@ -30,7 +30,6 @@ from checkpoint import (
     load_model,
     load_openpose,
 )
-from demo.dance import SIZE
 from demo.drive import unlike
 from demo.puppet import (
     CLOTH_COLOURS,
@@ -52,9 +51,10 @@ from evaluate import (
     frame_ssim,
 )
 from openpose import OpenPose
-from parts import body_parts
+from parts import covered
 from pose import Pose, video_sim
 from posecrafter import (
+    ddim_timesteps,
     decode_latents,
     edit_latents,
     embed_hints,
@@ -62,16 +62,20 @@ from posecrafter import (
     encode_prompt,
     insert_reference,
     invert,
+    left_behind,
     network_inputs,
     sample,
     sample_bilinear,
     select_reference,
     trainable_parameters,
+    uncover,
+    without_people,
 )
 from retarget import retarget
 from train import train
 from video import replacing, save_image
 
+SIZE = 128  # pixels: smaller than the demo's, since there are hundreds of clips
 PROMPT = "a person"
 REPAINTED = ("hair", "shirt", "lower")  # what the prompt changes, by the names of a puppet's fields
 
@@ -88,7 +92,7 @@ class Cell:
     training_steps: int  # 0: the base model as it is
     learning_rate: float
     insert: bool
-    edit: str  # what latent editing moves: "face,hands", "body" or "none"
+    edit: str  # what latent editing moves: "face,hands", "body" or "none"; "body,uncovered": see `uncover`
     edit_step: int  # 0: never
     interpolation: str  # of latent editing: "bilinear" or "nearest"
     dance: str  # that is followed, one of `puppet.DANCES`; the training clip's is always the first
@@ -148,15 +152,6 @@ def repaint(cell: Cell) -> tuple[Puppet, str]:
 # ---- A warp without diffusion -------------------------------------------------------------------
 
 
-def covered(pose: Pose, other: Pose, height: int, width: int) -> np.ndarray:
-    """How much of each latent pixel (height, width) the parts that both poses show cover in the first."""
-    cover = np.zeros((height, width))
-    for part in body_parts(pose, other, height, width):
-        x, y = part.pixels.T
-        cover[y, x] = np.maximum(cover[y, x], part.weight)
-    return cover
-
-
 def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) -> Tensor:
     """The reference's clean latent (C, h, w) with its body moved to another pose.
 
@@ -170,20 +165,6 @@ def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) 
     warped = latent.lerp(behind, left)[None]
     edit_latents(warped, latent, [pose], reference_pose, "body")
     return warped[0]
-
-
-def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
-    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w).
-
-    The mean of the frames where nobody stands at a place; where somebody always does, of all frames.
-    """
-    height, width = latents.shape[-2:]
-    empty = np.ones((len(poses), height, width), bool)
-    for free, pose in zip(empty, poses):
-        free &= covered(pose, pose, height, width) == 0
-    empty[:, ~empty.any(axis=0)] = True
-    weight = torch.tensor(empty, dtype=latents.dtype, device=latents.device)[:, None]
-    return (latents * weight).sum(dim=0) / weight.sum(dim=0)
 
 
 # ---- From a cell to frames ----------------------------------------------------------------------
@@ -255,11 +236,19 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         trajectory = invert(model, reference, hint, context, cell.ddim_steps)
         noise = trajectory[-1].expand(len(poses), -1, -1, -1)
 
+    moved = cell.edit.removesuffix(",uncovered")
+    if moved != cell.edit:
+        behind = without_people(encode_frames(model, scene.frames), scene.poses)
+        left = left_behind(targets, scene.poses[k], *behind.shape[1:])
+
     def edit(latents: Tensor, step: int) -> None:
+        if moved != cell.edit and step >= cell.edit_step:
+            timestep = ddim_timesteps(cell.ddim_steps)[step - 1]
+            uncover(latents[first_target:], behind, left, timestep, cell.seed)
         if step == cell.edit_step:
             reference_latent = trajectory[cell.ddim_steps - step + 1][0]
             poses_of = targets, scene.poses[k]
-            edit_latents(latents[first_target:], reference_latent, *poses_of, cell.edit)
+            edit_latents(latents[first_target:], reference_latent, *poses_of, moved)
 
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)
     with by_nearest if cell.interpolation == "nearest" else nullcontext():

@@ -1,16 +1,18 @@
 """Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
-width, in four stages. A finished one is not done again, and training resumes from its last checkpoint:
+width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
 
 1. render pools of puppets, each identity in several poses, with keypoints and captions;
-2. train the VAE on all of them;
+2. train the VAE on them;
 3. encode them once;
-4. train UNet, ControlNet and text encoder together, on short clips of one identity.
+4. train UNet, ControlNet and text encoder together, on short clips of one identity;
+5. train the VAE on, for small things in large frames, without moving its latents.
 
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
-most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, and
-last puppets that turn and cross their arms, which also teach that words count (`TWIN`).
+most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
+puppets that turn and cross their arms, which also teach that words count (`TWIN`), and last such ones in larger
+frames.
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
@@ -20,6 +22,7 @@ Everything goes to `--work`; the finished weights go to `--out` as a folder in t
 """
 
 import argparse
+import copy
 import csv
 import json
 import math
@@ -61,6 +64,7 @@ from vae import VAE, VAEConfig
 from video import replacing
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
+LARGE = 192  # of the last round: where fingers and mouths are more than a pixel wide
 POSES = 8  # per identity, drawn from ten seconds of motion
 # Where a round has twins, one more frame: the first once more, but with hair or a garment in another colour.
 TWIN = POSES
@@ -77,7 +81,7 @@ UNET = UNetConfig(
     norm_groups=8,
 )
 VAE_CONFIG = VAEConfig(8, widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
-VAE_STEPS = (2500, 3000)  # on crops, on whole frames
+VAE_STEPS = (2500, 3000, 2400)  # on crops, on whole frames, on details
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 
 
@@ -89,16 +93,20 @@ class Round:
     disguised: float  # share of them
     moving: float  # share that turns or crosses its arms
     twins: bool
-    height: int  # of the frames, which are SIZE wide
+    height: int  # of the frames, in pixels
+    width: int
     steps: int
     lr: float
+    words_every: int | None = None  # one step in so many is of words
+    older_every: int = 2  # and of the others, one in so many is on a pool of a round before
 
 
 ROUNDS = (
-    Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, 2150, 1e-3),
-    Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, 1500, 6e-4),
-    Round(range(15_000, 16_000), 0.8, 0.0, False, 224, 450, 4e-4),
-    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, 4600, 6e-4),
+    Round(range(10_000, 12_500), 0.0, 0.0, False, SIZE, SIZE, 2150, 1e-3),
+    Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, SIZE, 1500, 6e-4),
+    Round(range(15_000, 16_000), 0.8, 0.0, False, 224, SIZE, 450, 4e-4),
+    Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, SIZE, 4600, 6e-4, 2),
+    Round(range(20_000, 23_200), 0.2, 0.4, True, LARGE, LARGE, 3200, 4e-4, 5, 4),
 )
 
 
@@ -133,14 +141,14 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     POSES, and one more with a twin.
     """
     rng = np.random.default_rng((3, seed))
-    height = plan.height
+    height, width = plan.height, plan.width
     in_disguise = rng.random() < plan.disguised
     # The part of the square picture that is shown; some are closer to the camera.
     zoom = rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0
-    side, window = (round(height * zoom), (height, SIZE))
+    side, window = (round(height * zoom), (height, width))
     top, left = (int(rng.integers(side - shown + 1)) for shown in window)
     if zoom == 1:
-        left = (side - SIZE) // 2
+        left = (side - width) // 2
     dance = rng.choice(DANCES[1:]) if rng.random() < plan.moving else DANCES[0]
     puppet = random_puppet(seed)
     drawn = [
@@ -153,9 +161,9 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     frames, poses, masks = [], [], []
     for who, state in drawn:
         frame, pose, mask = render(who, state, side)
-        shown = np.s_[top : top + height, left : left + SIZE]
+        shown = np.s_[top : top + height, left : left + width]
         frames.append(frame[shown])
-        poses.append(place_pose(pose, side / SIZE, side / height, -left / SIZE, -top / height))
+        poses.append(place_pose(pose, side / width, side / height, -left / width, -top / height))
         masks.append(mask[shown])
     frames, masks = np.stack(frames), np.stack(masks)
     if in_disguise:
@@ -180,8 +188,8 @@ def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
     """Renders what is not rendered yet; returns memory-mapped arrays with one row per identity."""
     identities, count = plan.identities, POSES + plan.twins
     shapes = {
-        "frames": (np.uint8, (count, plan.height, SIZE, 3)),
-        "masks": (np.uint8, (count, plan.height // 4, SIZE // 4)),
+        "frames": (np.uint8, (count, plan.height, plan.width, 3)),
+        "masks": (np.uint8, (count, plan.height // 4, plan.width // 4)),
         "poses": (np.float32, (count, 130, 3)),
     }
     done = work / "captions.json"
@@ -215,10 +223,10 @@ def details(pose: Pose) -> tuple[np.ndarray, ...]:
     return pose.face, pose.left_hand, pose.right_hand
 
 
-def near(keypoints: np.ndarray, height: int, margin: float = 2.0) -> np.ndarray:
-    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, SIZE)."""
-    mask = np.zeros((height, SIZE), bool)
-    points = keypoints[:, :2] * (SIZE, height)
+def near(keypoints: np.ndarray, height: int, width: int, margin: float = 2.0) -> np.ndarray:
+    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, width)."""
+    mask = np.zeros((height, width), bool)
+    points = keypoints[:, :2] * (width, height)
     left, top = (points.min(axis=0) - margin).clip(0).astype(int)
     right, bottom = np.ceil(points.max(axis=0) + margin).clip(0).astype(int)
     mask[top:bottom, left:right] = True
@@ -348,64 +356,99 @@ def moved(rng, maps: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def frame_from(
+    rng, pool: dict, of_face: float, of_hands: float, crop: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A frame of the pool, or a square of `crop` pixels around some part of the person, and its pixels' weights:
+    1, 3 on the person, and those of face and hands in their boxes."""
+    i, j = rng.integers(len(pool["frames"])), rng.integers(POSES)
+    frame, mask = pool["frames"][i, j], pool["masks"][i, j]
+    height, width = frame.shape[:2]
+    parts = details(pose_from(pool["poses"][i, j]))
+    weight = 1 + 2 * np.kron(mask, np.ones((4, 4), np.float32))
+    for part, heavy in zip(parts, (of_face, of_hands, of_hands)):
+        weight[near(part, height, width)] = heavy
+    if not crop:
+        return frame, weight
+    if rng.random() < 0.3:
+        centre = 4 * rng.choice(np.argwhere(mask))
+    else:
+        centre = parts[rng.integers(3)][:, 1::-1].mean(axis=0) * (height, width)
+    corner = (centre - crop * rng.uniform(0.2, 0.8, 2)).astype(int) // 4 * 4
+    top, left = np.clip(corner, 0, (height - crop, width - crop))
+    window = np.s_[top : top + crop, left : left + crop]
+    return frame[window], weight[window]
+
+
+def vae_loss(
+    rng, vae: VAE, frames: list[tuple[np.ndarray, np.ndarray]], move: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of frames with their weights; the images (N, 3, H, W) in [-1, 1]; the means of their latents.
+
+    L1 + L2 + gradient loss and a light pull to N(0, 1). With `move` the latents are turned, shifted and scaled
+    between encoder and decoder, since that is what latent editing does to them.
+    """
+    images, weight = map(np.stack, zip(*frames))
+    images = targets = image_tensor(images) * 2 - 1
+    weight = torch.from_numpy(weight / weight.mean())[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, log_variance = (x.float() for x in vae.encode(images))
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+        latents = mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2)
+        if move:
+            latents, targets, weight = moved(rng, [latents, images, weight])
+        output = vae.decode(latents)
+    difference = output.float() - targets
+    edges = sum(
+        (weight.narrow(dim, 1, weight.shape[dim] - 1) * difference.diff(dim=dim).abs()).mean()
+        for dim in (2, 3)
+    )
+    divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
+    loss = (weight * (difference.abs() + difference**2)).mean() + edges + 1e-4 * divergence
+    return loss, images, mean
+
+
 def train_vae(vae: VAE, pools: list[dict], work: Path) -> None:
     """First on crops around the person, many and cheap, then on whole frames, as it is used.
 
     The second stage matters: a group norm over a crop has other statistics than over a frame, and
-    colours come out wrong without it. L1 + L2 + gradient loss and a light pull to N(0, 1). The person counts
-    three times, face and hands ten times: small, detailed, and what people look at. Every fourth batch is
-    turned, shifted and scaled between encoder and decoder, since that is what latent editing does to it.
+    colours come out wrong without it. The person counts three times, face and hands ten times: small, detailed,
+    and what people look at. Every fourth batch is moved.
     """
 
-    def one(rng, pool: dict, crop: int) -> tuple[np.ndarray, np.ndarray]:
-        """A frame and its weights, both whole if `crop` is 0."""
-        i, j = rng.integers(len(pool["frames"])), rng.integers(POSES)
-        frame, mask = pool["frames"][i, j], pool["masks"][i, j]
-        pose = pose_from(pool["poses"][i, j])
-        parts = details(pose)
-        weight = 1 + 2 * np.kron(mask, np.ones((4, 4), np.float32))
-        for part in parts:
-            weight[near(part, len(frame))] = 10
-        if not crop:
-            return frame, weight
-        if rng.random() < 0.3:
-            centre = 4 * rng.choice(np.argwhere(mask))
-        else:
-            centre = parts[rng.integers(3)][:, 1::-1].mean(axis=0) * frame.shape[:2]
-        corner = (centre - crop * rng.uniform(0.2, 0.8, 2)).astype(int) // 4 * 4
-        top, left = np.clip(corner, 0, np.array(frame.shape[:2]) - crop)
-        window = np.s_[top : top + crop, left : left + crop]
-        return frame[window], weight[window]
-
-    def loss_at(step: int, stage: int, pixels: int, crop: int) -> Tensor:
+    def loss_at(step: int, stage: int, crop: int) -> Tensor:
         rng = np.random.default_rng((stage, step))
         pool = pools[step % len(pools)]
-        count = pixels // (crop**2 or pool["frames"].shape[2] * SIZE)
-        images, weight = (np.stack(x) for x in zip(*(one(rng, pool, crop) for _ in range(count))))
-        images = image_tensor(images) * 2 - 1
-        weight = torch.from_numpy(weight / weight.mean())[:, None]
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, log_variance = (x.float() for x in vae.encode(images))
-            noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
-            latents = mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2)
-            if step // len(pools) % 4 == 3:
-                latents, images, weight = moved(rng, [latents, images, weight])
-            output = vae.decode(latents)
-        difference = output.float() - images
-        edges = sum(
-            (weight.narrow(dim, 1, weight.shape[dim] - 1) * difference.diff(dim=dim).abs()).mean()
-            for dim in (2, 3)
-        )
-        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        return (weight * (difference.abs() + difference**2)).mean() + edges + 1e-4 * divergence
+        count = 8 * SIZE**2 // (crop**2 or math.prod(pool["frames"].shape[2:4]))
+        frames = [frame_from(rng, pool, 10, 10, crop) for _ in range(count)]
+        return vae_loss(rng, vae, frames, move=step // len(pools) % 4 == 3)[0]
 
     networks = nn.ModuleDict({"vae": vae})
-    crops, whole = (
-        partial(loss_at, stage=stage, pixels=8 * SIZE**2, crop=crop)
-        for stage, crop in ((1, 64), (3, 0))
-    )
+    crops, whole = (partial(loss_at, stage=stage, crop=crop) for stage, crop in ((1, 64), (3, 0)))
     optimise("vae", networks, crops, VAE_STEPS[0], 2e-3, 0.995, work)
     optimise("vae_whole", networks, whole, VAE_STEPS[1], 1.5e-3, 0.995, work)
+
+
+def sharpen_vae(vae: VAE, pools: list[dict], scale: float, work: Path) -> None:
+    """A last stage for mouths, eyes and fingers: every other batch is of the last pool's large frames, and hands
+    weigh more. The latents are held where they are, so that the networks that were trained on them fit as before:
+    1 to 2 dB come from reading the same latents better.
+    """
+    before = copy.deepcopy(vae).requires_grad_(False)
+
+    def loss_at(step: int) -> Tensor:
+        rng = np.random.default_rng((11, step))
+        *older, large = pools
+        pool = large if step % 2 else older[step // 2 % len(older)]
+        count = max(1, round(8 * SIZE**2 / math.prod(pool["frames"].shape[2:4])))
+        frames = [frame_from(rng, pool, of_face=12, of_hands=20) for _ in range(count)]
+        loss, images, mean = vae_loss(rng, vae, frames, move=step // 10 % 4 == 3)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            held, _ = before.encode(images)
+        return loss + ((mean - held.float()) * scale).square().mean()
+
+    networks = nn.ModuleDict({"vae": vae})
+    optimise("vae_details", networks, loss_at, VAE_STEPS[2], 8e-4, 0.995, work)
 
 
 # ---- 3. The latents ---------------------------------------------------------------------------------
@@ -426,12 +469,12 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
 
-# How far from the truth keypoints are found in frames of 128 pixels, about: standard deviations in pixels, of x
+# How far from the truth keypoints are found in frames of 128 or 192 pixels: standard deviations in pixels, of x
 # and of y. `pretrain_openpose.py --evaluate` says how far the demo's own networks are off: somewhat less by now.
 FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, face, hands
 
 
-def as_found(rng, keypoints: np.ndarray, height: int) -> list[Pose]:
+def as_found(rng, keypoints: np.ndarray, height: int, width: int) -> list[Pose]:
     """The poses of a clip, from all keypoints (F, 130, 3), as they might have been found in its pixels.
 
     Some clips' almost exactly, some rather badly. A network that has only seen a renderer's own keypoints takes
@@ -439,7 +482,7 @@ def as_found(rng, keypoints: np.ndarray, height: int) -> list[Pose]:
     """
     error = rng.normal(0, rng.uniform(0, 1.5) * FOUND_WITHIN, (*keypoints.shape[:2], 2))
     found = keypoints.copy()
-    found[..., :2] += error / (SIZE, height)
+    found[..., :2] += error / (width, height)
     return [pose_from(each) for each in found]
 
 
@@ -492,9 +535,9 @@ def training_batch(
     z = latents[identities[:, None], order]  # (clips, frames, 8, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
     keypoints = pool["poses"][identities[:, None], order]  # (clips, frames, 130, 3)
-    height = pool["frames"].shape[2]
-    found = [as_found(rng, each, height) for each in keypoints]
-    hints = np.stack([draw_pose(pose, height, SIZE) for poses in found for pose in poses])
+    height, width = pool["frames"].shape[2:4]
+    found = [as_found(rng, each, height, width) for each in keypoints]
+    hints = np.stack([draw_pose(pose, height, width) for poses in found for pose in poses])
 
     alphas = ALPHAS_CUMPROD.numpy()
     ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
@@ -518,7 +561,7 @@ def training_batch(
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
     for clip, frame in np.ndindex(clips, frames):
         for part in details(pose_from(keypoints[clip, frame])):
-            weight[clip, frame, 0][latent_pixels(near(part, height))] = 12
+            weight[clip, frame, 0][latent_pixels(near(part, height, width))] = 12
     differs = (
         np.abs(inverted - z[:, 0]).max(axis=1, keepdims=True) > 0.3 * z.std()
     )  # (clips, 1, h, w)
@@ -576,8 +619,8 @@ def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
     a = ALPHAS_CUMPROD.numpy()[timestep][:, None, None, None]
     noise = rng.standard_normal(remembered.shape, np.float32)
     noisy = np.sqrt(a) * remembered + np.sqrt(1 - a) * noise
-    height = pool["frames"].shape[2]
-    hints = np.stack([draw_pose(pose_from(pool["poses"][i, 0]), height, SIZE) for i in identities])
+    height, width = pool["frames"].shape[2:4]
+    hints = np.stack([draw_pose(pose_from(pool["poses"][i, 0]), height, width) for i in identities])
     return {
         "latents": torch.from_numpy(noisy.astype(np.float32)).repeat_interleave(2, 0),
         "images": torch.from_numpy(images).flatten(0, 1),
@@ -635,8 +678,8 @@ def train_networks(
     plan: Round,
     frames: int = 3,
 ) -> None:
-    """Trains on pools and their latents, every second step on the last pool, else in turn on those before it;
-    where the last has twins, as many steps are of words. A batch is as many frames as 6 square clips have.
+    """Trains on pools and their latents: on the last, at times on those before it in turn, and on words where
+    there are twins, all as the plan says. A batch has about as many pixels as 6 clips of SIZE.
     """
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
     # A round that goes on from another has learned to look at frame 0 already.
@@ -646,12 +689,20 @@ def train_networks(
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
         *before, last = pools
-        if plan.twins and step % 2 == 1:
-            batch = words_batch(rng, *last, pairs=3 * frames)
+        words_before = step // plan.words_every if plan.words_every else 0
+        of_words = plan.words_every and step % plan.words_every == plan.words_every - 1
+        turns, turn = divmod(step - words_before, plan.older_every)
+        if of_words:
+            with_twins = [known for known in pools if known[0]["frames"].shape[1] > TWIN]
+            pool, latents = with_twins[-1 - words_before % len(with_twins)]
+        elif before and turn == plan.older_every - 1:
+            pool, latents = before[turns % len(before)]
         else:
-            turn = step // (1 + plan.twins)
-            pool, latents = before[turn // 2 % len(before)] if before and turn % 2 else last
-            clips = 6 * SIZE // pool["frames"].shape[2]
+            pool, latents = last
+        clips = max(1, round(6 * SIZE**2 / math.prod(pool["frames"].shape[2:4])))
+        if of_words:
+            batch = words_batch(rng, pool, latents, pairs=clips * frames // 2)
+        else:
             batch = training_batch(rng, pool, latents, progress, clips, frames)
         with torch.autocast("cpu", torch.bfloat16):
             context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
@@ -681,7 +732,7 @@ def main():
     pools = [render_pool(work, plan) for work, plan in zip(works, ROUNDS)]
     torch.manual_seed(1)
     vae = new_vae()
-    train_vae(vae, pools, args.work)
+    train_vae(vae, pools[:-1], args.work)
     latents = [encode_pool(vae, pool, work) for pool, work in zip(pools, works)]
     scale = float(1 / latents[0].std())
     for encoded in latents:
@@ -693,9 +744,10 @@ def main():
     networks = new_networks(tokenizer)
     for number, (plan, work) in enumerate(zip(ROUNDS, works), start=1):
         train_networks(networks, known[:number], tokenizer, work, plan)
+    sharpen_vae(vae, pools, scale, args.work)
     vae.config = replace(vae.config, scale=scale)
     settings = {"learning_rate": LEARNING_RATE, "guidance_until": GUIDANCE_UNTIL}
-    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=SIZE, **settings)
+    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=LARGE, **settings)
     save_model(model, args.out)
     print(
         f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*.safetensors')) / 1e6:.1f} MB"

@@ -58,17 +58,6 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
     assert torch.allclose(far_from_the_arm, latent[:, :, 13:], atol=1e-4)
 
 
-def test_the_background_is_what_is_seen_where_nobody_stands():
-    _, poses, _ = clip(3, 6, 2)
-    person = cells.covered(poses[0], poses[0], SIDE, SIDE) > 0
-    latents = torch.zeros(2, 4, SIDE, SIDE)
-    latents[0][:, person] = 7
-    empty = Pose()
-    assert cells.without_people(latents, [poses[0], empty]).abs().max() == 0
-    everywhere = cells.without_people(latents, [poses[0], poses[0]])
-    assert torch.allclose(everywhere[:, person], torch.tensor(3.5))
-
-
 # ---- What is compared
 
 
@@ -79,7 +68,7 @@ def test_each_row_of_the_method_adds_one_thing(tmp_path):
     method = [asdict(rows[name]) for name in list(ablate.ROWS)[3:]]
     for before, after in pairwise(method):
         added.append([name for name in after if before[name] != after[name]])
-    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"]]
+    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"], ["edit"]]
 
 
 def test_boxes_hold_their_keypoints_and_little_else():
@@ -141,7 +130,7 @@ def test_what_has_been_computed_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "compute", compute)
     for part in ("interpolation", "main", "interpolation"):
         ablate.main(few(tmp_path, "--parts", part))
-    assert len(computed) == len(set(computed)) == 9  # 8 rows and the nearest pixel's
+    assert len(computed) == len(set(computed)) == 10  # 9 rows and the nearest pixel's
 
 
 def test_a_puppet_goes_through_all_rows(tmp_path):
@@ -171,7 +160,7 @@ def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
     assert cells.repaint(attributes["hair, guidance 3"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
     assert (args.out / "results_words.png").exists()
-    assert "| turning: whole body − full | " in text and "| hair, guidance 3 | " in text
+    assert "| turning: whole body, uncovered − full | " in text and "| hair, guidance 3 | " in text
 
 
 def test_several_processes_compute_the_same_cells(tmp_path):

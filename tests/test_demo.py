@@ -76,7 +76,7 @@ def test_a_new_puppet_dances_better_than_a_copied_frame_would(tmp_path):
     save_poses(tmp_path / "dance.json", targets, 128, 128)
 
     command = [tmp_path / "clip", "--poses", tmp_path / "clip.json", "--model", "demo"]
-    command += ["--steps", 10, "--run", tmp_path / "run"]
+    command += ["--steps", 10, "--size", 128, "--run", tmp_path / "run"]
     train.main(train.parse_arguments(list(map(str, command)))[1])
     command = ["--poses", tmp_path / "dance.json", "--run", tmp_path / "run", "--ddim-steps", 10]
     result = sample.main(sample.parse_arguments(list(map(str, command)))[1])

@@ -8,26 +8,31 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_parts import standing
 from weights import fill
 
 import posecrafter
 from controlnet import ControlNet
 from demo.puppet import clip
-from parts import latent_points, near_hull
+from parts import covered, latent_points, near_hull
 from pose import Pose, place_pose
 from posecrafter import (
+    ALPHAS_CUMPROD,
     add_noise,
     ddim_step,
     ddim_timesteps,
     edit_latents,
     insert_reference,
     invert,
+    left_behind,
     predict_noise,
     sample,
     select_reference,
     trainable_parameters,
     training_loss,
     training_steps,
+    uncover,
+    without_people,
 )
 from unet import UNet, UNetConfig
 
@@ -369,3 +374,48 @@ def test_a_whole_body_that_moves_takes_its_latent_along_and_leaves_the_rest():
     assert worst(after[0][:, person], reference.roll((-1, 3), (1, 2))[:, person]) < 1e-3
     far = ~within(latent_points(moved_pose.body, 32, 32), 6.0)
     assert far.sum() > 100 and torch.equal(after[0][:, far], before[0][:, far])
+
+
+def test_the_background_is_what_is_seen_where_nobody_stands():
+    _, (pose,), _ = clip(3, 6, 1)
+    person = torch.from_numpy(covered(pose, pose, 32, 32) > 0)
+    latents = torch.arange(32.0).expand(2, 4, 32, 32).clone()  # brighter from left to right
+    background = latents[0].clone()
+    latents[0][:, person] = 700
+    assert torch.equal(without_people(latents, [pose, Pose()]), background)
+
+    hidden = without_people(latents[:1], [pose])  # by somebody who never moves
+    around = ~person & (torch.nn.functional.max_pool2d(person[None] * 1.0, 3, 1, 1)[0] == 0)
+    assert torch.equal(hidden[:, around], background[:, around])
+    assert (hidden[:, person] - background[:, person]).abs().max() < 8  # continued from both sides
+    assert hidden[:, person].max() < 32
+
+
+def test_with_no_place_that_nobody_stands_at_the_background_is_the_mean(monkeypatch):
+    monkeypatch.setattr("posecrafter.covered", lambda pose, other, *size: np.ones(size))
+    latents = torch.randn(3, 4, 8, 8)
+    assert worst(without_people(latents, [Pose()] * 3), latents.mean(dim=0)) < 1e-6
+
+
+def test_what_the_body_of_the_reference_leaves_shows_the_background():
+    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
+    left = left_behind([outwards, down], down, 32, 32)
+    assert left.shape == (2, 1, 32, 32) and not left[1].any()  # in its own pose it leaves nothing
+    x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
+    assert left[0, 0, y, x]
+
+    before, behind = torch.randn(2, 4, 32, 32), torch.full((4, 32, 32), 3.0)
+    after, again = before.clone(), before.repeat_interleave(2, 0)
+    uncover(after, behind, left, 900, seed=1)
+    assert torch.equal(after[1], before[1])
+    kept = ~left[0].expand(4, -1, -1)
+    assert torch.equal(after[0][kept], before[0][kept])
+    uncover(again, behind, left.repeat_interleave(2, 0), 900, seed=1)
+    assert torch.equal(again[0], again[1]) and torch.equal(again[0], after[0])  # the same in all frames
+
+    uncover(after, behind, left, 101, seed=1)
+    noise = (after[0] - behind * ALPHAS_CUMPROD[101].sqrt())[~kept] / (1 - ALPHAS_CUMPROD[101]).sqrt()
+    assert abs(noise.mean()) < 0.3 and 0.8 < noise.std() < 1.2
+    finished = after.clone()
+    uncover(finished, behind, left, 1, seed=1)
+    assert torch.equal(finished, after)

@@ -232,18 +232,18 @@ def test_interrupted_training_goes_on_as_if_it_had_not_stopped(monkeypatch, tmp_
 def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     """All stages with a few puppets and steps, and once more, when everything is there already."""
     rounds = [
-        replace(plan, identities=plan.identities[:4], steps=3, moving=0.5)
+        replace(plan, identities=plan.identities[:4], steps=5, moving=0.5)
         for plan in pretrain.ROUNDS
     ]
     monkeypatch.setattr(pretrain, "ROUNDS", tuple(rounds))
-    monkeypatch.setattr(pretrain, "VAE_STEPS", (4, 4))
+    monkeypatch.setattr(pretrain, "VAE_STEPS", (4, 4, 4))
     work, out = tmp_path / "work", tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--work", str(work), "--out", str(out)])
     pretrain.main()
-    model, written = load_model(str(out)), (work / "round4" / "networks.pt").stat().st_mtime
+    model, written = load_model(str(out)), (work / "round5" / "networks.pt").stat().st_mtime
     assert model.unet.config.in_channels == model.vae.config.latent_channels == 8
     assert model.vae.config.scale != 1
     first = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     pretrain.main()
-    assert (work / "round4" / "networks.pt").stat().st_mtime == written
+    assert (work / "round5" / "networks.pt").stat().st_mtime == written
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == first
