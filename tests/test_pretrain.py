@@ -41,7 +41,7 @@ def test_a_twin_differs_in_what_its_words_say(pool):
 def test_misplaced_poses_are_off_by_as_much_as_is_said(pool):
     rng = np.random.default_rng(0)
     true = pool["poses"][0, :4]
-    clips = [pretrain.as_found(rng, true, 128) for _ in range(200)]
+    clips = [pretrain.as_found(rng, true, 128, 128) for _ in range(200)]
     found = np.array(
         [[np.concatenate(list(vars(pose).values())) for pose in clip] for clip in clips]
     )
