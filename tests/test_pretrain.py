@@ -231,11 +231,12 @@ def test_interrupted_training_goes_on_as_if_it_had_not_stopped(monkeypatch, tmp_
 
 def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     """All stages with a few puppets and steps, and once more, when everything is there already."""
-    rounds = [
-        replace(plan, identities=plan.identities[:4], steps=5, moving=0.5)
+    rounds = [  # up to the first step of words, where there are any, and on an older pool
+        replace(plan, identities=plan.identities[:4], steps=plan.words_every or 2, moving=0.5)
         for plan in pretrain.ROUNDS
     ]
     monkeypatch.setattr(pretrain, "ROUNDS", tuple(rounds))
+    monkeypatch.setattr(pretrain, "SIZE", pretrain.SIZE // 2)  # which makes batches a fourth as large
     monkeypatch.setattr(pretrain, "VAE_STEPS", (4, 4, 4))
     work, out = tmp_path / "work", tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--work", str(work), "--out", str(out)])
