@@ -115,7 +115,7 @@ ARMS = {
     "right": (("right_upper_arm", 2, 3, 0.20, 0.0), ("right_forearm", 3, 4, 0.16, 0.0)),
     "left": (("left_upper_arm", 5, 6, 0.20, 0.0), ("left_forearm", 6, 7, 0.16, 0.0)),
 }
-SHOULDERS, HIPS, KNEES = [2, 5], [8, 11], [9, 12]
+SHOULDERS, HIPS, KNEES, LEGS = [2, 5], [8, 11], [9, 12], [8, 9, 10, 11, 12, 13]
 HEAD = [0, 14, 15, 16, 17]  # nose, eyes, ears
 JAW = slice(0, 17)  # of the face, from ear to ear
 RIM = 0.5  # latent pixels around a part that its edge reaches into
@@ -203,13 +203,31 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
             yield from arm(side)
 
 
-def covered(pose: Pose, other: Pose, height: int, width: int) -> np.ndarray:
-    """How much of each latent pixel (height, width) the parts that both poses show cover in the first."""
+def covered(pose: Pose, height: int, width: int) -> np.ndarray:
+    """How much of each latent pixel the parts of a body cover, from 0 to 1: (height, width)."""
     cover = np.zeros((height, width))
-    for part in body_parts(pose, other, height, width):
+    for part in body_parts(pose, pose, height, width):
         x, y = part.pixels.T
         cover[y, x] = np.maximum(cover[y, x], part.weight)
     return cover
+
+
+def may_cover(pose: Pose, height: int, width: int) -> np.ndarray:
+    """Where a body may be, booleans (height, width): its parts, and what its keypoints do not tell.
+
+    Anywhere, if one shoulder is not seen; and anywhere below hips or knees whose legs are not seen to the ankles.
+    """
+    seen = is_seen(pose.body)
+    if not seen.any():
+        return np.zeros((height, width), bool)
+    if not seen[SHOULDERS].all():
+        return np.ones((height, width), bool)
+    body = covered(pose, height, width) > 0
+    if not seen[LEGS].all():
+        known = np.array(SHOULDERS + LEGS)[seen[SHOULDERS + LEGS]]
+        lowest = latent_points(pose.body[known], height, width)[:, 1].max()
+        body[max(0, int(lowest)) :] = True
+    return body
 
 
 def far_arm(pose: Pose, slimness: float) -> str | None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from parts import PARTS, covered
+from parts import PARTS, covered, may_cover
 from pose import Pose, draw_pose, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
@@ -337,37 +337,108 @@ def edit_latents(
     return edited
 
 
-def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
-    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w).
+def between_steps(
+    trajectory: Sequence[Tensor],
+    poses: Sequence[Pose],
+    reference_pose: Pose,
+    parts: str,
+    edit_step: int,
+    background: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
+    """What `sample` calls before its steps to edit latents, and the count of edited regions that it fills.
 
-    The mean of the frames where nobody stands at a place or right beside it, which its latent would show too.
-    Where somebody always does, what is around is continued.
+    trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
+    are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With a `background`,
+    see `without_people`, each step from there on begins with `uncover`, where the background is known.
     """
-    height, width = latents.shape[-2:]
-    bodies = torch.from_numpy(np.stack([covered(pose, pose, height, width) for pose in poses]))
-    empty = (F.max_pool2d(bodies, 3, 1, 1) == 0)[:, None].to(latents)
+    timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
+    if background is not None:
+        behind, seen = background
+        left = left_behind(poses, reference_pose, *behind.shape[1:]).to(seen.device) & seen
+
+    def edit(latents: Tensor, step: int) -> None:
+        targets = latents[-len(poses) :]
+        if background is not None and step >= edit_step:
+            uncover(targets, behind, left, timesteps[step - 1], seed)
+        if step == edit_step:
+            # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
+            reference_latent = trajectory[len(timesteps) - step + 1][0]
+            edited.update(edit_latents(targets, reference_latent, poses, reference_pose, parts))
+
+    return edit, edited
+
+
+def best_edit_step(parts: str, steps: int) -> int:
+    """Before which of `steps` DDIM steps to edit, counted from 1.
+
+    The first, as in the paper; whole bodies after a fifth of the steps, which scores best on puppets.
+    """
+    return 1 + steps // 5 if parts == "body" else 1
+
+
+# ---- What the person uncovers: beyond the paper -------------------------------------------------
+
+
+def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
+    """Where frames show nobody, nor anybody right beside, which a latent would show too.
+
+    Booleans (F, 1, height, width), in latent pixels.
+    """
+    bodies = torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))
+    return (F.max_pool2d(bodies.float(), 3, 1, 1) == 0)[:, None]
+
+
+# How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
+# by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
+STILL = 0.004
+
+
+def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) -> float:
+    """How much what is behind the person changes from frame to frame, uint8 (F, H, W, 3): 0 for a still camera.
+
+    The variance over frames where nobody stands, as a share of the images' own, both of means over squares of
+    `factor` pixels, which are a latent pixel. Infinite where no place can be compared.
+    """
+    images = F.avg_pool2d(image_tensor(frames), factor)
+    empty = empty_places(poses, *images.shape[-2:])
     seen = empty.sum(dim=0)
-    if not seen.any():
-        return latents.mean(dim=0)
+    compared = seen[0] > 1
+    if not compared.any():
+        return math.inf
+    mean = (images * empty).sum(dim=0) / seen.clamp(min=1)
+    variance = ((images - mean).square() * empty).sum(dim=0) / (seen - 1).clamp(min=1)
+    own = images.var(dim=(0, 2, 3)).mean().clamp(min=1e-6)
+    return (variance[:, compared].mean() / own).item()
+
+
+REACH = 2  # latent pixels that a background is continued over
+
+
+def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
+    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w), and where that is known.
+
+    The mean of the frames that are empty there, see `empty_places`, continued a little into where somebody always
+    stands. Known are booleans (1, h, w); elsewhere the background is 0.
+    """
+    empty = empty_places(poses, *latents.shape[-2:]).to(latents)
+    seen = empty.sum(dim=0)
     behind, known = (latents * empty).sum(dim=0) / seen.clamp(min=1), (seen > 0).to(latents)
-    while not known.all():
+    for _ in range(REACH):
         share = F.avg_pool2d(known, 3, 1, 1)
-        around = F.avg_pool2d(behind * known, 3, 1, 1) / share.clamp(min=1 / 9)
+        around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
         behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
-    return behind
-
-
-UNCOVER_UNTIL = 100  # the timestep of the last step before which `uncover` does something
+    return behind, known > 0
 
 
 def left_behind(poses: Sequence[Pose], reference_pose: Pose, height: int, width: int) -> Tensor:
     """Which latent pixels the reference's body covers and a pose's does not: booleans (M, 1, height, width)."""
-    left = [
-        (covered(reference_pose, pose, height, width) > 0)
-        & (covered(pose, reference_pose, height, width) == 0)
-        for pose in poses
-    ]
+    body = covered(reference_pose, height, width) > 0
+    left = [body & ~may_cover(pose, height, width) for pose in poses]
     return torch.from_numpy(np.stack(left))[:, None]
+
+
+UNCOVER_UNTIL = 100  # the timestep of the last step before which `uncover` does something
 
 
 def uncover(latents: Tensor, behind: Tensor, left: Tensor, timestep: int, seed: int) -> None:
@@ -383,15 +454,7 @@ def uncover(latents: Tensor, behind: Tensor, left: Tensor, timestep: int, seed: 
         return
     noise = torch.randn(behind.shape, generator=torch.Generator().manual_seed(seed)).to(behind)
     noisy = add_noise(behind, noise, timestep)
-    latents.copy_(torch.where(left.to(latents.device), noisy, latents))
-
-
-def best_edit_step(parts: str, steps: int) -> int:
-    """Before which of `steps` DDIM steps to edit, counted from 1.
-
-    The first, as in the paper; whole bodies after a fifth of the steps, which scores best on puppets.
-    """
-    return 1 + steps // 5 if parts == "body" else 1
+    latents.lerp_(noisy, left.to(latents))
 
 
 # ---- Sampling -----------------------------------------------------------------------------------

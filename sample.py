@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import (
@@ -29,21 +28,21 @@ from memory import CUDA, operations, sampling_peak, seconds_per_frame
 from parts import PARTS
 from pose import Pose, absences, draw_pose, place_pose, save_poses
 from posecrafter import (
+    STILL,
     TRAIN_STEPS,
+    background_change,
     best_edit_step,
+    between_steps,
     ddim_timesteps,
     decode_latents,
-    edit_latents,
     embed_hints,
     encode_frames,
     encode_prompt,
     finest_map,
     insert_reference,
     invert,
-    left_behind,
     sample,
     select_reference,
-    uncover,
     without_people,
 )
 from retarget import proportions, retarget
@@ -204,7 +203,14 @@ def parse_arguments(
         default="inversion",
         help="where sampling starts from",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --start noise")
+    parser.add_argument(
+        "--no-uncover",
+        action="store_true",
+        help="do not put the training frames' background where --edit body takes the person away",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of --start noise, and of what is uncovered (default: 0)"
+    )
     parser.add_argument(
         "--slice",
         type=int,
@@ -344,40 +350,35 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
 
+    # A prompt of one's own may want another background, and a start from noise draws one.
+    uncovering = args.edit == "body" and args.start == "inversion" and not own_prompt
+    uncovering = uncovering and not args.no_uncover
+    if uncovering and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
+        print("the training frames show no still background: what the person uncovers is made up")
+        uncovering = False
+
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
-    first_target = len(poses) - len(targets)
     hints = embed_hints(model, poses, height, width)
     source = encode_prompt(model, settings["prompt"])
     target = encode_prompt(model, prompt) if own_prompt else source
-    reference = encode_frames(model, run.frames[k : k + 1])
+    if uncovering:
+        encoded = encode_frames(model, run.frames)
+        background, reference = without_people(encoded, run.poses), encoded[k : k + 1]
+    else:
+        background, reference = None, encode_frames(model, run.frames[k : k + 1])
 
-    trajectory = None
+    edit, edited = None, {}
     if args.start == "inversion" or args.edit != "none":
         reference_hint = embed_hints(model, [run.poses[k]], height, width)
         trajectory = invert(model, reference, reference_hint, source, args.ddim_steps)
+    if args.edit != "none":
+        moved = trajectory, targets, run.poses[k], args.edit, args.edit_step
+        edit, edited = between_steps(*moved, background, args.seed)
     if args.start == "inversion":
         noise = trajectory[-1].expand(len(poses), -1, -1, -1)
     else:
         random = torch.Generator().manual_seed(args.seed)
         noise = torch.randn(len(poses), *reference.shape[1:], generator=random).to(device)
-
-    # A prompt of one's own may ask for another background.
-    uncovering = args.edit == "body" and not own_prompt
-    if uncovering:
-        behind = without_people(encode_frames(model, run.frames), run.poses)
-        left = left_behind(targets, run.poses[k], *behind.shape[1:])
-    edited = {}
-
-    def edit(latents: Tensor, step: int) -> None:
-        if uncovering and step >= args.edit_step:
-            timestep = ddim_timesteps(args.ddim_steps)[step - 1]
-            uncover(latents[first_target:], behind, left, timestep, args.seed)
-        if step == args.edit_step and args.edit != "none":
-            # trajectory[0] is the image and trajectory[-1] the noise; this is the one as noisy as step's input.
-            moved = trajectory[args.ddim_steps - step + 1][0]
-            edited.update(
-                edit_latents(latents[first_target:], moved, targets, run.poses[k], args.edit)
-            )
 
     try:
         latents = sample(
@@ -433,6 +434,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "ddim_steps": args.ddim_steps,
         "edit": args.edit,
         "edit_step": args.edit_step,
+        "uncovered": uncovering,
         "start": args.start,
         "seed": args.seed,
         "inserted": not args.no_insert,

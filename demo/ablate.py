@@ -67,6 +67,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         insert=True,
         edit="face,hands",
         edit_step=1,
+        uncover=False,
         interpolation="bilinear",
         dance="facing",
         driver="own",
@@ -106,6 +107,7 @@ PAIRS = (
     (FULL, UNTRAINED),
     (BODY, FULL),
     (UNCOVERED, BODY),
+    (UNCOVERED, FULL),
     (UNCOVERED, COPY),
     (UNCOVERED, WARP),
 )
@@ -127,7 +129,7 @@ def ablation(full: Cell) -> dict[str, Cell]:
         INSERTION: unedited,
         FULL: full,
         BODY: body,
-        UNCOVERED: replace(body, edit="body,uncovered"),
+        UNCOVERED: replace(body, uncover=True),
     }
 
 
@@ -408,10 +410,10 @@ def report(args: argparse.Namespace) -> None:
     text = [
         "# What each part of the method is worth, on puppets",
         "Written by `demo/ablate.py`, from its own runs alone. The puppets are new to the demo model, "
-        f"which was trained on those from {HELD_OUT:,} on. The poses asked for are those of another dance "
-        "than the training clip's, and come from the renderer. A seed changes training, noise and both "
-        "dances. Means are over puppets, seeds averaged first, with 95 % intervals (Student's t over "
-        "puppets).",
+        f"which was trained on those from {HELD_OUT:,} on; frames are {SIZE}x{SIZE} pixels, fewer than the "
+        "demo's. The poses asked for are those of another dance than the training clip's, and come from the "
+        "renderer. A seed changes training, noise and both dances. Means are over puppets, seeds averaged "
+        "first, with 95 % intervals (Student's t over puppets).",
         f"    {command(args, list(gathered))}",
         "Figures (↑: higher is better, ↓: lower is better):\n\n" + explain(FIGURES),
     ]

@@ -54,7 +54,7 @@ from openpose import OpenPose
 from parts import covered
 from pose import Pose, video_sim
 from posecrafter import (
-    ddim_timesteps,
+    between_steps,
     decode_latents,
     edit_latents,
     embed_hints,
@@ -62,13 +62,11 @@ from posecrafter import (
     encode_prompt,
     insert_reference,
     invert,
-    left_behind,
     network_inputs,
     sample,
     sample_bilinear,
     select_reference,
     trainable_parameters,
-    uncover,
     without_people,
 )
 from retarget import retarget
@@ -92,8 +90,9 @@ class Cell:
     training_steps: int  # 0: the base model as it is
     learning_rate: float
     insert: bool
-    edit: str  # what latent editing moves: "face,hands", "body" or "none"; "body,uncovered": see `uncover`
+    edit: str  # what latent editing moves: "face,hands", "body" or "none"
     edit_step: int  # 0: never
+    uncover: bool  # see `posecrafter.uncover`
     interpolation: str  # of latent editing: "bilinear" or "nearest"
     dance: str  # that is followed, one of `puppet.DANCES`; the training clip's is always the first
     driver: str  # whose poses: "own", or another puppet's, "literal" or "retargeted"
@@ -152,17 +151,17 @@ def repaint(cell: Cell) -> tuple[Puppet, str]:
 # ---- A warp without diffusion -------------------------------------------------------------------
 
 
-def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, behind: Tensor) -> Tensor:
+def warp_body(
+    latent: Tensor, reference_pose: Pose, pose: Pose, background: tuple[Tensor, Tensor]
+) -> Tensor:
     """The reference's clean latent (C, h, w) with its body moved to another pose.
 
-    What it leaves uncovered becomes `behind` (C, h, w), `without_people` of the training frames.
+    What it leaves uncovered becomes the background, `without_people` of the training frames, where it is known.
     """
-    was, now = (
-        covered(*pair, *latent.shape[-2:])
-        for pair in ((reference_pose, pose), (pose, reference_pose))
-    )
+    behind, known = background
+    was, now = (covered(each, *latent.shape[-2:]) for each in (reference_pose, pose))
     left = torch.tensor((was - now).clip(0), dtype=latent.dtype, device=latent.device)
-    warped = latent.lerp(behind, left)[None]
+    warped = latent.lerp(behind, left * known)[None]
     edit_latents(warped, latent, [pose], reference_pose, "body")
     return warped[0]
 
@@ -215,13 +214,12 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         return np.repeat(scene.frames[k : k + 1], cell.target_frames, axis=0)
     if cell.source == "warp":
         latents = encode_frames(model, scene.frames)
-        behind = without_people(latents, scene.poses)
-        warped = [warp_body(latents[k], scene.poses[k], p, behind) for p in scene.targets]
+        background = without_people(latents, scene.poses)
+        warped = [warp_body(latents[k], scene.poses[k], p, background) for p in scene.targets]
         return np.stack(list(decode_latents(model, torch.stack(warped))))
 
     targets = scene.targets
     poses = insert_reference(scene.poses[k], targets) if cell.insert else targets
-    first_target = len(poses) - len(targets)
     hints = embed_hints(model, poses, SIZE, SIZE)
     context = encode_prompt(model, PROMPT)
     target = context
@@ -236,19 +234,13 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         trajectory = invert(model, reference, hint, context, cell.ddim_steps)
         noise = trajectory[-1].expand(len(poses), -1, -1, -1)
 
-    moved = cell.edit.removesuffix(",uncovered")
-    if moved != cell.edit:
-        behind = without_people(encode_frames(model, scene.frames), scene.poses)
-        left = left_behind(targets, scene.poses[k], *behind.shape[1:])
-
-    def edit(latents: Tensor, step: int) -> None:
-        if moved != cell.edit and step >= cell.edit_step:
-            timestep = ddim_timesteps(cell.ddim_steps)[step - 1]
-            uncover(latents[first_target:], behind, left, timestep, cell.seed)
-        if step == cell.edit_step:
-            reference_latent = trajectory[cell.ddim_steps - step + 1][0]
-            poses_of = targets, scene.poses[k]
-            edit_latents(latents[first_target:], reference_latent, *poses_of, moved)
+    edit = None
+    if cell.edit != "none":
+        moved = trajectory, targets, scene.poses[k], cell.edit, cell.edit_step
+        background = None
+        if cell.uncover:
+            background = without_people(encode_frames(model, scene.frames), scene.poses)
+        edit, _ = between_steps(*moved, background, cell.seed)
 
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)
     with by_nearest if cell.interpolation == "nearest" else nullcontext():
@@ -263,7 +255,7 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
             edit,
             guidance_until=cell.guidance_until,
         )
-    return np.stack(list(decode_latents(model, latents[first_target:])))
+    return np.stack(list(decode_latents(model, latents[-len(targets) :])))
 
 
 # ---- Figures ------------------------------------------------------------------------------------

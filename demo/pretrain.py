@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, a few hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about eleven hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -16,6 +16,8 @@ frames.
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
+
+It computes where there is a graphics card on that; batches are made on the CPU either way.
 
 The temporal layers are absent here, as in a 2-D public checkpoint; they come with inflation at loading.
 Everything goes to `--work`; the finished weights go to `--out` as a folder in the diffusers layout.
@@ -41,7 +43,7 @@ from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import Model, keep_freed_memory, save_model
+from checkpoint import Model, compute_device, keep_freed_memory, save_model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import (
@@ -64,12 +66,12 @@ from vae import VAE, VAEConfig
 from video import replacing
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
-LARGE = 192  # of the last round: where fingers and mouths are more than a pixel wide
+LAST_SIZE = 192  # of the last round: where fingers and mouths are more than a pixel wide
 POSES = 8  # per identity, drawn from ten seconds of motion
 # Where a round has twins, one more frame: the first once more, but with hair or a garment in another colour.
 TWIN = POSES
 LEARNING_RATE = 0.003  # of fine-tuning on a clip: the paper's; 0.06 dB over 1e-3 on a real clip
-GUIDANCE_UNTIL = 800  # timestep: colours are settled by then; later guidance mostly harms the rest
+GUIDANCE_UNTIL = 600  # timestep: colours are settled by then; later guidance mostly harms the rest
 HINT_WIDTHS = (16, 32, 96)
 UNET = UNetConfig(
     in_channels=8,
@@ -106,7 +108,7 @@ ROUNDS = (
     Round(range(12_500, 15_000), 0.7, 0.0, False, SIZE, SIZE, 1500, 6e-4),
     Round(range(15_000, 16_000), 0.8, 0.0, False, 224, SIZE, 450, 4e-4),
     Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, SIZE, 4600, 6e-4, 2),
-    Round(range(20_000, 23_200), 0.2, 0.4, True, LARGE, LARGE, 3200, 4e-4, 5, 4),
+    Round(range(20_000, 23_200), 0.2, 0.4, True, LAST_SIZE, LAST_SIZE, 3200, 4e-4, 5, 4),
 )
 
 
@@ -217,6 +219,13 @@ def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
 
 # ---- Shared by both trainings -----------------------------------------------------------------------
 
+DEVICE, _ = compute_device(training=True)
+
+
+def in_bfloat16() -> torch.autocast:
+    """Where networks compute in bfloat16; their weights stay float32."""
+    return torch.autocast(DEVICE.type, torch.bfloat16)
+
 
 def details(pose: Pose) -> tuple[np.ndarray, ...]:
     """The keypoints (K, 3) of what is small and what people look at."""
@@ -276,7 +285,7 @@ def optimise(
     average = [p.detach().clone() for p in parameters]
     start, began = 0, time.monotonic()
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, mmap=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average, state["average"])
@@ -332,7 +341,7 @@ def optimise(
 
 
 def new_vae() -> VAE:
-    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
+    vae = VAE(VAE_CONFIG).to(DEVICE, memory_format=torch.channels_last)
     start_residuals_at_zero(vae)
     return vae
 
@@ -348,7 +357,7 @@ def moved(rng, maps: list[Tensor]) -> list[Tensor]:
     return [
         F.grid_sample(
             x,
-            F.affine_grid(affine.expand(len(x), 2, 3), x.shape, align_corners=False),
+            F.affine_grid(affine.expand(len(x), 2, 3).to(x), x.shape, align_corners=False),
             padding_mode="border",
             align_corners=False,
         )
@@ -389,11 +398,11 @@ def vae_loss(
     between encoder and decoder, since that is what latent editing does to them.
     """
     images, weight = map(np.stack, zip(*frames))
-    images = targets = image_tensor(images) * 2 - 1
-    weight = torch.from_numpy(weight / weight.mean())[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
+    images = targets = (image_tensor(images) * 2 - 1).to(DEVICE)
+    weight = torch.from_numpy(weight / weight.mean())[:, None].to(DEVICE)
+    with in_bfloat16():
         mean, log_variance = (x.float() for x in vae.encode(images))
-        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(DEVICE)
         latents = mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2)
         if move:
             latents, targets, weight = moved(rng, [latents, images, weight])
@@ -443,7 +452,7 @@ def sharpen_vae(vae: VAE, pools: list[dict], scale: float, work: Path) -> None:
         count = max(1, round(8 * SIZE**2 / math.prod(pool["frames"].shape[2:4])))
         frames = [frame_from(rng, pool, of_face=12, of_hands=20) for _ in range(count)]
         loss, images, mean = vae_loss(rng, vae, frames, move=step // 10 % 4 == 3)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), in_bfloat16():
             held, _ = before.encode(images)
         return loss + ((mean - held.float()) * scale).square().mean()
 
@@ -459,9 +468,10 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
     path = work / "latents.npy"
     if not path.exists():
         latents = []
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), in_bfloat16():
             for frames in tqdm(pool["frames"], desc="encoding", mininterval=10):
-                latents.append(vae.encode(image_tensor(frames) * 2 - 1)[0].half().numpy())
+                images = (image_tensor(frames) * 2 - 1).to(DEVICE)
+                latents.append(vae.encode(images)[0].half().cpu().numpy())
         with replacing(path) as unfinished:
             np.save(unfinished, np.stack(latents))
     return np.load(path).astype(np.float32)
@@ -469,8 +479,9 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
 
-# How far from the truth keypoints are found in frames of 128 or 192 pixels: standard deviations in pixels, of x
-# and of y. `pretrain_openpose.py --evaluate` says how far the demo's own networks are off: somewhat less by now.
+# How far from the truth keypoints are found in frames of 128 pixels: standard deviations in pixels, of x and of y.
+# `pretrain_openpose.py --evaluate` says how far the demo's own networks are off. In frames of 192 pixels that is
+# half as much again, which the last round was not told.
 FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, face, hands
 
 
@@ -636,7 +647,7 @@ def words_loss(batch: dict, predicted: Tensor) -> Tensor:
     The second, what words did, matters more: next to it the first, most of which no network can know in so
     much noise, gets half the weight or less.
     """
-    a = ALPHAS_CUMPROD[batch["timestep"]][:, None, None, None]
+    a = ALPHAS_CUMPROD.to(predicted.device)[batch["timestep"]][:, None, None, None]
     # The error of the predicted images; bounded, since next to nothing is left of them at the end.
     scale = ((1 - a) / a).sqrt().clamp(max=8)
     noise = (batch["latents"] - a.sqrt() * batch["images"]) / (1 - a).sqrt()
@@ -667,7 +678,7 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
     networks = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text})
     start_residuals_at_zero(networks)
     heed_single_words(networks)
-    return networks.to(memory_format=torch.channels_last)
+    return networks.to(DEVICE, memory_format=torch.channels_last)
 
 
 def train_networks(
@@ -704,8 +715,10 @@ def train_networks(
             batch = words_batch(rng, pool, latents, pairs=clips * frames // 2)
         else:
             batch = training_batch(rng, pool, latents, progress, clips, frames)
-        with torch.autocast("cpu", torch.bfloat16):
-            context = text(torch.stack([tokenizer(prompt) for prompt in batch["prompts"]]))
+        prompts = torch.stack([tokenizer(prompt) for prompt in batch.pop("prompts")])
+        batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        with in_bfloat16():
+            context = text(prompts.to(DEVICE))
             control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
             predicted = unet(batch["latents"], batch["timestep"], context, control)
         if "images" in batch:
@@ -747,7 +760,7 @@ def main():
     sharpen_vae(vae, pools, scale, args.work)
     vae.config = replace(vae.config, scale=scale)
     settings = {"learning_rate": LEARNING_RATE, "guidance_until": GUIDANCE_UNTIL}
-    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=LARGE, **settings)
+    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=LAST_SIZE, **settings)
     save_model(model, args.out)
     print(
         f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*.safetensors')) / 1e6:.1f} MB"

@@ -37,7 +37,8 @@ def invent(every, work) -> None:
 def test_a_puppet_in_its_own_pose_is_left_as_it_is():
     _, (pose,), _ = clip(3, 6, 1)
     latent = torch.randn(4, SIDE, SIDE)
-    warped = cells.warp_body(latent, pose, pose, behind=torch.zeros_like(latent))
+    nothing = torch.zeros_like(latent), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    warped = cells.warp_body(latent, pose, pose, nothing)
     assert torch.allclose(warped, latent, atol=1e-4)
 
 
@@ -45,7 +46,8 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
     latent, behind = torch.zeros(4, SIDE, SIDE), torch.full((4, SIDE, SIDE), -1.0)
     latent[:, 17:23, 8:11] = 5  # the forearm that hangs
-    warped = cells.warp_body(latent, down, outwards, behind)
+    known = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    warped = cells.warp_body(latent, down, outwards, (behind, known))
 
     def middle(pose: Pose) -> tuple[int, int]:
         x, y = latent_points(pose.body, SIDE, SIDE)[[3, 4]].mean(axis=0).round().astype(int)
@@ -56,6 +58,8 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
     assert (before[middle(outwards)], after[middle(outwards)]) == (0, 5)
     far_from_the_arm = warped[:, :, 13:]
     assert torch.allclose(far_from_the_arm, latent[:, :, 13:], atol=1e-4)
+    unknown = cells.warp_body(latent, down, outwards, (behind, ~known))
+    assert unknown[0].round()[middle(down)] == 5  # nothing is known to put there
 
 
 # ---- What is compared
@@ -68,7 +72,7 @@ def test_each_row_of_the_method_adds_one_thing(tmp_path):
     method = [asdict(rows[name]) for name in list(ablate.ROWS)[3:]]
     for before, after in pairwise(method):
         added.append([name for name in after if before[name] != after[name]])
-    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"], ["edit"]]
+    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"], ["uncover"]]
 
 
 def test_boxes_hold_their_keypoints_and_little_else():

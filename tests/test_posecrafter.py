@@ -1,6 +1,7 @@
 """The method: against the public ControlVideo code, and what must hold for any weights."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,10 @@ from parts import covered, latent_points, near_hull
 from pose import Pose, place_pose
 from posecrafter import (
     ALPHAS_CUMPROD,
+    STILL,
     add_noise,
+    background_change,
+    between_steps,
     ddim_step,
     ddim_timesteps,
     edit_latents,
@@ -378,23 +382,32 @@ def test_a_whole_body_that_moves_takes_its_latent_along_and_leaves_the_rest():
 
 def test_the_background_is_what_is_seen_where_nobody_stands():
     _, (pose,), _ = clip(3, 6, 1)
-    person = torch.from_numpy(covered(pose, pose, 32, 32) > 0)
+    person = torch.from_numpy(covered(pose, 32, 32) > 0)
     latents = torch.arange(32.0).expand(2, 4, 32, 32).clone()  # brighter from left to right
     background = latents[0].clone()
     latents[0][:, person] = 700
-    assert torch.equal(without_people(latents, [pose, Pose()]), background)
+    behind, known = without_people(latents, [pose, Pose()])
+    assert torch.equal(behind, background) and known.all()
 
-    hidden = without_people(latents[:1], [pose])  # by somebody who never moves
-    around = ~person & (torch.nn.functional.max_pool2d(person[None] * 1.0, 3, 1, 1)[0] == 0)
-    assert torch.equal(hidden[:, around], background[:, around])
-    assert (hidden[:, person] - background[:, person]).abs().max() < 8  # continued from both sides
-    assert hidden[:, person].max() < 32
+    behind, known = without_people(latents[:1], [pose])  # somebody who never moves
+    grown = [torch.nn.functional.max_pool2d(person[None] * 1.0, k, 1, k // 2)[0] > 0 for k in (1, 3)]
+    assert torch.equal(behind[:, ~grown[1]], background[:, ~grown[1]])
+    assert known[0, ~grown[1]].all() and not known.all()
+    edge = known[0] & grown[0]  # continued from around
+    assert edge.any() and (behind[:, edge] - background[:, edge]).abs().max() < 5
 
 
-def test_with_no_place_that_nobody_stands_at_the_background_is_the_mean(monkeypatch):
-    monkeypatch.setattr("posecrafter.covered", lambda pose, other, *size: np.ones(size))
-    latents = torch.randn(3, 4, 8, 8)
-    assert worst(without_people(latents, [Pose()] * 3), latents.mean(dim=0)) < 1e-6
+def test_a_camera_that_trembles_is_told_from_one_that_is_still():
+    frames, poses, _ = clip(1, 2, 24)
+    frames, poses = frames[::4], poses[::4]
+    height, width = frames.shape[1:3]
+    shifts = [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1)]
+    shaken = np.stack([np.roll(frame, shift, (0, 1)) for frame, shift in zip(frames, shifts)])
+    moved = [place_pose(p, 1, 1, dx / width, dy / height) for p, (dy, dx) in zip(poses, shifts)]
+    assert background_change(frames, poses, 4) < STILL < background_change(shaken, moved, 4)
+    grey = np.full_like(frames, 99)
+    assert background_change(grey, poses, 4) == 0
+    assert background_change(frames[:1], poses[:1], 4) == math.inf  # nothing to compare with
 
 
 def test_what_the_body_of_the_reference_leaves_shows_the_background():
@@ -403,6 +416,20 @@ def test_what_the_body_of_the_reference_leaves_shows_the_background():
     assert left.shape == (2, 1, 32, 32) and not left[1].any()  # in its own pose it leaves nothing
     x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
     assert left[0, 0, y, x]
+
+    turned = deepcopy(down)  # seen from behind: no part of the reference moves there by any map, and yet
+    turned.body[[2, 3, 4, 5, 6, 7]] = turned.body[[5, 6, 7, 2, 3, 4]]
+    turned.body[[8, 9, 10, 11, 12, 13]] = turned.body[[11, 12, 13, 8, 9, 10]]
+    assert not left_behind([turned], down, 32, 32).any()  # a body is there
+    unseen = deepcopy(outwards)
+    unseen.body[[9, 10, 12, 13]] = 0  # its legs may be anywhere below the hips
+    floor = latent_points(down.body, 32, 32)[[8, 11], 1].max()
+    up = standing((0.3, 0.2))
+    rows = left_behind([unseen], up, 32, 32).nonzero()[:, 2]
+    assert len(rows) and rows.max() < floor
+    assert left_behind([outwards], down, 32, 32).nonzero()[:, 2].max() > floor
+    unseen.body[2] = 0  # and without a shoulder it may be anywhere at all
+    assert not left_behind([unseen], up, 32, 32).any()
 
     before, behind = torch.randn(2, 4, 32, 32), torch.full((4, 32, 32), 3.0)
     after, again = before.clone(), before.repeat_interleave(2, 0)
@@ -419,3 +446,31 @@ def test_what_the_body_of_the_reference_leaves_shows_the_background():
     finished = after.clone()
     uncover(finished, behind, left, 1, seed=1)
     assert torch.equal(finished, after)
+
+
+def test_the_body_moves_once_and_what_it_leaves_is_filled_from_then_on():
+    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
+    trajectory = [torch.full((1, 4, 32, 32), float(i)) for i in range(5)]  # of 4 steps, at 751 to 1
+    behind, seen = torch.full((4, 32, 32), 200.0), torch.ones(1, 32, 32, dtype=torch.bool)
+    old, new = (latent_points(p.body, 32, 32)[[3, 4]].mean(0).round().astype(int) for p in (down, outwards))
+
+    def forearm(step: int, edit) -> tuple[float, float]:
+        """What is at its old and its new place after a step of a clip of -9, which the reference leads."""
+        latents = torch.full((2, 4, 32, 32), -9.0)
+        edit(latents, step)
+        assert (latents[0] == -9).all()
+        return tuple(latents[1, 0, y, x].item() for x, y in (old, new))
+
+    moved = trajectory, [outwards], down, "body", 2
+    edit, edited = between_steps(*moved, (behind, seen))
+    assert forearm(1, edit) == (-9, -9) and not edited
+    filled, arrived = forearm(2, edit)
+    assert filled > 20 and arrived == pytest.approx(3) and edited["right_forearm"] == 1
+    filled, later = forearm(3, edit)
+    assert filled > 20 and later == -9
+    assert forearm(4, edit) == (-9, -9)
+
+    unfilled, _ = between_steps(*moved)
+    unknown, _ = between_steps(*moved, (behind, ~seen))
+    for edit in (unfilled, unknown):
+        assert forearm(2, edit) == (-9, pytest.approx(3)) and forearm(3, edit) == (-9, -9)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,23 @@ def test_what_is_moved_moves_alike_at_every_size():
         middles.append((y.item(), x.item()))
     assert middles[0] == pytest.approx(middles[1], abs=0.003)
     assert middles[0] != pytest.approx((90.5 / 224, 50.5 / 128), abs=0.03)
+
+
+def test_the_vae_learns_from_latents_that_moved_as_the_image_did(pool):
+    frames = [pretrain.frame_from(np.random.default_rng(1), pool, 10, 10)]
+    image = torch.from_numpy(frames[0][0]).permute(2, 0, 1)[None] / 127.5 - 1
+
+    def loss(decode, move: bool) -> float:
+        vae = SimpleNamespace(
+            encode=lambda images: (images, torch.full_like(images, -60.0)),  # hardly any noise
+            decode=decode,
+        )
+        return pretrain.vae_loss(np.random.default_rng(2), vae, frames, move)[0].item()
+
+    assert loss(lambda latents: latents, move=False) < 0.01
+    assert loss(lambda latents: latents, move=True) < 0.01
+    assert loss(lambda latents: image, move=False) < 0.01
+    assert loss(lambda latents: image, move=True) > 0.1  # what does not move along is wrong
 
 
 def latents_with_twins() -> np.ndarray:
