@@ -146,8 +146,8 @@ def networks_without_data(model, device: torch.device, dtype: torch.dtype) -> Si
     return SimpleNamespace(unet=unet, controlnet=controlnet)
 
 
-def operations(model, height: int, width: int) -> tuple[int, int]:
-    """Operations, a multiply-add counted as two, for one frame: of a denoising step, and of decoding.
+def operations(model, height: int, width: int) -> tuple[int, int, int]:
+    """Operations, a multiply-add counted as two, for one frame: of a denoising step, encoding, and decoding.
 
     height and width are in latent pixels. Temporal attention grows with the clip, but is little.
     """
@@ -159,9 +159,12 @@ def operations(model, height: int, width: int) -> tuple[int, int]:
         hint = model.controlnet.embed_hint(hint)
         with FlopCounterMode(display=False) as step:
             model.unet(latents, 1, context, model.controlnet(latents, 1, context, hint))
+        with FlopCounterMode(display=False) as encoding:
+            factor = model.vae.config.factor
+            model.vae.encode(torch.empty(1, 3, factor * height, factor * width, device="meta"))
         with FlopCounterMode(display=False) as decoding:
             model.vae.decode(latents)
-    return step.get_total_flops(), decoding.get_total_flops()
+    return tuple(counter.get_total_flops() for counter in (step, encoding, decoding))
 
 
 def seconds_per_frame(

@@ -115,6 +115,7 @@ ARMS = {
     "right": (("right_upper_arm", 2, 3, 0.20, 0.0), ("right_forearm", 3, 4, 0.16, 0.0)),
     "left": (("left_upper_arm", 5, 6, 0.20, 0.0), ("left_forearm", 6, 7, 0.16, 0.0)),
 }
+UNSEEN_HAND = 0.6  # of a forearm: how far it goes on as a hand of which no keypoint is seen
 SHOULDERS, HIPS, KNEES, LEGS = [2, 5], [8, 11], [9, 12], [8, 9, 10, 11, 12, 13]
 HEAD = [0, 14, 15, 16, 17]  # nose, eyes, ears
 JAW = slice(0, 17)  # of the face, from ear to ear
@@ -162,10 +163,11 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
         yield from part(name, outline, half_width, source, target)
 
     def arm(side: str) -> Iterator[Part]:
-        for one in ARMS[side]:
-            yield from bone(*one)
         hands = [getattr(p, f"{side}_hand") for p in (pose, other)]
         both = is_seen(hands[0]) & is_seen(hands[1])
+        upper, (*forearm, _) = ARMS[side]
+        yield from bone(*upper)
+        yield from bone(*forearm, 0.0 if both.any() else UNSEEN_HAND)
         hand, hand_there = (latent_points(h[both], height, width) for h in hands)
         yield from part(f"{side}_hand", hand, 0.0, hand, hand_there)
 

@@ -241,14 +241,17 @@ def parse_arguments(
     return parser, parser.parse_args(command)
 
 
-def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
-    """Prints the size of the task and what it takes, without weights or a graphics card."""
+def plan(args: argparse.Namespace, run: Run, encoded: int, frames: int) -> None:
+    """Prints the size of the task and what it takes, without weights or a graphics card.
+
+    encoded: how many training frames; frames: how many are sampled, with the reference.
+    """
     settings = run.settings
     sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
     model = SimpleNamespace(**networks_without_weights(sources))
     parameters = sum(p.numel() for network in vars(model).values() for p in network.parameters())
     height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
-    step, decoding = operations(model, height, width)
+    step, encoding, decoding = operations(model, height, width)
     until = read_settings(sources).get("guidance_until", 0) if args.guidance != 1 else TRAIN_STEPS
     # A guided step predicts the noise twice.
     passes = args.ddim_steps + sum(t >= until for t in ddim_timesteps(args.ddim_steps))
@@ -257,6 +260,7 @@ def plan(args: argparse.Namespace, run: Run, frames: int) -> None:
         f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
     )
     work = {
+        "encoding": encoding * encoded,
         "inversion": step * args.ddim_steps if inversion else 0,
         "sampling": step * passes * frames,
         "decoding": decoding * frames,
@@ -339,8 +343,11 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
             raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
         targets = retarget(targets, run.poses, width / height)
     k = choose_reference(args.reference, run, targets)
+    # A prompt of one's own may want another background, and a start from noise draws one.
+    uncovering = args.edit == "body" and args.start == "inversion" and not own_prompt
+    uncovering = uncovering and not args.no_uncover
     if args.plan:
-        plan(args, run, len(targets) + (not args.no_insert))
+        plan(args, run, len(run.frames) if uncovering else 1, len(targets) + (not args.no_insert))
         return None
 
     keep_freed_memory()
@@ -350,9 +357,6 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
 
-    # A prompt of one's own may want another background, and a start from noise draws one.
-    uncovering = args.edit == "body" and args.start == "inversion" and not own_prompt
-    uncovering = uncovering and not args.no_uncover
     if uncovering and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
         print("the training frames show no still background: what the person uncovers is made up")
         uncovering = False

@@ -536,3 +536,5 @@ if __name__ == "__main__":
         main(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"ablate.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "ablate.py: stopped; the same command goes on from here\n")

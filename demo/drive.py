@@ -68,7 +68,7 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
     for way, followed in (("literal", driver_poses), ("retargeted", retargeted_poses)):
         option = "--retarget" if way == "retargeted" else "--no-retarget"
         command = ["--poses", run / "driver.poses.json", "--run", run, "--fps", FPS, option]
-        command += ["--out", run / f"{way}.mp4", *sample_options]
+        command += ["--ddim-steps", 20, "--out", run / f"{way}.mp4", *sample_options]
         results[way] = sample.main(sample.parse_arguments(list(map(str, command)))[1])
         metrics[way] = {
             "psnr": psnr(results[way], truth),
@@ -134,3 +134,6 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         print(f"drive.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("drive.py: stopped", file=sys.stderr)
+        sys.exit(130)

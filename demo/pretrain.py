@@ -768,4 +768,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("pretrain.py: stopped; the same command goes on from its last checkpoint", file=sys.stderr)
+        sys.exit(130)

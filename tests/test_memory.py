@@ -136,8 +136,9 @@ def test_training_on_small_frames_keeps_what_it_computed(full_size, monkeypatch)
 
 
 def test_operations_are_stable_diffusion_s(full_size):
-    step, decoding = operations(full_size, 64, 64)
+    step, encoding, decoding = operations(full_size, 64, 64)
     assert step == pytest.approx(1.15e12, rel=0.02)
+    assert encoding == pytest.approx(1.12e12, rel=0.02)
     assert decoding == pytest.approx(2.51e12, rel=0.02)
 
 

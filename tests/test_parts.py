@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from demo.puppet import clip, motion, pose_of, random_puppet
-from parts import body_parts, far_arm, fit_affine, near_hull
+from parts import body_parts, far_arm, fit_affine, may_cover, near_hull
 from pose import Pose, place_pose
 
 SIDE = 64  # latent pixels
@@ -120,6 +120,32 @@ def test_a_speaker_filmed_to_the_waist_is_moved_as_far_as_seen():
     assert parts_of(pose, pose).keys() == whole
     pose.body[2] = 0  # nor a shoulder
     assert parts_of(pose, pose).keys() == {"face", "left_hand", "right_hand"}
+
+
+def test_a_hand_that_is_not_seen_goes_along_with_its_forearm():
+    """Body keypoints alone are what most pose files have."""
+    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
+    forearm = parts_of(down, outwards)["right_forearm"]
+    assert weight_at(forearm, 0.3, 0.87) == 1 and np.allclose(mapped(forearm, 0.3, 0.85), (-0.05, 0.5))
+    _, (pose,), _ = clip(3, 6, 1)
+    before = parts_of(pose, pose)
+    pose.left_hand[:] = 0
+    after = parts_of(pose, pose)
+    assert before.keys() - after.keys() == {"left_hand"}
+    assert len(after["left_forearm"].pixels) > len(before["left_forearm"].pixels)
+    assert len(after["right_forearm"].pixels) == len(before["right_forearm"].pixels)
+
+
+def test_a_body_may_be_where_its_keypoints_do_not_tell():
+    def rows(pose: Pose) -> np.ndarray:
+        return may_cover(pose, SIDE, SIDE).mean(axis=1)
+
+    whole, waist, profile = standing(), standing(), standing()
+    assert 0 < rows(whole).max() < 0.6 and rows(Pose()).max() == 0
+    waist.body[[9, 10, 12, 13]] = 0
+    assert rows(waist)[int(0.55 * SIDE) :].min() == 1 and rows(waist)[: SIDE // 2].max() < 0.6
+    profile.body[5] = 0
+    assert rows(profile).min() == 1
 
 
 def test_sizes_are_the_bodys_own():
