@@ -681,6 +681,22 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
     return networks.to(DEVICE, memory_format=torch.channels_last)
 
 
+def lesson(step: int, plan: Round, twins: list[bool]) -> tuple[int, bool]:
+    """Which pool a step learns from, and whether it learns words there.
+
+    twins: which of the pools so far have any; the last is the plan's own.
+    """
+    words_before = step // plan.words_every if plan.words_every else 0
+    if plan.words_every and step % plan.words_every == plan.words_every - 1:
+        with_twins = np.flatnonzero(twins)
+        return int(with_twins[-1 - words_before % len(with_twins)]), True
+    last = len(twins) - 1
+    turns, turn = divmod(step - words_before, plan.older_every)
+    if last and turn == plan.older_every - 1:
+        return turns % last, False
+    return last, False
+
+
 def train_networks(
     networks: nn.ModuleDict,
     pools: list[tuple[dict, np.ndarray]],
@@ -693,23 +709,15 @@ def train_networks(
     there are twins, all as the plan says. A batch has about as many pixels as 6 clips of SIZE.
     """
     unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
+    twins = [pool["frames"].shape[1] > TWIN for pool, _ in pools]
     # A round that goes on from another has learned to look at frame 0 already.
     first_progress = 0.0 if plan is ROUNDS[0] else 0.2
 
     def loss_at(step: int) -> Tensor:
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
-        *before, last = pools
-        words_before = step // plan.words_every if plan.words_every else 0
-        of_words = plan.words_every and step % plan.words_every == plan.words_every - 1
-        turns, turn = divmod(step - words_before, plan.older_every)
-        if of_words:
-            with_twins = [known for known in pools if known[0]["frames"].shape[1] > TWIN]
-            pool, latents = with_twins[-1 - words_before % len(with_twins)]
-        elif before and turn == plan.older_every - 1:
-            pool, latents = before[turns % len(before)]
-        else:
-            pool, latents = last
+        which, of_words = lesson(step, plan, twins)
+        pool, latents = pools[which]
         clips = max(1, round(6 * SIZE**2 / math.prod(pool["frames"].shape[2:4])))
         if of_words:
             batch = words_batch(rng, pool, latents, pairs=clips * frames // 2)

@@ -1,5 +1,6 @@
 """How the demo base model is taught: its pool of puppets, and the noisy clips that it learns from."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -161,6 +162,16 @@ def test_the_vae_learns_from_latents_that_moved_as_the_image_did(pool):
     assert loss(lambda latents: image, move=True) > 0.1  # what does not move along is wrong
 
 
+def test_a_round_repeats_what_was_learned_before_and_teaches_words_where_there_are_twins():
+    first, fourth, fifth = (pretrain.ROUNDS[i] for i in (0, 3, 4))
+    assert {pretrain.lesson(step, first, [False]) for step in range(20)} == {(0, False)}
+    lessons = [pretrain.lesson(step, fourth, [False] * 3 + [True]) for step in range(120)]
+    assert lessons[1::2] == [(3, True)] * 60  # every other one
+    assert Counter(pool for pool, words in lessons if not words) == {3: 30, 0: 10, 1: 10, 2: 10}
+    lessons = Counter(pretrain.lesson(step, fifth, [False] * 3 + [True] * 2) for step in range(200))
+    assert lessons == {(4, False): 120, (4, True): 20, (3, True): 20} | {(i, False): 10 for i in range(4)}
+
+
 def latents_with_twins() -> np.ndarray:
     """Random, but the twins differ from their puppets in one corner only."""
     shape = 2, pretrain.POSES + 1, 8, 32, 32
@@ -249,7 +260,7 @@ def test_interrupted_training_goes_on_as_if_it_had_not_stopped(monkeypatch, tmp_
 
 def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     """All stages with a few puppets and steps, and once more, when everything is there already."""
-    rounds = [  # up to the first step of words, where there are any, and on an older pool
+    rounds = [  # up to the first step of words, where there are any
         replace(plan, identities=plan.identities[:4], steps=plan.words_every or 2, moving=0.5)
         for plan in pretrain.ROUNDS
     ]
