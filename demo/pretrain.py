@@ -17,7 +17,7 @@ frames.
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
 
-It computes where there is a graphics card on that; batches are made on the CPU either way.
+It computes on a graphics card where there is one; batches are made on the CPU either way.
 
 The temporal layers are absent here, as in a 2-D public checkpoint; they come with inflation at loading.
 Everything goes to `--work`; the finished weights go to `--out` as a folder in the diffusers layout.
