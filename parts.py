@@ -116,7 +116,8 @@ ARMS = {
     "left": (("left_upper_arm", 5, 6, 0.20, 0.0), ("left_forearm", 6, 7, 0.16, 0.0)),
 }
 UNSEEN_HAND = 0.6  # of a forearm: how far it goes on as a hand of which no keypoint is seen
-SHOULDERS, HIPS, KNEES, LEGS = [2, 5], [8, 11], [9, 12], [8, 9, 10, 11, 12, 13]
+SHOULDERS, HIPS, KNEES = [2, 5], [8, 11], [9, 12]
+LEGS = [8, 9, 10], [11, 12, 13]  # from hip to ankle
 HEAD = [0, 14, 15, 16, 17]  # nose, eyes, ears
 JAW = slice(0, 17)  # of the face, from ear to ear
 RIM = 0.5  # latent pixels around a part that its edge reaches into
@@ -217,7 +218,8 @@ def covered(pose: Pose, height: int, width: int) -> np.ndarray:
 def may_cover(pose: Pose, height: int, width: int) -> np.ndarray:
     """Where a body may be, booleans (height, width): its parts, and what its keypoints do not tell.
 
-    Anywhere, if one shoulder is not seen; and anywhere below hips or knees whose legs are not seen to the ankles.
+    Anywhere, if one shoulder is not seen; and anywhere below the last joint that is seen of a leg, counted from its
+    hip, where that is not the ankle; below the shoulders where it has none.
     """
     seen = is_seen(pose.body)
     if not seen.any():
@@ -225,10 +227,12 @@ def may_cover(pose: Pose, height: int, width: int) -> np.ndarray:
     if not seen[SHOULDERS].all():
         return np.ones((height, width), bool)
     body = covered(pose, height, width) > 0
-    if not seen[LEGS].all():
-        known = np.array(SHOULDERS + LEGS)[seen[SHOULDERS + LEGS]]
-        lowest = latent_points(pose.body[known], height, width)[:, 1].max()
-        body[max(0, int(lowest)) :] = True
+    y = latent_points(pose.body, height, width)[:, 1]
+    for leg in LEGS:
+        joints = [joint for joint in leg if seen[leg[0] : joint + 1].all()]
+        if len(joints) < len(leg):
+            above = joints[-1:] or SHOULDERS
+            body[max(0, int(y[above].max())) :] = True
     return body
 
 

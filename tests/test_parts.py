@@ -140,10 +140,12 @@ def test_a_body_may_be_where_its_keypoints_do_not_tell():
     def rows(pose: Pose) -> np.ndarray:
         return may_cover(pose, SIDE, SIDE).mean(axis=1)
 
-    whole, waist, profile = standing(), standing(), standing()
+    whole, waist, one_knee, profile = standing(), standing(), standing(), standing()
     assert 0 < rows(whole).max() < 0.6 and rows(Pose()).max() == 0
     waist.body[[9, 10, 12, 13]] = 0
     assert rows(waist)[int(0.55 * SIDE) :].min() == 1 and rows(waist)[: SIDE // 2].max() < 0.6
+    one_knee.body[[9, 10, 13]] = 0  # of the other leg more is seen
+    assert rows(one_knee)[int(0.55 * SIDE) :].min() == 1
     profile.body[5] = 0
     assert rows(profile).min() == 1
 
