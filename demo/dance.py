@@ -23,10 +23,19 @@ from evaluate import psnr, ssim
 from pose import draw_pose, save_poses
 from video import contact_sheet, save_image, write_video
 
-SIZE, FPS = 192, 12
+HEIGHT, WIDTH, FPS = 192, 256, 12
 TRAINING_FRAMES, TARGET_FRAMES = 36, 48
 HELD_OUT = 10_000  # the model was trained on puppets numbered from here; those below are new to it
 FIGURES = ("psnr", "psnr_person", "ssim")
+
+
+def film(identity: int, motion: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """A dancing puppet from the knees up, so that its face and its fingers are large enough to see.
+
+    Frames uint8 (F, HEIGHT, WIDTH, 3) and masks bool (F, HEIGHT, WIDTH): the upper part of the square picture.
+    """
+    images, _, person = clip(identity, motion, frames, WIDTH)
+    return images[:, :HEIGHT], person[:, :HEIGHT]
 
 
 def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
@@ -42,9 +51,9 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     sample_arguments = sample.parse_arguments(list(map(str, command)))[1]
 
     make_anew(run)
-    truth, _, person = clip(identity, 2 * identity + 1, TARGET_FRAMES, SIZE)
+    truth, person = film(identity, 2 * identity + 1, TARGET_FRAMES)
     write_video(run / "truth.mp4", truth, FPS)
-    frames, _, _ = clip(identity, 2 * identity, TRAINING_FRAMES, SIZE)
+    frames, _ = film(identity, 2 * identity, TRAINING_FRAMES)
     (run / "clip").mkdir()
     for i, frame in enumerate(frames):  # as PNG, which loses nothing
         save_image(run / "clip" / f"{i:04d}.png", frame)
@@ -53,7 +62,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     train.main(train.parse_arguments(list(map(str, command)))[1])
     # Poses are all that the true video is looked at for.
     target_poses = read_driver(run / "truth.mp4", model="demo", smooth=True).poses
-    save_poses(run / "poses.json", target_poses, SIZE, SIZE)
+    save_poses(run / "poses.json", target_poses, WIDTH, HEIGHT)
     result = sample.main(sample_arguments)
 
     reference = frames[json.loads((run / "result.json").read_text())["reference"]]
@@ -63,7 +72,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
         metrics["psnr" + suffix] = psnr(video, truth)
         metrics["psnr_person" + suffix] = psnr(video, truth, person)
         metrics["ssim" + suffix] = ssim(video, truth)
-    drawn = [draw_pose(pose, SIZE, SIZE) for pose in target_poses]
+    drawn = [draw_pose(pose, HEIGHT, WIDTH) for pose in target_poses]
     return metrics, {"pose": drawn, "truth": truth, "result": result}
 
 

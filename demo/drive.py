@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 import train
-from demo.dance import FPS, SIZE, TARGET_FRAMES, TRAINING_FRAMES, make_anew
+from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew
 from demo.puppet import Puppet, clip, motion, random_puppet, render
 from evaluate import psnr
 from pose import Pose, draw_pose, is_seen, save_poses
 from retarget import retarget
 from video import contact_sheet, save_image, write_video
 
+SIZE = 192  # pixels: whole bodies in square frames, since legs have proportions too
 CANDIDATES = 100  # puppets among which a subject's driver is looked for
 FIGURES = {"psnr": "PSNR", "psnr_person": "person's", "pixels_off": "pose, pixels off"}
 

@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about eleven hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about twelve hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -11,8 +11,8 @@ width, in five stages. A finished one is not done again, and training resumes fr
 
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
-puppets that turn and cross their arms, which also teach that words count (`TWIN`), and last such ones in larger
-frames.
+puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
+and last in wide frames that show them from the knees up, as the demo does.
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
@@ -66,7 +66,7 @@ from vae import VAE, VAEConfig
 from video import replacing
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
-LAST_SIZE = 192  # of the last round: where fingers and mouths are more than a pixel wide
+LAST_SIZE = 192  # of the last rounds: where fingers and mouths are more than a pixel wide
 POSES = 8  # per identity, drawn from ten seconds of motion
 # Where a round has twins, one more frame: the first once more, but with hair or a garment in another colour.
 TWIN = POSES
@@ -109,6 +109,7 @@ ROUNDS = (
     Round(range(15_000, 16_000), 0.8, 0.0, False, 224, SIZE, 450, 4e-4),
     Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, SIZE, 4600, 6e-4, 2),
     Round(range(20_000, 23_200), 0.2, 0.4, True, LAST_SIZE, LAST_SIZE, 3200, 4e-4, 5, 4),
+    Round(range(23_200, 24_800), 0.15, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 2000, 4e-4, 6, 5),
 )
 
 
@@ -147,8 +148,11 @@ def render_identity(seed: int, plan: Round) -> tuple[dict[str, np.ndarray], list
     in_disguise = rng.random() < plan.disguised
     # The part of the square picture that is shown; some are closer to the camera.
     zoom = rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0
-    side, window = (round(height * zoom), (height, width))
-    top, left = (int(rng.integers(side - shown + 1)) for shown in window)
+    side = round(max(height, width) * zoom)
+    spare_top, spare_left = side - height, side - width
+    if width > height:  # these cut off legs, not heads
+        spare_top = min(spare_top, side // 10)
+    top, left = (int(rng.integers(spare + 1)) for spare in (spare_top, spare_left))
     if zoom == 1:
         left = (side - width) // 2
     dance = rng.choice(DANCES[1:]) if rng.random() < plan.moving else DANCES[0]
@@ -488,12 +492,13 @@ FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, f
 def as_found(rng, keypoints: np.ndarray, height: int, width: int) -> list[Pose]:
     """The poses of a clip, from all keypoints (F, 130, 3), as they might have been found in its pixels.
 
-    Some clips' almost exactly, some rather badly. A network that has only seen a renderer's own keypoints takes
-    every misplaced pixel of a lip at its word.
+    Those outside of the picture are not. Some clips' are found almost exactly, some rather badly: a network that
+    has only seen a renderer's own keypoints takes every misplaced pixel of a lip at its word.
     """
     error = rng.normal(0, rng.uniform(0, 1.5) * FOUND_WITHIN, (*keypoints.shape[:2], 2))
     found = keypoints.copy()
     found[..., :2] += error / (width, height)
+    found[((keypoints[..., :2] < 0) | (keypoints[..., :2] >= 1)).any(axis=-1)] = 0
     return [pose_from(each) for each in found]
 
 
@@ -529,8 +534,8 @@ def training_batch(
       The pose alone then says where things go; or latent editing has moved face and hands, or the whole
       body, in a third of them each. The other clips have independent noise, as fine-tuning has.
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
-    - The loss weighs the person, and the place where it stood in frame 0, five times; face and hands, twelve
-      times.
+    - The loss weighs the person, and the place where it stood in frame 0, five times; the face twelve times, and
+      hands, which are smaller, twenty times.
 
     The poses are as one would find them in footage, see `as_found`.
 
@@ -571,8 +576,8 @@ def training_batch(
 
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
     for clip, frame in np.ndindex(clips, frames):
-        for part in details(pose_from(keypoints[clip, frame])):
-            weight[clip, frame, 0][latent_pixels(near(part, height, width))] = 12
+        for part, heavy in zip(details(pose_from(keypoints[clip, frame])), (12, 20, 20)):
+            weight[clip, frame, 0][latent_pixels(near(part, height, width))] = heavy
     differs = (
         np.abs(inverted - z[:, 0]).max(axis=1, keepdims=True) > 0.3 * z.std()
     )  # (clips, 1, h, w)

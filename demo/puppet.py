@@ -201,7 +201,7 @@ def random_puppet(seed: int) -> Puppet:
         hips=rng.uniform(0.040, 0.052),
         upper_arm=0.128 * size * rng.uniform(0.95, 1.06),
         forearm=0.116 * size * rng.uniform(0.95, 1.06),
-        hand=rng.uniform(0.074, 0.082),
+        hand=rng.uniform(0.104, 0.114),
         thigh=0.168 * legs,
         shin=0.165 * legs,
         background=_random_background(rng, person),
@@ -283,7 +283,7 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
         elbow[:, 1] = elbow[:, 0] + wave(-0.2, 0.2)
     # each hand opens and closes as a whole, with a little of each finger's own
     curl = np.clip(
-        np.stack([wave(-0.35, 0.75) for _ in SIDES], axis=1)[:, :, None]
+        np.stack([wave(-0.45, 0.65) for _ in SIDES], axis=1)[:, :, None]
         + np.stack([both(-0.25, 0.25) for _ in range(5)], axis=2),
         0,
         1,
@@ -306,7 +306,7 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
         "knee": knee,
         "foot": both(0.3, 1.1),
         "curl": curl,
-        "spread": both(0.08, 0.24),
+        "spread": both(0.12, 0.28),
         "mouth": wave(-0.3, 1.0).clip(0),
         "smile": wave(-0.4, 1.0),
         # the top of a sinusoid raised to a power: short blinks with long pauses
@@ -810,8 +810,8 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
                 np.array((side * 0.40, -0.06))
                 + 0.30 * np.stack([np.cos(around), np.sin(around)], axis=1)
             )
-            brush.stroke([*rim, rim[0]], 0.055 * unit, (38, 38, 46))
-        brush.stroke(head.front([(-0.12, -0.10), (0.12, -0.10)]), 0.055 * unit, (38, 38, 46))
+            brush.stroke([*rim, rim[0]], 0.075 * unit, (38, 38, 46))
+        brush.stroke(head.front([(-0.12, -0.10), (0.12, -0.10)]), 0.075 * unit, (38, 38, 46))
     if puppet.hair_shape != "bald":
         _draw_front_hair(brush, puppet, head)
 
@@ -885,14 +885,14 @@ def _draw_hand(brush: _Brush, hand: np.ndarray, skin: RGB) -> None:
     fingers = [hand[[5 + 4 * f, 6 + 4 * f, 7 + 4 * f, 8 + 4 * f]] for f in range(4)]
     fingers.append(hand[[1, 2, 3, 4]])
     for finger in fingers:
-        brush.limb(finger, (0.0085, 0.0083, 0.0080, 0.0075), line)
+        brush.limb(finger, (0.0096, 0.0094, 0.0091, 0.0086), line)
     for point in palm:
-        brush.dot(point, 0.0105, line)
+        brush.dot(point, 0.0125, line)
     for finger in fingers:
-        brush.limb(finger, (0.0062, 0.0060, 0.0057, 0.0052), skin)
+        brush.limb(finger, (0.0073, 0.0071, 0.0068, 0.0063), skin)
     brush.polygon(np.concatenate([hand[[0, 1]], knuckles]), skin)
     for point in palm:
-        brush.dot(point, 0.0080, skin)
+        brush.dot(point, 0.0100, skin)
 
 
 @lru_cache(maxsize=256)

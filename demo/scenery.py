@@ -73,19 +73,17 @@ def recolouring(rng: np.random.Generator) -> np.ndarray:
 
 
 def disguise(frames: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
-    """One identity's frames uint8 (F, H, W, 3) with person masks bool (F, H, W), in one new look.
-
-    Frames are upright or square: W is at most H.
-    """
+    """One identity's frames uint8 (F, H, W, 3) with person masks bool (F, H, W), in one new look."""
     rng = np.random.default_rng(seed)
-    size, width = frames.shape[1:3]
+    height, width = frames.shape[1:3]
+    size = max(height, width)
     looks = frames.astype(np.float32)
     if rng.random() < 0.8:
         looks = looks @ recolouring(rng).T.astype(np.float32)
     if rng.random() < 0.7:
-        looks = np.where(masks[..., None], looks, random_scene(rng, size)[:, :width])
+        looks = np.where(masks[..., None], looks, random_scene(rng, size)[:height, :width])
     if rng.random() < 0.7:  # light that falls unevenly
-        light = smooth_field(rng, 4, size)[:, :width, None] - 0.5
+        light = smooth_field(rng, 4, size)[:height, :width, None] - 0.5
         looks = looks * (1 + rng.uniform(0, 0.6) * light)
     contrast, brightness = rng.uniform(0.7, 1.2), rng.uniform(-30, 30)
     looks = (looks - 128) * contrast + 128 + brightness
