@@ -1,6 +1,6 @@
 """Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, two or three hours on two CPU cores.
 
-CMU's networks have seen people; these have seen paper puppets, in the pool that `pretrain.py` renders
+CMU's networks have seen people; these have seen paper puppets, in two of the pools that `pretrain.py` renders
 (or has rendered) and some larger ones. They are the same code, narrower and with fewer stages, and
 trained on what decoding will show them: the crops and the inputs are made by `openpose.py` itself, and a
 target lies where decoding turns it into the true keypoint. Body, hand and face are trained one after
@@ -74,12 +74,12 @@ def render_large(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return frame, mask.reshape(LARGE // 4, 4, LARGE // 4, 4).any((1, 3)), stacked(pose)
 
 
-def load_pools(pool: Path, work: Path) -> list[dict[str, np.ndarray]]:
-    """Frames (N, S, S, 3), masks (N, S/4, S/4) and keypoints (N, 130, 3): of the pool, and larger ones.
+def load_pools(pools: Path, work: Path) -> list[dict[str, np.ndarray]]:
+    """Frames (N, H, W, 3), masks (N, H/4, W/4) and keypoints (N, 130, 3): of the first round's pool, of larger
+    puppets, and of the last round's, which shows them from the knees up.
 
     Renders what is not rendered yet.
     """
-    small = render_pool(pool, ROUNDS[0])
     path = work / "large.npz"
     if not path.exists():
         with multiprocessing.Pool() as workers:
@@ -88,26 +88,33 @@ def load_pools(pool: Path, work: Path) -> list[dict[str, np.ndarray]]:
             pool = dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns)))
         with replacing(path) as unfinished:
             np.savez(unfinished, **pool)
-    columns = {"frames": "frames", "masks": "masks", "keypoints": "poses"}
-    flat = {name: small[key].reshape(-1, *small[key].shape[2:]) for name, key in columns.items()}
-    return [flat, dict(np.load(path))]
+
+    def of_round(number: int) -> dict[str, np.ndarray]:
+        folder = pools / f"round{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = render_pool(folder, ROUNDS[number - 1])
+        columns = {"frames": "frames", "masks": "masks", "keypoints": "poses"}
+        return {name: rows[key].reshape(-1, *rows[key].shape[2:]) for name, key in columns.items()}
+
+    return [of_round(1), dict(np.load(path)), of_round(len(ROUNDS))]
 
 
 # ---- 2. Variety -------------------------------------------------------------------------------------
 
 
 def varied(rng: np.random.Generator, pool: dict, batch: int) -> tuple[Tensor, np.ndarray]:
-    """Frames uint8 (N, S, S, 3) and keypoints (N, 130, 3) in pixels, as clips might show puppets.
+    """Frames uint8 (N, H, W, 3) and keypoints (N, 130, 3) in pixels, as clips might show puppets.
 
     In other places, sizes and colours, a little turned, before other backgrounds, and with the
     colours at half the resolution, as most videos have them. A third stays where it was, and so as
-    sharp. Mirrored puppets would be nothing new: nothing about them prefers a side.
+    sharp. What lies outside the frame is not seen. Mirrored puppets would be nothing new: nothing about them prefers a side.
     """
     rows = np.sort(rng.choice(len(pool["frames"]), batch, replace=False))
-    images = torch.from_numpy(pool["frames"][rows]).permute(0, 3, 1, 2).float()  # (N, 3, S, S)
+    images = torch.from_numpy(pool["frames"][rows]).permute(0, 3, 1, 2).float()  # (N, 3, H, W)
     mask = torch.from_numpy(pool["masks"][rows]).float()[:, None]
     keypoints = pool["keypoints"][rows].copy()
-    side = images.shape[-1]
+    size = images.shape[2:]
+    upright = np.array([size[1] / size[0], 1.0])  # from half frames to a measure that turns
 
     def numbers(low: float, high: float, *shape: int) -> Tensor:
         values = rng.uniform(low, high, (batch, *shape, *[1] * (3 - len(shape))))
@@ -117,8 +124,8 @@ def varied(rng: np.random.Generator, pool: dict, batch: int) -> tuple[Tensor, np
         return (numbers(0, 1) < share).float()
 
     cells = int(rng.choice((1, 3, 8, 24, 64)))
-    texture = F.interpolate(256 * numbers(0, 1, 3, cells, cells)[..., :cells], (side, side))
-    elsewhere = sometimes(0.3) * (1 - F.interpolate(mask, (side, side)))
+    texture = F.interpolate(256 * numbers(0, 1, 3, cells, cells)[..., :cells], size)
+    elsewhere = sometimes(0.3) * (1 - F.interpolate(mask, size))
     images = images + elsewhere * (texture - images)
 
     turned = rng.random(batch) < 0.67
@@ -127,16 +134,19 @@ def varied(rng: np.random.Generator, pool: dict, batch: int) -> tuple[Tensor, np
     shift = turned[:, None] * rng.uniform(-0.3, 0.3, (batch, 2))  # of half the frame
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     turn = np.stack([np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)], axis=1)
+    turn = turn * upright / upright[:, None]
     back = np.linalg.inv(turn)  # from where a pixel is to where it was, in half frames
     back = np.concatenate([back, -back @ shift[:, :, None]], axis=2)
     grid = F.affine_grid(torch.from_numpy(back).float(), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    points = (2 * keypoints[..., :2] - 1) @ turn.transpose(0, 2, 1) + shift[:, None]
-    keypoints[..., :2] = (points + 1) / 2 * side
+    before = 2 * keypoints[..., :2] - 1
+    after = before @ turn.transpose(0, 2, 1) + shift[:, None]
+    keypoints[..., :2] = (after + 1) / 2 * size[::-1]
+    keypoints[..., 2] *= (np.abs([before, after]) < 1).all(axis=(0, 3))
 
     images = images * numbers(0.75, 1.25, 3) * numbers(0.8, 1.2) + numbers(-30, 30)
     grey = images.mean(dim=1, keepdim=True)
-    coarse = F.interpolate(F.avg_pool2d(images - grey, 2), (side, side), mode="bilinear")
+    coarse = F.interpolate(F.avg_pool2d(images - grey, 2), size, mode="bilinear")
     images = images + sometimes(0.4) * (grey + coarse - images)
     noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32))
     images = images + sometimes(0.5) * numbers(0, 6) * noise
@@ -261,7 +271,8 @@ def train(
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((3, step))
-        frames, keypoints = varied(rng, pools[int(rng.random() < 0.15)], batch)
+        which = rng.choice(3, p=(0.45, 0.15, 0.4) if part == "body" else (0.85, 0.15, 0))
+        frames, keypoints = varied(rng, pools[which], batch)
         if part != "body":  # as `find_poses` does
             shown = torch.from_numpy(np.stack([enlarged(frame) for frame in frames.numpy()]))
             keypoints[..., :2] *= shown.shape[1] / frames.shape[1]
@@ -330,10 +341,10 @@ def evaluate(
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--pool",
+        "--pools",
         type=Path,
-        default=Path("runs/pretrain/round1"),
-        help="of puppets, shared with pretrain.py; made if missing (default: %(default)s)",
+        default=Path("runs/pretrain"),
+        help="of rounds of puppets, shared with pretrain.py; made if missing (default: %(default)s)",
     )
     parser.add_argument(
         "--work", type=Path, default=Path("runs/pretrain_openpose"), help="checkpoints and curves"
@@ -352,8 +363,7 @@ def main():
         nets = load_openpose("demo")
     else:
         args.work.mkdir(parents=True, exist_ok=True)
-        args.pool.mkdir(parents=True, exist_ok=True)
-        pools = load_pools(args.pool, args.work)
+        pools = load_pools(args.pools, args.work)
         torch.manual_seed(3)
         nets = OpenPose(**SIZES)
         for part, steps in zip(NETS, args.steps):
