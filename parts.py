@@ -218,8 +218,8 @@ def covered(pose: Pose, height: int, width: int) -> np.ndarray:
 def may_cover(pose: Pose, height: int, width: int) -> np.ndarray:
     """Where a body may be, booleans (height, width): its parts, and what its keypoints do not tell.
 
-    Anywhere, if one shoulder is not seen; and anywhere below the last joint that is seen of a leg, counted from its
-    hip, where that is not the ankle; below the shoulders where it has none.
+    Anywhere, if one shoulder is not seen; and where a leg is not seen down to its ankle, anywhere below its last
+    joint that is, or below the shoulders.
     """
     seen = is_seen(pose.body)
     if not seen.any():

@@ -107,7 +107,8 @@ def varied(rng: np.random.Generator, pool: dict, batch: int) -> tuple[Tensor, np
 
     In other places, sizes and colours, a little turned, before other backgrounds, and with the
     colours at half the resolution, as most videos have them. A third stays where it was, and so as
-    sharp. What lies outside the frame is not seen. Mirrored puppets would be nothing new: nothing about them prefers a side.
+    sharp. What lies outside the frame is not seen. Mirrored puppets would be nothing new: nothing
+    about them prefers a side.
     """
     rows = np.sort(rng.choice(len(pool["frames"]), batch, replace=False))
     images = torch.from_numpy(pool["frames"][rows]).permute(0, 3, 1, 2).float()  # (N, 3, H, W)
