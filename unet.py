@@ -140,7 +140,7 @@ def beside(*maps: Tensor) -> Tensor:
     return torch.cat(maps, dim=1) if len(maps) > 1 else maps[0]
 
 
-# Where a CPU multiplies matrices in units of their own (Intel's AMX), torch's attention is twice as fast as ours.
+# Where a CPU multiplies matrices in units of their own (Intel's AMX), torch's attention is faster than ours.
 HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 

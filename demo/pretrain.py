@@ -485,7 +485,7 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 
 # How far from the truth keypoints are found in frames of 128 pixels: standard deviations in pixels, of x and of y.
 # `pretrain_openpose.py --evaluate` says how far the demo's own networks are off. In frames of 192 pixels that is
-# half as much again, which the last round was not told.
+# half as much again, and of 256 twice as much, which the last rounds were not told.
 FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, face, hands
 
 

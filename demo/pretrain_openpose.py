@@ -1,10 +1,10 @@
 """Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, two or three hours on two CPU cores.
 
-CMU's networks have seen people; these have seen paper puppets, in two of the pools that `pretrain.py` renders
-(or has rendered) and some larger ones. They are the same code, narrower and with fewer stages, and
-trained on what decoding will show them: the crops and the inputs are made by `openpose.py` itself, and a
-target lies where decoding turns it into the true keypoint. Body, hand and face are trained one after
-the other, or in processes of their own (`--parts`); a run that is interrupted resumes.
+CMU's networks have seen people; these have seen paper puppets, in the first and the last of the pools that
+`pretrain.py` renders (or has rendered) and some larger ones. They are the same code, narrower and with fewer
+stages, and trained on what decoding will show them: the crops and the inputs are made by `openpose.py`
+itself, and a target lies where decoding turns it into the true keypoint. Body, hand and face are trained one
+after the other, or in processes of their own (`--parts`); a run that is interrupted resumes.
 
     python demo/pretrain_openpose.py --evaluate
 
@@ -267,7 +267,10 @@ def start_lively(net: nn.Module) -> None:
 def train(
     part: str, net: nn.Module, pools: list[dict], work: Path, steps: int, batch: int, peak_lr: float
 ) -> None:
-    """Squared errors of all stages alike. What is not zero weighs more, as it is one cell in a hundred."""
+    """Squared errors of all stages alike. What is not zero weighs more, as it is one cell in a hundred.
+
+    The body network learns from all pools; hands and faces are shown as square crops, whatever the frame.
+    """
     make = {"body": lambda rng, *found: body_batch(*found), "hand": hand_batch, "face": face_batch}
 
     def loss_at(step: int) -> Tensor:
