@@ -31,9 +31,11 @@ import math
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -60,7 +62,16 @@ from demo.puppet import (
 from demo.scenery import disguise
 from demo.vocabulary import learn_merges
 from pose import Pose, draw_pose, place_pose
-from posecrafter import ALPHAS_CUMPROD, edit_latents, image_tensor
+from posecrafter import (
+    ALPHAS_CUMPROD,
+    TRAIN_STEPS,
+    alpha_cumprod,
+    ddim_step,
+    ddim_timesteps,
+    edit_latents,
+    image_tensor,
+    invert,
+)
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from video import replacing
@@ -101,6 +112,9 @@ class Round:
     lr: float
     words_every: int | None = None  # one step in so many is of words
     older_every: int = 2  # and of the others, one in so many is on a pool of a round before
+    close_ups: float = 0.0  # share of those on its own pool that see squares of SIZE only, see `close_up`
+    rollouts: float = 0.0  # share of those on its own pool that learn from the network's own mistakes
+    inverted: int = 0  # identities of its pool whose first frames are inverted for that
 
 
 ROUNDS = (
@@ -110,6 +124,10 @@ ROUNDS = (
     Round(range(16_000, 20_000), 0.2, 0.5, True, SIZE, SIZE, 4600, 6e-4, 2),
     Round(range(20_000, 23_200), 0.2, 0.4, True, LAST_SIZE, LAST_SIZE, 3200, 4e-4, 5, 4),
     Round(range(23_200, 24_800), 0.15, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 2000, 4e-4, 6, 5),
+    Round(
+        range(24_800, 26_400), 0.15, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 2400, 4e-4, 10, 4,
+        close_ups=0.6, rollouts=0.75, inverted=480,
+    ),
 )
 
 
@@ -483,23 +501,47 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 
 # ---- 4. UNet, ControlNet and text encoder -----------------------------------------------------------
 
-# How far from the truth keypoints are found in frames of 128 pixels: standard deviations in pixels, of x and of y.
-# `pretrain_openpose.py --evaluate` says how far the demo's own networks are off. In frames of 192 pixels that is
-# half as much again, and of 256 twice as much, which the last rounds were not told.
-FOUND_WITHIN = np.repeat((0.8, 0.55, 0.4), (18, 70, 2 * 21))[:, None]  # body, face, hands
+# Of rollouts, in which the network learns from where its own steps lead: see `new_rollout`.
+ROLLOUT_STEPS = 10
+ROLLOUTS = 8  # under way at a time, so that steps that follow each other are not of the same clips
+
+# How far from the truth keypoints are found, in SIZEths of the frame's longer side: standard deviations, of x
+# and of y. `pretrain_openpose.py --evaluate` says how far the demo's own networks are off.
+FOUND_WITHIN = np.repeat((0.8, 0.55, 0.3), (18, 70, 2 * 21))[:, None]  # body, face, hands
 
 
-def as_found(rng, keypoints: np.ndarray, height: int, width: int) -> list[Pose]:
-    """The poses of a clip, from all keypoints (F, 130, 3), as they might have been found in its pixels.
+def as_found(rng, keypoints: np.ndarray, height: int, width: int, within: np.ndarray) -> list[Pose]:
+    """The poses of a clip, from all keypoints (F, 130, 3), as they might have been found `within` so many pixels.
 
     Those outside of the picture are not. Some clips' are found almost exactly, some rather badly: a network that
     has only seen a renderer's own keypoints takes every misplaced pixel of a lip at its word.
     """
-    error = rng.normal(0, rng.uniform(0, 1.5) * FOUND_WITHIN, (*keypoints.shape[:2], 2))
+    error = rng.normal(0, rng.uniform(0, 1.5) * within, (*keypoints.shape[:2], 2))
     found = keypoints.copy()
     found[..., :2] += error / (width, height)
     found[((keypoints[..., :2] < 0) | (keypoints[..., :2] >= 1)).any(axis=-1)] = 0
     return [pose_from(each) for each in found]
+
+
+def close_ups(
+    rng, keypoints: np.ndarray, height: int, width: int, *maps: np.ndarray
+) -> tuple[int, int, np.ndarray, list[np.ndarray]]:
+    """Of each clip a square of SIZE pixels, around the face or a hand of one of its frames.
+
+    keypoints: (clips, F, 130, 3); maps: (clips, ..., height/4, width/4). Returns the height and width, keypoints
+    and maps of the squares. What is small is learned faster so: attention costs the square of a frame's pixels,
+    and in a frame that shows the whole person most of them are of what has been learned long ago.
+    """
+    keypoints, squares = keypoints.copy(), []
+    for clip in keypoints:
+        parts = details(pose_from(clip[rng.integers(len(clip))]))
+        centre = parts[rng.integers(3)][:, 1::-1].mean(axis=0) * (height, width)
+        corner = (centre - SIZE * rng.uniform(0.3, 0.7, 2)).astype(int) // 4 * 4
+        top, left = np.clip(corner, 0, (height - SIZE, width - SIZE))
+        clip[..., :2] = (clip[..., :2] * (width, height) - (left, top)) / SIZE
+        squares.append(np.s_[..., top // 4 : (top + SIZE) // 4, left // 4 : (left + SIZE) // 4])
+    cut = [np.stack([clip[square] for clip, square in zip(each, squares)]) for each in maps]
+    return SIZE, SIZE, keypoints, cut
 
 
 def prompt_from(rng, words: str, told: str = "") -> str:
@@ -516,6 +558,17 @@ def prompt_from(rng, words: str, told: str = "") -> str:
     return ", ".join([person, *rng.permutation(some)])
 
 
+def what_counts(mask: np.ndarray, keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The loss's weights (clips, frames, 1, h, w): 1, 5 for the person and where it stood in frame 0; the face
+    12, hands, which are smaller, 20, and eyes 30."""
+    weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]
+    for clip, frame in np.ndindex(*mask.shape[:2]):
+        face, *hands = details(pose_from(keypoints[clip, frame]))
+        for part, heavy in ((face, 12), (face[36:48], 30), *((hand, 20) for hand in hands)):
+            weight[clip, frame, 0][latent_pixels(near(part, height, width))] = heavy
+    return weight
+
+
 def training_batch(
     rng,
     pool: dict,
@@ -523,8 +576,9 @@ def training_batch(
     progress: float,
     clips: int,
     frames: int,
+    close: bool = False,
 ) -> dict:
-    """Noisy clips of one identity each, and the noise to predict.
+    """Noisy clips of one identity each, or close-ups of them, and the noise to predict.
 
     Three things teach the network to read the appearance off frame 0:
 
@@ -534,8 +588,7 @@ def training_batch(
       The pose alone then says where things go; or latent editing has moved face and hands, or the whole
       body, in a third of them each. The other clips have independent noise, as fine-tuning has.
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
-    - The loss weighs the person, and the place where it stood in frame 0, five times; the face twelve times, and
-      hands, which are smaller, twenty times.
+    - The loss weighs what counts.
 
     The poses are as one would find them in footage, see `as_found`.
 
@@ -551,14 +604,18 @@ def training_batch(
     z = latents[identities[:, None], order]  # (clips, frames, 8, h, w)
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
     keypoints = pool["poses"][identities[:, None], order]  # (clips, frames, 130, 3)
+    inverted = latents[identities, np.where(from_twin, TWIN, order[:, 0])]
     height, width = pool["frames"].shape[2:4]
-    found = [as_found(rng, each, height, width) for each in keypoints]
+    within = FOUND_WITHIN * max(height, width) / SIZE
+    if close:
+        maps = z, mask, inverted
+        height, width, keypoints, (z, mask, inverted) = close_ups(rng, keypoints, height, width, *maps)
+    found = [as_found(rng, each, height, width, within) for each in keypoints]
     hints = np.stack([draw_pose(pose, height, width) for poses in found for pose in poses])
 
     alphas = ALPHAS_CUMPROD.numpy()
     ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
     noise = rng.standard_normal(z.shape, np.float32)
-    inverted = latents[identities, np.where(from_twin, TWIN, order[:, 0])]
     edited = rng.integers(3, size=clips)
     for clip in np.flatnonzero(shared):
         start = torch.from_numpy(noise[clip, 0] + ratio * inverted[clip])
@@ -574,10 +631,7 @@ def training_batch(
     alpha[early, 0] = alphas[(timestep[early] * rng.random(early.sum())).astype(int)]
     alpha = alpha[:, :, None, None, None]
 
-    weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]  # (clips, frames, 1, h, w)
-    for clip, frame in np.ndindex(clips, frames):
-        for part, heavy in zip(details(pose_from(keypoints[clip, frame])), (12, 20, 20)):
-            weight[clip, frame, 0][latent_pixels(near(part, height, width))] = heavy
+    weight = what_counts(mask, keypoints, height, width)
     differs = (
         np.abs(inverted - z[:, 0]).max(axis=1, keepdims=True) > 0.3 * z.std()
     )  # (clips, 1, h, w)
@@ -602,6 +656,89 @@ def training_batch(
         "timestep": torch.from_numpy(timestep),
         "prompts": prompts,
     }
+
+
+@dataclass
+class Rollout:
+    """Clips of one identity each on their way from noise to images, as sampling goes it. F = clips * frames."""
+
+    latents: Tensor  # (F, 8, h, w), as noisy as the next step's input
+    images: Tensor  # (F, 8, h, w), where they shall end
+    weight: Tensor  # (F, 1, h, w), see `what_counts`
+    hints: Tensor  # (F, 3, H, W)
+    prompts: list[str]
+    ways: np.ndarray  # (clips, ROLLOUT_STEPS + 1, 8, h, w), of the references, from image to noise
+    poses: list[list[Pose]]  # of each clip, the reference's first
+    edits: list[tuple[int, str]]  # of each clip: before which step what is moved
+    step: int = 1
+
+
+def new_rollout(
+    rng, pool: dict, latents: np.ndarray, inverted: dict, clips: int, frames: int, close: bool
+) -> Rollout:
+    """A rollout of identities whose first frame is inverted, see `invert_pool`.
+
+    All frames start from its noise, as in the method, and will be edited as in the method: most clips' bodies
+    around a fifth of the way, others' face and hands at the start.
+    """
+    identities = rng.integers(len(inverted["ways"]), size=clips)
+    others = [1 + rng.permutation(POSES - 1)[: frames - 1] for _ in range(clips)]
+    order = np.array([[0, *each] for each in others])
+    z = latents[identities[:, None], order]
+    mask = pool["masks"][identities[:, None], order].astype(np.float32)
+    keypoints = pool["poses"][identities[:, None], order]
+    ways, found = (inverted[name][identities].astype(np.float32) for name in ("ways", "found"))
+    keypoints = np.concatenate([keypoints, found[:, None]], axis=1)
+    height, width = pool["frames"].shape[2:4]
+    within = FOUND_WITHIN * max(height, width) / SIZE
+    if close:
+        height, width, keypoints, (z, mask, ways) = close_ups(rng, keypoints, height, width, z, mask, ways)
+    keypoints, found = keypoints[:, :-1], keypoints[:, -1:]
+    poses = [
+        as_found(rng, reference, height, width, 0 * within)
+        + as_found(rng, each[1:], height, width, within)
+        for reference, each in zip(found, keypoints)
+    ]
+    weight = what_counts(mask, keypoints, height, width)
+    hints = np.stack([draw_pose(pose, height, width) for clip in poses for pose in clip])
+    edits = [(0, ""), (1, "face,hands"), *((step, "body") for step in (2, 3, 3, 3, 4, 4))]
+    return Rollout(
+        latents=torch.from_numpy(ways[:, -1]).repeat_interleave(frames, 0),
+        images=torch.from_numpy(z).flatten(0, 1),
+        weight=torch.from_numpy(weight / weight.mean()).flatten(0, 1),
+        hints=image_tensor(hints),
+        prompts=[prompt_from(rng, pool["captions"][i][0]) for i in identities],
+        ways=ways,
+        poses=poses,
+        edits=[edits[rng.integers(len(edits))] for _ in identities],
+    )
+
+
+def rollout_step(rollout: Rollout, predict: Callable[..., Tensor]) -> Tensor:
+    """Takes one step of sampling, and returns how far from its images the step leads.
+
+    What a network sees in `training_batch` is true frames with noise, and it learns to trust what they show. What
+    it sees in sampling is what it made of the steps before, and what editing has moved: from there, too, it has to
+    find the way to the true frames (as in Ross et al., 2011, "A Reduction of Imitation Learning").
+
+    predict(latents, timesteps (clips,), prompts, hints) -> the noise (F, 8, h, w).
+    """
+    clips = rollout.latents.unflatten(0, (len(rollout.poses), -1))
+    for clip, way, poses, (step, parts) in zip(clips, rollout.ways, rollout.poses, rollout.edits):
+        if step == rollout.step:
+            reference = torch.from_numpy(way[ROLLOUT_STEPS - step + 1])
+            edit_latents(clip[1:], reference, poses[1:], poses[0], parts)
+    timestep = ddim_timesteps(ROLLOUT_STEPS)[rollout.step - 1]
+    timesteps = torch.full((len(rollout.poses),), timestep)
+    noise = predict(rollout.latents, timesteps, rollout.prompts, rollout.hints)
+    latents, images, weight = (x.to(noise) for x in (rollout.latents, rollout.images, rollout.weight))
+    a = alpha_cumprod(timestep)
+    error = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a) - images
+    next_timestep = timestep - TRAIN_STEPS // ROLLOUT_STEPS
+    rollout.latents = ddim_step(latents, noise.detach(), timestep, next_timestep).cpu()
+    rollout.step += 1
+    # Little is kept of the images that the first steps see.
+    return min(1, 8 * a / (1 - a)) * (weight * error.square()).mean()
 
 
 def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
@@ -686,6 +823,34 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
     return networks.to(DEVICE, memory_format=torch.channels_last)
 
 
+def invert_pool(networks: nn.ModuleDict, pool: dict, latents: np.ndarray, tokenizer, work: Path, plan: Round):
+    """The first frames of the plan's first identities, inverted by the networks as they are, as sampling will.
+
+    "ways": (identities, ROLLOUT_STEPS + 1, 8, h, w), see `posecrafter.invert`; "found": the keypoints
+    (identities, 130, 3) that they were inverted with.
+    """
+    path = work / "inverted.npz"
+    if plan.inverted and not path.exists():
+        model = copy.deepcopy(networks).to(torch.bfloat16)
+        height, width = pool["frames"].shape[2:4]
+        within = FOUND_WITHIN * max(height, width) / SIZE
+        ways, poses = [], []
+        with torch.inference_mode():
+            context = model["text_encoder"](tokenizer("a person").to(DEVICE))
+            model = SimpleNamespace(unet=model["unet"], controlnet=model["controlnet"])
+            for i in trange(plan.inverted, desc="inverting", mininterval=10):
+                rng = np.random.default_rng((13, i))
+                found = as_found(rng, pool["poses"][i, :1], height, width, within)
+                hint = image_tensor(draw_pose(found[0], height, width)[None])
+                z = torch.from_numpy(latents[i, :1]).to(DEVICE)
+                way = invert(model, z, hint, context, ROLLOUT_STEPS)
+                ways.append(torch.cat(way).half().cpu().numpy())
+                poses.append(np.concatenate(list(vars(found[0]).values())))
+        with replacing(path) as unfinished:
+            np.savez(unfinished, ways=np.stack(ways), found=np.stack(poses))
+    return dict(np.load(path)) if plan.inverted else {}
+
+
 def lesson(step: int, plan: Round, twins: list[bool]) -> tuple[int, bool]:
     """Which pool a step learns from, and whether it learns words there.
 
@@ -718,25 +883,52 @@ def train_networks(
     # A round that goes on from another has learned to look at frame 0 already.
     first_progress = 0.0 if plan is ROUNDS[0] else 0.2
 
+    inverted = invert_pool(networks, *pools[-1], tokenizer, work, plan)
+    under_way: list[Rollout | None] = [None] * ROLLOUTS
+
+    def predict(latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
+        tokens = torch.stack([tokenizer(prompt) for prompt in prompts])
+        latents, timestep, hints = (x.to(DEVICE) for x in (latents, timestep, hints))
+        with in_bfloat16():
+            context = text(tokens.to(DEVICE))
+            control = controlnet(latents, timestep, context, hints)
+            return unet(latents, timestep, context, control).float()
+
+    def rollout_loss(rng) -> Tensor:
+        """Of one step of one of the rollouts under way."""
+        which = rng.integers(ROLLOUTS)
+        if under_way[which] is None:
+            pool, close = pools[-1][0], rng.random() < plan.close_ups
+            options = clips_of(close, pool), frames, close
+            under_way[which] = new_rollout(rng, *pools[-1], inverted, *options)
+        loss = rollout_step(under_way[which], predict)
+        if under_way[which].step == ROLLOUT_STEPS:  # the last could change next to nothing
+            under_way[which] = None
+        return loss
+
+    def clips_of(close: bool, pool: dict) -> int:
+        pixels = SIZE**2 if close else math.prod(pool["frames"].shape[2:4])
+        return max(1, round(6 * SIZE**2 / pixels))
+
     def loss_at(step: int) -> Tensor:
         progress = first_progress + (1 - first_progress) * step / plan.steps
         rng = np.random.default_rng((2, step))
         which, of_words = lesson(step, plan, twins)
         pool, latents = pools[which]
-        clips = max(1, round(6 * SIZE**2 / math.prod(pool["frames"].shape[2:4])))
+        own = which == len(pools) - 1 and not of_words
+        if own and rng.random() < plan.rollouts:
+            return rollout_loss(rng)
+        close = own and rng.random() < plan.close_ups
+        clips = clips_of(close, pool)
         if of_words:
             batch = words_batch(rng, pool, latents, pairs=clips * frames // 2)
         else:
-            batch = training_batch(rng, pool, latents, progress, clips, frames)
-        prompts = torch.stack([tokenizer(prompt) for prompt in batch.pop("prompts")])
-        batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-        with in_bfloat16():
-            context = text(prompts.to(DEVICE))
-            control = controlnet(batch["latents"], batch["timestep"], context, batch["hints"])
-            predicted = unet(batch["latents"], batch["timestep"], context, control)
+            batch = training_batch(rng, pool, latents, progress, clips, frames, close)
+        predicted = predict(*(batch[name] for name in ("latents", "timestep", "prompts", "hints")))
+        batch = {name: x.to(DEVICE) for name, x in batch.items() if name != "prompts"}
         if "images" in batch:
             return words_loss(batch, predicted)
-        return (batch["weight"] * (predicted.float() - batch["noise"]) ** 2).mean()
+        return (batch["weight"] * (predicted - batch["noise"]) ** 2).mean()
 
     optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work)
 
