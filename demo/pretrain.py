@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about twelve hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about thirteen hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -12,7 +12,8 @@ width, in five stages. A finished one is not done again, and training resumes fr
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
-and last in wide frames that show them from the knees up, as the demo does.
+and in wide frames that show them from the knees up, as the demo does. The last round shows these once more, also
+from close up, and has the network learn from its own mistakes (`rollout_step`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
@@ -286,7 +287,7 @@ def optimise(
 
     One cosine from `peak_lr` to 1 % of it after a short warm-up, gradients clipped at 1. A checkpoint is
     written every five minutes, and a batch is a function of its step, so an interrupted run goes on as if
-    it had not stopped. The curve goes to `NAME.csv`.
+    it had not stopped (but rollouts, which begin anew). The curve goes to `NAME.csv`.
     """
     checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
     parameters = list(networks.parameters())
@@ -824,7 +825,7 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
 
 
 def invert_pool(networks: nn.ModuleDict, pool: dict, latents: np.ndarray, tokenizer, work: Path, plan: Round):
-    """The first frames of the plan's first identities, inverted by the networks as they are, as sampling will.
+    """The first frames of the plan's first identities, inverted by the networks as the round finds them.
 
     "ways": (identities, ROLLOUT_STEPS + 1, 8, h, w), see `posecrafter.invert`; "found": the keypoints
     (identities, 130, 3) that they were inverted with.
