@@ -42,11 +42,12 @@ def test_the_vae_gives_a_puppet_back(model):
 
 
 def test_an_inverted_puppet_is_noise_that_remembers_it(model):
-    """What the method starts from: nearly normal, but not independent of the frame."""
+    """What the method starts from: calmer than fresh noise, which the last round of pretraining has learned to
+    start from, and not independent of the frame."""
     frames, poses, _ = clip(identity_seed=5, motion_seed=5, frames=1)
     latents = encode_frames(model, frames)
     noise = invert(model, latents, draw_hints(poses, 128, 128), encode_prompt(model, ""), 20)[-1]
-    assert 0.6 < noise.std() < 1.3
+    assert 0.4 < noise.std() < 1.3
     assert abs(noise.mean()) < 0.3
     assert abs(np.corrcoef(noise.flatten(), latents.flatten())[0, 1]) > 0.02
 
