@@ -113,7 +113,7 @@ class Round:
     lr: float
     words_every: int | None = None  # one step in so many is of words
     older_every: int = 2  # and of the others, one in so many is on a pool of a round before
-    close_ups: float = 0.0  # share of those on its own pool that see squares of SIZE only, see `close_up`
+    close_ups: float = 0.0  # share of those on its own pool that see squares of SIZE only, see `close_ups`
     rollouts: float = 0.0  # share of those on its own pool that learn from the network's own mistakes
     inverted: int = 0  # identities of its pool whose first frames are inverted for that
 
@@ -589,7 +589,7 @@ def training_batch(
       The pose alone then says where things go; or latent editing has moved face and hands, or the whole
       body, in a third of them each. The other clips have independent noise, as fine-tuning has.
     - At first, frame 0 is often less noisy than its timestep says, so there is something to look up.
-    - The loss weighs what counts.
+    - The loss weighs the person, and most what is small in it, see `what_counts`.
 
     The poses are as one would find them in footage, see `as_found`.
 
@@ -695,7 +695,7 @@ def new_rollout(
     if close:
         height, width, keypoints, (z, mask, ways) = close_ups(rng, keypoints, height, width, z, mask, ways)
     keypoints, found = keypoints[:, :-1], keypoints[:, -1:]
-    poses = [
+    poses = [  # the references' as they were inverted with, or as much of them as a close-up shows
         as_found(rng, reference, height, width, 0 * within)
         + as_found(rng, each[1:], height, width, within)
         for reference, each in zip(found, keypoints)
@@ -824,11 +824,18 @@ def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
     return networks.to(DEVICE, memory_format=torch.channels_last)
 
 
-def invert_pool(networks: nn.ModuleDict, pool: dict, latents: np.ndarray, tokenizer, work: Path, plan: Round):
+def invert_pool(
+    networks: nn.ModuleDict,
+    pool: dict,
+    latents: np.ndarray,
+    tokenizer: Tokenizer,
+    work: Path,
+    plan: Round,
+) -> dict[str, np.ndarray]:
     """The first frames of the plan's first identities, inverted by the networks as the round finds them.
 
     "ways": (identities, ROLLOUT_STEPS + 1, 8, h, w), see `posecrafter.invert`; "found": the keypoints
-    (identities, 130, 3) that they were inverted with.
+    (identities, 130, 3) that they were inverted with. Nothing where the plan asks for none.
     """
     path = work / "inverted.npz"
     if plan.inverted and not path.exists():

@@ -357,8 +357,13 @@ def test_interrupted_training_goes_on_as_if_it_had_not_stopped(monkeypatch, tmp_
 def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     """All stages with a few puppets and steps, and once more, when everything is there already."""
     rounds = [  # up to the first step of words, where there are any
-        replace(plan, identities=plan.identities[:4], steps=plan.words_every or 2, moving=0.5,
-                inverted=min(plan.inverted, 4))
+        replace(
+            plan,
+            identities=plan.identities[:4],
+            steps=plan.words_every or 2,
+            moving=0.5,
+            inverted=min(plan.inverted, 4),
+        )
         for plan in pretrain.ROUNDS
     ]
     monkeypatch.setattr(pretrain, "ROUNDS", tuple(rounds))
