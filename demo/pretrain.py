@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about thirteen hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about fourteen hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -128,6 +128,10 @@ ROUNDS = (
     Round(
         range(24_800, 26_400), 0.15, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 2400, 4e-4, 10, 4,
         close_ups=0.6, rollouts=0.75, inverted=480,
+    ),
+    Round(
+        range(26_400, 27_360), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1800, 4e-4, 12, 5,
+        close_ups=0.6, rollouts=0.8, inverted=480,
     ),
 )
 
@@ -560,13 +564,15 @@ def prompt_from(rng, words: str, told: str = "") -> str:
 
 
 def what_counts(mask: np.ndarray, keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The loss's weights (clips, frames, 1, h, w): 1, 5 for the person and where it stood in frame 0; the face
-    12, hands, which are smaller, 20, and eyes 30."""
+    """The loss's weights (clips, frames, 1, h, w): 1, 5 for the person and where it stood in frame 0, 8 for the
+    head, 15 for the face in it, and for hands, which are smaller, and eyes 40."""
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]
     for clip, frame in np.ndindex(*mask.shape[:2]):
         face, *hands = details(pose_from(keypoints[clip, frame]))
-        for part, heavy in ((face, 12), (face[36:48], 30), *((hand, 20) for hand in hands)):
-            weight[clip, frame, 0][latent_pixels(near(part, height, width))] = heavy
+        hair = np.ptp(face[:, 1]) * height / 2
+        parts = ((face, hair, 8), (face, 2, 15), (face[36:48], 3, 40), *((hand, 2, 40) for hand in hands))
+        for part, margin, heavy in parts:
+            weight[clip, frame, 0][latent_pixels(near(part, height, width, margin))] = heavy
     return weight
 
 
