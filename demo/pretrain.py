@@ -12,8 +12,8 @@ width, in five stages. A finished one is not done again, and training resumes fr
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
-and in wide frames that show them from the knees up, as the demo does. The last round shows these once more, also
-from close up, and has the network learn from its own mistakes (`rollout_step`).
+and in wide frames that show them from the knees up, as the demo does. The last two rounds show such frames again,
+also from close up, and have the network learn from its own mistakes (`rollout_step`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.

@@ -42,7 +42,7 @@ def test_the_vae_gives_a_puppet_back(model):
 
 
 def test_an_inverted_puppet_is_noise_that_remembers_it(model):
-    """What the method starts from: calmer than fresh noise, which the last round of pretraining has learned to
+    """What the method starts from: calmer than fresh noise, which the last rounds of pretraining have learned to
     start from, and not independent of the frame."""
     frames, poses, _ = clip(identity_seed=5, motion_seed=5, frames=1)
     latents = encode_frames(model, frames)
