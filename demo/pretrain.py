@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about fourteen hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about fifteen hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -12,8 +12,8 @@ width, in five stages. A finished one is not done again, and training resumes fr
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
-and in wide frames that show them from the knees up, as the demo does. The last two rounds show such frames again,
-also from close up, and have the network learn from its own mistakes (`rollout_step`).
+and in wide frames that show them from the knees up, as the demo does. The last three rounds show such frames
+again, also from close up, and have the network learn from its own mistakes (`rollout_step`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
@@ -79,6 +79,7 @@ from video import replacing
 
 SIZE = 128  # pixels; with a factor of 4 the latents are 32x32
 LAST_SIZE = 192  # of the last rounds: where fingers and mouths are more than a pixel wide
+CLOSE = 96  # pixels, of what is seen from close up
 POSES = 8  # per identity, drawn from ten seconds of motion
 # Where a round has twins, one more frame: the first once more, but with hair or a garment in another colour.
 TWIN = POSES
@@ -95,7 +96,7 @@ UNET = UNetConfig(
     norm_groups=8,
 )
 VAE_CONFIG = VAEConfig(8, widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
-VAE_STEPS = (2500, 3000, 2400)  # on crops, on whole frames, on details
+VAE_STEPS = (2500, 3000, 2400, 1500)  # on crops, on whole frames, on details, of the decoder alone
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 
 
@@ -113,7 +114,7 @@ class Round:
     lr: float
     words_every: int | None = None  # one step in so many is of words
     older_every: int = 2  # and of the others, one in so many is on a pool of a round before
-    close_ups: float = 0.0  # share of those on its own pool that see squares of SIZE only, see `close_ups`
+    close_ups: float = 0.0  # share of those on its own pool that see squares of CLOSE only, see `close_ups`
     rollouts: float = 0.0  # share of those on its own pool that learn from the network's own mistakes
     inverted: int = 0  # identities of its pool whose first frames are inverted for that
 
@@ -132,6 +133,10 @@ ROUNDS = (
     Round(
         range(26_400, 27_360), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1800, 4e-4, 12, 5,
         close_ups=0.6, rollouts=0.8, inverted=480,
+    ),
+    Round(
+        range(27_360, 28_160), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1600, 4e-4, 12, 3,
+        close_ups=0.6, rollouts=0.8, inverted=400,
     ),
 )
 
@@ -468,23 +473,38 @@ def train_vae(vae: VAE, pools: list[dict], work: Path) -> None:
 def sharpen_vae(vae: VAE, pools: list[dict], scale: float, work: Path) -> None:
     """A last stage for mouths, eyes and fingers: every other batch is of the last pool's large frames, and hands
     weigh more. The latents are held where they are, so that the networks that were trained on them fit as before:
-    1 to 2 dB come from reading the same latents better.
+    1 to 2 dB come from reading the same latents better. Then the decoder alone goes on, two of three batches on
+    squares around face and hands, where fingers are a good part of what there is to see: 2 dB more for hands.
     """
     before = copy.deepcopy(vae).requires_grad_(False)
+    *older, large = pools
+
+    def batch_of(rng, pool: dict, of_face: float, of_hands: float, crop: int = 0) -> list:
+        count = max(1, round(8 * SIZE**2 / (crop**2 or math.prod(pool["frames"].shape[2:4]))))
+        return [frame_from(rng, pool, of_face, of_hands, crop) for _ in range(count)]
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((11, step))
-        *older, large = pools
         pool = large if step % 2 else older[step // 2 % len(older)]
-        count = max(1, round(8 * SIZE**2 / math.prod(pool["frames"].shape[2:4])))
-        frames = [frame_from(rng, pool, of_face=12, of_hands=20) for _ in range(count)]
+        frames = batch_of(rng, pool, of_face=12, of_hands=20)
         loss, images, mean = vae_loss(rng, vae, frames, move=step // 10 % 4 == 3)
         with torch.no_grad(), in_bfloat16():
             held, _ = before.encode(images)
         return loss + ((mean - held.float()) * scale).square().mean()
 
+    def decoders_loss_at(step: int) -> Tensor:
+        rng = np.random.default_rng((12, step))
+        turn = step // 3
+        pool = large if turn % 2 else older[turn // 2 % len(older)]
+        frames = batch_of(rng, pool, of_face=15, of_hands=40, crop=64 if step % 3 else 0)
+        return vae_loss(rng, vae, frames, move=step % 10 == 9)[0]
+
     networks = nn.ModuleDict({"vae": vae})
     optimise("vae_details", networks, loss_at, VAE_STEPS[2], 8e-4, 0.995, work)
+    vae.requires_grad_(False)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    decoder.requires_grad_(True)
+    optimise("vae_fingers", decoder, decoders_loss_at, VAE_STEPS[3], 8e-4, 0.995, work)
 
 
 # ---- 3. The latents ---------------------------------------------------------------------------------
@@ -528,25 +548,36 @@ def as_found(rng, keypoints: np.ndarray, height: int, width: int, within: np.nda
     return [pose_from(each) for each in found]
 
 
-def close_ups(
-    rng, keypoints: np.ndarray, height: int, width: int, *maps: np.ndarray
-) -> tuple[int, int, np.ndarray, list[np.ndarray]]:
-    """Of each clip a square of SIZE pixels, around the face or a hand of one of its frames.
+def close_ups(rng, keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Where squares of CLOSE pixels around the face or one of the hands begin, the same part in all of a clip's
+    frames: pixels (clips, F, 2), y and x, multiples of 4.
 
-    keypoints: (clips, F, 130, 3); maps: (clips, ..., height/4, width/4). Returns the height and width, keypoints
-    and maps of the squares. What is small is learned faster so: attention costs the square of a frame's pixels,
-    and in a frame that shows the whole person most of them are of what has been learned long ago.
+    keypoints: (clips, F, 130, 3). What is small is learned faster so: attention costs the square of a frame's
+    pixels, and in a frame that shows the whole person most of them are of what has been learned long ago.
     """
-    keypoints, squares = keypoints.copy(), []
-    for clip in keypoints:
-        parts = details(pose_from(clip[rng.integers(len(clip))]))
-        centre = parts[rng.integers(3)][:, 1::-1].mean(axis=0) * (height, width)
-        corner = (centre - SIZE * rng.uniform(0.3, 0.7, 2)).astype(int) // 4 * 4
-        top, left = np.clip(corner, 0, (height - SIZE, width - SIZE))
-        clip[..., :2] = (clip[..., :2] * (width, height) - (left, top)) / SIZE
-        squares.append(np.s_[..., top // 4 : (top + SIZE) // 4, left // 4 : (left + SIZE) // 4])
-    cut = [np.stack([clip[square] for clip, square in zip(each, squares)]) for each in maps]
-    return SIZE, SIZE, keypoints, cut
+    corners = np.empty((*keypoints.shape[:2], 2), int)
+    for clip, frames in enumerate(keypoints):
+        part, offset = rng.integers(3), CLOSE * rng.uniform(0.3, 0.7, 2)
+        for frame, each in enumerate(frames):
+            centre = details(pose_from(each))[part][:, 1::-1].mean(axis=0) * (height, width)
+            corners[clip, frame] = (centre - offset).astype(int) // 4 * 4
+    return corners.clip(0, (height - CLOSE, width - CLOSE))
+
+
+def cut(maps: np.ndarray, corners: np.ndarray, factor: int = 4) -> np.ndarray:
+    """The squares of maps (clips, F, ..., height/factor, width/factor) that begin there, see `close_ups`."""
+    side = CLOSE // factor
+    squares = np.empty((*maps.shape[:-2], side, side), maps.dtype)
+    for clip, frame in np.ndindex(*corners.shape[:2]):
+        top, left = corners[clip, frame] // factor
+        squares[clip, frame] = maps[clip, frame, ..., top : top + side, left : left + side]
+    return squares
+
+
+def draw_poses(poses: list[list[Pose]], height: int, width: int) -> np.ndarray:
+    """The control images of clips, uint8 (clips, F, 3, height, width)."""
+    hints = np.stack([[draw_pose(pose, height, width) for pose in clip] for clip in poses])
+    return np.moveaxis(hints, -1, 2)
 
 
 def prompt_from(rng, words: str, told: str = "") -> str:
@@ -614,11 +645,8 @@ def training_batch(
     inverted = latents[identities, np.where(from_twin, TWIN, order[:, 0])]
     height, width = pool["frames"].shape[2:4]
     within = FOUND_WITHIN * max(height, width) / SIZE
-    if close:
-        maps = z, mask, inverted
-        height, width, keypoints, (z, mask, inverted) = close_ups(rng, keypoints, height, width, *maps)
     found = [as_found(rng, each, height, width, within) for each in keypoints]
-    hints = np.stack([draw_pose(pose, height, width) for poses in found for pose in poses])
+    hints = draw_poses(found, height, width)
 
     alphas = ALPHAS_CUMPROD.numpy()
     ratio = math.sqrt(alphas[-1] / (1 - alphas[-1]))
@@ -647,19 +675,23 @@ def training_batch(
     a = alphas[timestep][:, None, None, None, None]
     # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
     weight *= np.minimum(1 / a, 8) * np.minimum(1, 5 * (1 - a) / a)
-    weight /= weight.mean()
-    flat = {
+    maps = {
         "latents": np.sqrt(alpha) * z + np.sqrt(1 - alpha) * noise,
         "noise": noise,
         "weight": weight,
     }
-    flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in flat.items()}
+    if close:
+        corners = close_ups(rng, keypoints, height, width)
+        maps = {name: cut(each, corners) for name, each in maps.items()}
+        hints = cut(hints, corners, 1)
+    maps["weight"] /= maps["weight"].mean()
+    flat = {k: torch.from_numpy(v.astype(np.float32)).flatten(0, 1) for k, v in maps.items()}
     prompts = [
         prompt_from(rng, pool["captions"][i][0], words if twin else "")
         for i, words, twin in zip(identities, told, from_twin)
     ]
     return flat | {
-        "hints": image_tensor(hints),
+        "hints": torch.from_numpy(hints).flatten(0, 1) / 255,
         "timestep": torch.from_numpy(timestep),
         "prompts": prompts,
     }
@@ -695,25 +727,30 @@ def new_rollout(
     mask = pool["masks"][identities[:, None], order].astype(np.float32)
     keypoints = pool["poses"][identities[:, None], order]
     ways, found = (inverted[name][identities].astype(np.float32) for name in ("ways", "found"))
-    keypoints = np.concatenate([keypoints, found[:, None]], axis=1)
     height, width = pool["frames"].shape[2:4]
     within = FOUND_WITHIN * max(height, width) / SIZE
-    if close:
-        height, width, keypoints, (z, mask, ways) = close_ups(rng, keypoints, height, width, z, mask, ways)
-    keypoints, found = keypoints[:, :-1], keypoints[:, -1:]
-    poses = [  # the references' as they were inverted with, or as much of them as a close-up shows
-        as_found(rng, reference, height, width, 0 * within)
-        + as_found(rng, each[1:], height, width, within)
+    poses = [  # the references' as they were inverted with
+        [pose_from(reference), *as_found(rng, each[1:], height, width, within)]
         for reference, each in zip(found, keypoints)
     ]
+    hints = draw_poses(poses, height, width)
     weight = what_counts(mask, keypoints, height, width)
-    hints = np.stack([draw_pose(pose, height, width) for clip in poses for pose in clip])
+    starts = ways[:, -1:].repeat(frames, axis=1)
+    if close:
+        corners = close_ups(rng, keypoints, height, width)
+        z, weight, starts = (cut(each, corners) for each in (z, weight, starts))
+        hints, ways = cut(hints, corners, 1), cut(ways[:, None], corners[:, :1])[:, 0]
+        size = np.array((height, width)) / CLOSE
+        poses = [
+            [place_pose(pose, *size[::-1], *-corner[::-1] / CLOSE) for pose, corner in zip(*clip)]
+            for clip in zip(poses, corners)
+        ]
     edits = [(0, ""), (1, "face,hands"), *((step, "body") for step in (2, 3, 3, 3, 4, 4))]
     return Rollout(
-        latents=torch.from_numpy(ways[:, -1]).repeat_interleave(frames, 0),
+        latents=torch.from_numpy(starts).flatten(0, 1),
         images=torch.from_numpy(z).flatten(0, 1),
         weight=torch.from_numpy(weight / weight.mean()).flatten(0, 1),
-        hints=image_tensor(hints),
+        hints=torch.from_numpy(hints).flatten(0, 1) / 255,
         prompts=[prompt_from(rng, pool["captions"][i][0]) for i in identities],
         ways=ways,
         poses=poses,
@@ -921,7 +958,7 @@ def train_networks(
         return loss
 
     def clips_of(close: bool, pool: dict) -> int:
-        pixels = SIZE**2 if close else math.prod(pool["frames"].shape[2:4])
+        pixels = CLOSE**2 if close else math.prod(pool["frames"].shape[2:4])
         return max(1, round(6 * SIZE**2 / pixels))
 
     def loss_at(step: int) -> Tensor:

@@ -102,22 +102,27 @@ def test_close_ups_show_the_same_square_in_everything(monkeypatch):
     batch = pretrain.training_batch(rng, pool, latents, 1, CLIPS, FRAMES, close=True)
     a = ALPHAS_CUMPROD[batch["timestep"]].repeat_interleave(FRAMES)[:, None, None, None]
     shown = ((batch["latents"] - (1 - a).sqrt() * batch["noise"]) / a.sqrt()).round().int().numpy()
-    assert shown.shape[2:] == (32, 32) and batch["hints"].shape[2:] == (128, 128)
+    size = pretrain.CLOSE // 4
+    assert shown.shape[2:] == (size, size) and batch["hints"].shape[2:] == (4 * size, 4 * size)
     corners, parts_seen = set(), 0
     for z, hint, weight in zip(shown, batch["hints"], batch["weight"]):
         (index,), top, left = np.unique(z[0]), z[1, 0, 0], z[2, 0, 0]
-        assert np.array_equal(z[1:], np.indices((32, 32)) + [[[top]], [[left]]])
+        assert np.array_equal(z[1:], np.indices((size, size)) + [[[top]], [[left]]])
         corners.add((int(top), int(left)))
         keypoints = row["poses"][index].copy()
-        keypoints[:, :2] = (keypoints[:, :2] * (256, 192) - (4 * left, 4 * top)) / 128
         keypoints[((keypoints[:, :2] < 0) | (keypoints[:, :2] >= 1)).any(-1)] = 0
+        # As wide as in the whole frame, whose every line is twice as wide as those of a canvas of 96 pixels.
+        whole = draw_pose(pretrain.pose_from(keypoints), 192, 256)
         drawn = (255 * hint).round().byte().permute(1, 2, 0).numpy()
-        assert np.array_equal(draw_pose(pretrain.pose_from(keypoints), 128, 128), drawn)
-        person = row["masks"][index, top : top + 32, left : left + 32] > 0
+        assert np.array_equal(whole[4 * top :, 4 * left :][: 4 * size, : 4 * size], drawn)
+        person = row["masks"][index, top : top + size, left : left + size] > 0
         lightest = weight[0].numpy()[person].min() if person.any() else np.inf
         assert lightest > 1.6 * weight.min()  # a twin's frame differs everywhere here, and weighs 5 more
-        parts_seen += (keypoints[18:, 2] > 0).any()
-    assert len(corners) > CLIPS / 3 and parts_seen > 0.9 * len(shown)
+        parts = pretrain.details(pretrain.pose_from(row["poses"][index]))
+        centres = np.array([part[:, 1::-1].mean(0) for part in parts]).clip(0, 1) * (48, 64)
+        beside = centres - (top, left)
+        parts_seen += ((beside >= 0) & (beside <= size)).all(1).any()
+    assert len(corners) > CLIPS / 3 and parts_seen == len(shown)
 
 
 def noise_of_a_batch(monkeypatch, pool, latents: np.ndarray):
@@ -368,7 +373,7 @@ def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(pretrain, "ROUNDS", tuple(rounds))
     monkeypatch.setattr(pretrain, "SIZE", pretrain.SIZE // 2)  # which makes batches a fourth as large
-    monkeypatch.setattr(pretrain, "VAE_STEPS", (4, 4, 4))
+    monkeypatch.setattr(pretrain, "VAE_STEPS", (4, 4, 4, 4))
     work, out = tmp_path / "work", tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--work", str(work), "--out", str(out)])
     pretrain.main()
