@@ -554,6 +554,8 @@ def close_ups(rng, keypoints: np.ndarray, height: int, width: int) -> np.ndarray
 
     keypoints: (clips, F, 130, 3). What is small is learned faster so: attention costs the square of a frame's
     pixels, and in a frame that shows the whole person most of them are of what has been learned long ago.
+
+    Everything is made of whole frames and cut out last (`cut`): `draw_pose` draws thinner on a smaller canvas.
     """
     corners = np.empty((*keypoints.shape[:2], 2), int)
     for clip, frames in enumerate(keypoints):

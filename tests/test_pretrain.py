@@ -188,6 +188,31 @@ def rollout(pool) -> tuple[pretrain.Rollout, np.ndarray]:
     return pretrain.new_rollout(random, pool, latents, inverted, CLIPS, FRAMES, False), ways
 
 
+def test_a_close_rollout_sees_each_frames_own_square():
+    """Latents and inverted noise that tell where they are: both are cut where the control image is."""
+    plan = replace(ROUND, height=192, width=256)
+    row, words = pretrain.render_identity(16_000, plan)
+    pool = {name: array[None] for name, array in row.items()} | {"captions": [words]}
+    y, x = np.indices((48, 64), np.float32)
+    latents = np.broadcast_to(np.stack([y, x]), (1, pretrain.POSES + 1, 2, 48, 64)).copy()
+    ways = np.broadcast_to(np.stack([y, x]), (1, pretrain.ROLLOUT_STEPS + 1, 2, 48, 64))
+    inverted = {"ways": ways, "found": row["poses"][None, 0]}
+    random = np.random.default_rng(0)
+    rollout = pretrain.new_rollout(random, pool, latents, inverted, CLIPS, FRAMES, close=True)
+    assert torch.equal(rollout.latents, rollout.images)
+    size = pretrain.CLOSE // 4
+    assert rollout.images.shape == (CLIPS * FRAMES, 2, size, size)
+    first = rollout.images.unflatten(0, (CLIPS, FRAMES))[:, 0].numpy()
+    assert all((way == image).all() for way, image in zip(rollout.ways, first))
+    whole = draw_pose(pretrain.pose_from(row["poses"][0]), 192, 256)  # a reference, as it was inverted
+    for image, clip, hint in zip(first, rollout.poses, rollout.hints[::FRAMES]):
+        top, left = (4 * image[:, 0, 0]).astype(int)
+        drawn = (255 * hint).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(whole[top : top + 4 * size, left : left + 4 * size], drawn)
+        nose = clip[0].body[0, :2] * 4 * size + (left, top)  # what editing will move it by
+        assert nose == pytest.approx(row["poses"][0, 0, :2] * (256, 192), abs=1e-2)
+
+
 def test_a_rollout_starts_from_inverted_noise_and_is_edited_on_its_way(monkeypatch, rollout):
     rollout, ways = rollout
     clips = rollout.latents.unflatten(0, (CLIPS, FRAMES)).clone()
