@@ -111,7 +111,7 @@ def test_close_ups_show_the_same_square_in_everything(monkeypatch):
         corners.add((int(top), int(left)))
         keypoints = row["poses"][index].copy()
         keypoints[((keypoints[:, :2] < 0) | (keypoints[:, :2] >= 1)).any(-1)] = 0
-        # As wide as in the whole frame, whose every line is twice as wide as those of a canvas of 96 pixels.
+        # Lines as wide as the whole frame's: a canvas as small as the square has thinner ones.
         whole = draw_pose(pretrain.pose_from(keypoints), 192, 256)
         drawn = (255 * hint).round().byte().permute(1, 2, 0).numpy()
         assert np.array_equal(whole[4 * top :, 4 * left :][: 4 * size, : 4 * size], drawn)
