@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about fifteen hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about sixteen hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -12,7 +12,7 @@ width, in five stages. A finished one is not done again, and training resumes fr
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
-and in wide frames that show them from the knees up, as the demo does. The last three rounds show such frames
+and in wide frames that show them from the knees up, as the demo does. The last four rounds show such frames
 again, also from close up, and have the network learn from its own mistakes (`rollout_step`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -116,6 +118,7 @@ class Round:
     older_every: int = 2  # and of the others, one in so many is on a pool of a round before
     close_ups: float = 0.0  # share of those on its own pool that see squares of CLOSE only, see `close_ups`
     rollouts: float = 0.0  # share of those on its own pool that learn from the network's own mistakes
+    critic: bool = False  # which then also have to look true, see `Critic`
     inverted: int = 0  # identities of its pool whose first frames are inverted for that
 
 
@@ -137,6 +140,10 @@ ROUNDS = (
     Round(
         range(27_360, 28_160), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1600, 4e-4, 12, 3,
         close_ups=0.6, rollouts=0.8, inverted=400,
+    ),
+    Round(
+        range(28_160, 28_960), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1100, 4e-4, 5, 4,
+        close_ups=0.6, rollouts=0.9, critic=True, inverted=400,
     ),
 )
 
@@ -296,7 +303,7 @@ def optimise(
 
     One cosine from `peak_lr` to 1 % of it after a short warm-up, gradients clipped at 1. A checkpoint is
     written every five minutes, and a batch is a function of its step, so an interrupted run goes on as if
-    it had not stopped (but rollouts, which begin anew). The curve goes to `NAME.csv`.
+    it had not stopped (but rollouts and their critic, which begin anew). The curve goes to `NAME.csv`.
     """
     checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
     parameters = list(networks.parameters())
@@ -529,6 +536,9 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
 # Of rollouts, in which the network learns from where its own steps lead: see `new_rollout`.
 ROLLOUT_STEPS = 10
 ROLLOUTS = 8  # under way at a time, so that steps that follow each other are not of the same clips
+CRITICAL = 501  # timestep: from here on they look like images, and a critic has its say, see `Critic`
+CRITIC_LEARNS = 120  # updates, before it says anything
+CRITIC_SHARE = 0.5  # of the pull of the squared error
 
 # How far from the truth keypoints are found, in SIZEths of the frame's longer side: standard deviations, of x
 # and of y. `pretrain_openpose.py --evaluate` says how far the demo's own networks are off.
@@ -597,13 +607,13 @@ def prompt_from(rng, words: str, told: str = "") -> str:
 
 
 def what_counts(mask: np.ndarray, keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The loss's weights (clips, frames, 1, h, w): 1, 5 for the person and where it stood in frame 0, 8 for the
+    """The loss's weights (clips, frames, 1, h, w): 1, 5 for the person and where it stood in frame 0, 12 for the
     head, 15 for the face in it, and for hands, which are smaller, and eyes 40."""
     weight = 1 + 4 * np.maximum(mask, mask[:, :1])[:, :, None]
     for clip, frame in np.ndindex(*mask.shape[:2]):
         face, *hands = details(pose_from(keypoints[clip, frame]))
         hair = np.ptp(face[:, 1]) * height / 2
-        parts = ((face, hair, 8), (face, 2, 15), (face[36:48], 3, 40), *((hand, 2, 40) for hand in hands))
+        parts = ((face, hair, 12), (face, 2, 15), (face[36:48], 3, 40), *((hand, 2, 40) for hand in hands))
         for part, margin, heavy in parts:
             weight[clip, frame, 0][latent_pixels(near(part, height, width, margin))] = heavy
     return weight
@@ -760,14 +770,17 @@ def new_rollout(
     )
 
 
-def rollout_step(rollout: Rollout, predict: Callable[..., Tensor]) -> Tensor:
+def rollout_step(
+    rollout: Rollout, predict: Callable[..., Tensor], criticise: Callable[..., Tensor] | None = None
+) -> Tensor:
     """Takes one step of sampling, and returns how far from its images the step leads.
 
     What a network sees in `training_batch` is true frames with noise, and it learns to trust what they show. What
     it sees in sampling is what it made of the steps before, and what editing has moved: from there, too, it has to
     find the way to the true frames (as in Ross et al., 2011, "A Reduction of Imitation Learning").
 
-    predict(latents, timesteps (clips,), prompts, hints) -> the noise (F, 8, h, w).
+    predict(latents, timesteps (clips,), prompts, hints) -> the noise (F, 8, h, w). From CRITICAL on, what
+    `criticise` says of the images that the step leads to is added, see `Critic`.
     """
     clips = rollout.latents.unflatten(0, (len(rollout.poses), -1))
     for clip, way, poses, (step, parts) in zip(clips, rollout.ways, rollout.poses, rollout.edits):
@@ -779,12 +792,67 @@ def rollout_step(rollout: Rollout, predict: Callable[..., Tensor]) -> Tensor:
     noise = predict(rollout.latents, timesteps, rollout.prompts, rollout.hints)
     latents, images, weight = (x.to(noise) for x in (rollout.latents, rollout.images, rollout.weight))
     a = alpha_cumprod(timestep)
-    error = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a) - images
+    guess = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
     next_timestep = timestep - TRAIN_STEPS // ROLLOUT_STEPS
     rollout.latents = ddim_step(latents, noise.detach(), timestep, next_timestep).cpu()
     rollout.step += 1
     # Little is kept of the images that the first steps see.
-    return min(1, 8 * a / (1 - a)) * (weight * error.square()).mean()
+    loss = min(1, 8 * a / (1 - a)) * (weight * (guess - images).square()).mean()
+    if criticise is None or timestep > CRITICAL:
+        return loss
+    return loss + criticise(loss, guess, images, weight, rollout.hints.to(noise))
+
+
+class Critic(nn.Module):
+    """Tells true latents from those that the networks make, patch by patch, for the pose they are asked to show.
+
+    Where a finger or a lock of hair may be here or a pixel further, the least squared error is a smear: half of
+    each. A smear is easily told from anything true, so who has to convince a critic draws one or the other
+    (Goodfellow et al., 2014; of patches as Isola et al., 2017). It looks at 9 latent pixels, or 36 of the image,
+    at a time; its loss is the hinge, its layers' largest gain 1 (Miyato et al., 2018).
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths = (8 + 3 * 4**2, 48, 64, 96, 96)
+        layers = []
+        for before, after in pairwise(widths):
+            layers += [spectral_norm(nn.Conv2d(before, after, 3, padding=1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 1)))
+        self.updates = 0
+        self.to(DEVICE, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.5, 0.99))
+
+    def forward(self, latents: Tensor, hints: Tensor) -> Tensor:
+        """Latents (F, 8, h, w) and control images (F, 3, 4 h, 4 w) to (F, 1, h, w): the higher the truer."""
+        with in_bfloat16():
+            return self.layers(torch.cat([latents, F.pixel_unshuffle(hints, 4)], 1)).float()
+
+    def learn(self, guess: Tensor, images: Tensor, weight: Tensor, hints: Tensor) -> None:
+        """Two updates on the networks' guess and on the truth."""
+        for _ in range(2):
+            of_guess, of_truth = self(torch.cat([guess, images]), hints.repeat(2, 1, 1, 1)).chunk(2)
+            loss = (weight * (F.relu(1 + of_guess) + F.relu(1 - of_truth))).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.updates += 1
+
+    def criticise(self, loss: Tensor, guess: Tensor, *rest: Tensor) -> Tensor:
+        """What is to be added to the networks' loss: 0 until it has learned enough to say anything.
+
+        guess (F, 8, h, w), with its gradient; rest: images, weight and hints, see `Rollout`. It pulls half as
+        strongly as the loss does, however large either is (as in Esser et al., 2021, "Taming Transformers").
+        """
+        images, weight, hints = rest
+        self.learn(guess.detach(), images, weight, hints)
+        if self.updates <= CRITIC_LEARNS:
+            return torch.zeros_like(loss)
+        self.requires_grad_(False)
+        judged = -(weight * self(guess, hints)).mean()
+        self.requires_grad_(True)
+        pulls = [torch.autograd.grad(each, guess, retain_graph=True)[0].norm() for each in (loss, judged)]
+        return CRITIC_SHARE * pulls[0] / (pulls[1] + 1e-12) * judged
 
 
 def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
@@ -938,6 +1006,7 @@ def train_networks(
 
     inverted = invert_pool(networks, *pools[-1], tokenizer, work, plan)
     under_way: list[Rollout | None] = [None] * ROLLOUTS
+    criticise = Critic().criticise if plan.critic else None
 
     def predict(latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
         tokens = torch.stack([tokenizer(prompt) for prompt in prompts])
@@ -954,7 +1023,7 @@ def train_networks(
             pool, close = pools[-1][0], rng.random() < plan.close_ups
             options = clips_of(close, pool), frames, close
             under_way[which] = new_rollout(rng, *pools[-1], inverted, *options)
-        loss = rollout_step(under_way[which], predict)
+        loss = rollout_step(under_way[which], predict, criticise)
         if under_way[which].step == ROLLOUT_STEPS:  # the last could change next to nothing
             under_way[which] = None
         return loss

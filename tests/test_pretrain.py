@@ -14,7 +14,7 @@ from checkpoint import load_model
 from demo import pretrain
 from demo.puppet import caption, random_puppet
 from pose import draw_pose
-from posecrafter import ALPHAS_CUMPROD, edit_latents
+from posecrafter import ALPHAS_CUMPROD, ddim_timesteps, edit_latents
 
 ROUND = replace(pretrain.ROUNDS[3], disguised=0.0)
 CLIPS, FRAMES = 24, 3
@@ -245,6 +245,56 @@ def test_from_wherever_a_rollout_is_the_true_frames_are_asked_for(rollout):
     for _ in range(pretrain.ROLLOUT_STEPS - 4):
         assert pretrain.rollout_step(rollout, knows) < 1e-6
     assert (rollout.latents - rollout.images).abs().mean() < 0.1
+
+
+def test_a_critic_pulls_smears_towards_what_is_true(monkeypatch):
+    """Stripes lie at one of two places, and the least squared error is half of each."""
+    monkeypatch.setattr(pretrain, "CRITIC_LEARNS", 40)
+    torch.manual_seed(0)
+    critic = pretrain.Critic()
+    stripes = torch.zeros(16, 8, 12, 12)
+    stripes[..., ::4] = stripes[..., 1::4] = 2
+    shift = torch.arange(16) % 2 * 2
+    truth = torch.stack([stripe.roll(int(by), -1) for stripe, by in zip(stripes, shift)])
+    network = torch.ones_like(truth).requires_grad_()  # the mean
+    hints, weight = torch.zeros(16, 3, 48, 48), torch.ones(16, 1, 12, 12)
+
+    def judge() -> tuple[torch.Tensor, torch.Tensor]:
+        guess = network * 1
+        loss = (guess - truth).square().mean()
+        return loss, critic.criticise(loss, guess, truth, weight, hints)
+
+    for _ in range(20):
+        assert judge()[1] == 0, "it has to learn first"
+    before = critic(network.detach(), hints).mean()
+    assert before < critic(truth, hints).mean() - 1
+    loss, added = judge()
+    pulls = [torch.autograd.grad(each, network, retain_graph=True)[0] for each in (loss, added)]
+    strengths = [pull.norm().item() for pull in pulls]
+    assert strengths[1] == pytest.approx(pretrain.CRITIC_SHARE * strengths[0], rel=0.01)
+    assert critic((network - pulls[1] / pulls[1].std()).detach(), hints).mean() > before
+    critic.optimizer.zero_grad()
+    added.backward()
+    assert all(p.grad is None for p in critic.parameters()), "only the networks learn from it"
+
+
+def test_a_critic_has_its_say_once_there_is_an_image(rollout):
+    rollout, _ = rollout
+    asked = []
+
+    def criticise(loss, guess, images, weight, hints):
+        assert guess.shape == images.shape and len(weight) == len(hints) == len(guess)
+        asked.append(rollout.step - 1)
+        return loss * 0 + 100
+
+    losses = [
+        pretrain.rollout_step(rollout, lambda latents, *_: latents, criticise)
+        for _ in range(pretrain.ROLLOUT_STEPS - 1)
+    ]
+    timesteps = ddim_timesteps(pretrain.ROLLOUT_STEPS)
+    late = [step for step in range(1, 10) if timesteps[step - 1] <= pretrain.CRITICAL]
+    assert asked == late and 1 not in late
+    assert [loss > 100 for loss in losses] == [step in late for step in range(1, 10)]
 
 
 def test_a_prompt_tells_what_it_must_and_forgets_at_times():
