@@ -298,12 +298,13 @@ def optimise(
     peak_lr: float,
     ema_decay: float,
     work: Path,
+    critic: nn.Module | None = None,
 ) -> None:
     """Trains `networks` with AdamW on `loss_at(step)`, and leaves them with averaged weights.
 
     One cosine from `peak_lr` to 1 % of it after a short warm-up, gradients clipped at 1. A checkpoint is
     written every five minutes, and a batch is a function of its step, so an interrupted run goes on as if
-    it had not stopped (but rollouts and their critic, which begin anew). The curve goes to `NAME.csv`.
+    it had not stopped (but rollouts, which begin anew). The curve goes to `NAME.csv`.
     """
     checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
     parameters = list(networks.parameters())
@@ -328,6 +329,8 @@ def optimise(
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average, state["average"])
+        if critic:
+            critic.load_state_dict(state["critic"])
         start = state["step"]
         rows = [row.split(",") for row in log.read_text().splitlines()[1:]]
         rows = [row for row in rows if int(row[0]) <= start]  # later ones will be written again
@@ -343,6 +346,8 @@ def optimise(
             "average": average,
             "step": step,
         }
+        if critic:
+            state["critic"] = critic.state_dict()
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
@@ -823,6 +828,13 @@ class Critic(nn.Module):
         self.to(DEVICE, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.5, 0.99))
 
+    def get_extra_state(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
     def forward(self, latents: Tensor, hints: Tensor) -> Tensor:
         """Latents (F, 8, h, w) and control images (F, 3, 4 h, 4 w) to (F, 1, h, w): the higher the truer."""
         with in_bfloat16():
@@ -1006,7 +1018,7 @@ def train_networks(
 
     inverted = invert_pool(networks, *pools[-1], tokenizer, work, plan)
     under_way: list[Rollout | None] = [None] * ROLLOUTS
-    criticise = Critic().criticise if plan.critic else None
+    critic = Critic() if plan.critic else None
 
     def predict(latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
         tokens = torch.stack([tokenizer(prompt) for prompt in prompts])
@@ -1023,7 +1035,7 @@ def train_networks(
             pool, close = pools[-1][0], rng.random() < plan.close_ups
             options = clips_of(close, pool), frames, close
             under_way[which] = new_rollout(rng, *pools[-1], inverted, *options)
-        loss = rollout_step(under_way[which], predict, criticise)
+        loss = rollout_step(under_way[which], predict, critic and critic.criticise)
         if under_way[which].step == ROLLOUT_STEPS:  # the last could change next to nothing
             under_way[which] = None
         return loss
@@ -1052,7 +1064,7 @@ def train_networks(
             return words_loss(batch, predicted)
         return (batch["weight"] * (predicted - batch["noise"]) ** 2).mean()
 
-    optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work)
+    optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work, critic)
 
 
 def main():

@@ -1,5 +1,6 @@
 """How the demo base model is taught: its pool of puppets, and the noisy clips that it learns from."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from itertools import count
@@ -276,6 +277,13 @@ def test_a_critic_pulls_smears_towards_what_is_true(monkeypatch):
     critic.optimizer.zero_grad()
     added.backward()
     assert all(p.grad is None for p in critic.parameters()), "only the networks learn from it"
+
+    again = pretrain.Critic()
+    again.load_state_dict(copy.deepcopy(critic.state_dict()))
+    for each in (critic, again):
+        each.learn(network.detach(), truth, weight, hints)
+    assert again.updates == critic.updates > 40
+    assert torch.equal(again(truth, hints), critic(truth, hints)), "it goes on where it stopped"
 
 
 def test_a_critic_has_its_say_once_there_is_an_image(rollout):
