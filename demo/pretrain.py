@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about sixteen hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about eighteen hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -12,7 +12,7 @@ width, in five stages. A finished one is not done again, and training resumes fr
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
-and in wide frames that show them from the knees up, as the demo does. The last four rounds show such frames
+and in wide frames that show them from the knees up, as the demo does. The last five rounds show such frames
 again, also from close up, and have the network learn from its own mistakes (`rollout_step`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
@@ -118,7 +118,7 @@ class Round:
     older_every: int = 2  # and of the others, one in so many is on a pool of a round before
     close_ups: float = 0.0  # share of those on its own pool that see squares of CLOSE only, see `close_ups`
     rollouts: float = 0.0  # share of those on its own pool that learn from the network's own mistakes
-    critic: bool = False  # which then also have to look true, see `Critic`
+    critic: float = 0.0  # pull towards what also looks true, as a share of the squared error's, see `Critic`
     inverted: int = 0  # identities of its pool whose first frames are inverted for that
 
 
@@ -143,7 +143,11 @@ ROUNDS = (
     ),
     Round(
         range(28_160, 28_960), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1100, 4e-4, 5, 4,
-        close_ups=0.6, rollouts=0.9, critic=True, inverted=400,
+        close_ups=0.6, rollouts=0.9, critic=0.5, inverted=400,
+    ),
+    Round(
+        range(28_960, 29_760), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1500, 4e-4, 7, 5,
+        close_ups=0.6, rollouts=0.9, critic=1.0, inverted=300,
     ),
 )
 
@@ -543,7 +547,6 @@ ROLLOUT_STEPS = 10
 ROLLOUTS = 8  # under way at a time, so that steps that follow each other are not of the same clips
 CRITICAL = 501  # timestep: from here on they look like images, and a critic has its say, see `Critic`
 CRITIC_LEARNS = 120  # updates, before it says anything
-CRITIC_SHARE = 0.5  # of the pull of the squared error
 
 # How far from the truth keypoints are found, in SIZEths of the frame's longer side: standard deviations, of x
 # and of y. `pretrain_openpose.py --evaluate` says how far the demo's own networks are off.
@@ -817,8 +820,9 @@ class Critic(nn.Module):
     at a time; its loss is the hinge, its layers' largest gain 1 (Miyato et al., 2018).
     """
 
-    def __init__(self):
+    def __init__(self, share: float):
         super().__init__()
+        self.share = share
         widths = (8 + 3 * 4**2, 48, 64, 96, 96)
         layers = []
         for before, after in pairwise(widths):
@@ -853,8 +857,8 @@ class Critic(nn.Module):
     def criticise(self, loss: Tensor, guess: Tensor, *rest: Tensor) -> Tensor:
         """What is to be added to the networks' loss: 0 until it has learned enough to say anything.
 
-        guess (F, 8, h, w), with its gradient; rest: images, weight and hints, see `Rollout`. It pulls half as
-        strongly as the loss does, however large either is (as in Esser et al., 2021, "Taming Transformers").
+        guess (F, 8, h, w), with its gradient; rest: images, weight and hints, see `Rollout`. Its pull is that
+        share of the loss's, however large either is (as in Esser et al., 2021, "Taming Transformers").
         """
         images, weight, hints = rest
         self.learn(guess.detach(), images, weight, hints)
@@ -864,7 +868,7 @@ class Critic(nn.Module):
         judged = -(weight * self(guess, hints)).mean()
         self.requires_grad_(True)
         pulls = [torch.autograd.grad(each, guess, retain_graph=True)[0].norm() for each in (loss, judged)]
-        return CRITIC_SHARE * pulls[0] / (pulls[1] + 1e-12) * judged
+        return self.share * pulls[0] / (pulls[1] + 1e-12) * judged
 
 
 def words_batch(rng, pool: dict, latents: np.ndarray, pairs: int) -> dict:
@@ -1018,7 +1022,7 @@ def train_networks(
 
     inverted = invert_pool(networks, *pools[-1], tokenizer, work, plan)
     under_way: list[Rollout | None] = [None] * ROLLOUTS
-    critic = Critic() if plan.critic else None
+    critic = Critic(plan.critic) if plan.critic else None
 
     def predict(latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
         tokens = torch.stack([tokenizer(prompt) for prompt in prompts])

@@ -252,7 +252,7 @@ def test_a_critic_pulls_smears_towards_what_is_true(monkeypatch):
     """Stripes lie at one of two places, and the least squared error is half of each."""
     monkeypatch.setattr(pretrain, "CRITIC_LEARNS", 40)
     torch.manual_seed(0)
-    critic = pretrain.Critic()
+    critic = pretrain.Critic(0.5)
     stripes = torch.zeros(16, 8, 12, 12)
     stripes[..., ::4] = stripes[..., 1::4] = 2
     shift = torch.arange(16) % 2 * 2
@@ -272,13 +272,13 @@ def test_a_critic_pulls_smears_towards_what_is_true(monkeypatch):
     loss, added = judge()
     pulls = [torch.autograd.grad(each, network, retain_graph=True)[0] for each in (loss, added)]
     strengths = [pull.norm().item() for pull in pulls]
-    assert strengths[1] == pytest.approx(pretrain.CRITIC_SHARE * strengths[0], rel=0.01)
+    assert strengths[1] == pytest.approx(0.5 * strengths[0], rel=0.01)
     assert critic((network - pulls[1] / pulls[1].std()).detach(), hints).mean() > before
     critic.optimizer.zero_grad()
     added.backward()
     assert all(p.grad is None for p in critic.parameters()), "only the networks learn from it"
 
-    again = pretrain.Critic()
+    again = pretrain.Critic(0.5)
     again.load_state_dict(copy.deepcopy(critic.state_dict()))
     for each in (critic, again):
         each.learn(network.detach(), truth, weight, hints)
