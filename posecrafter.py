@@ -343,24 +343,23 @@ def between_steps(
     reference_pose: Pose,
     parts: str,
     edit_step: int,
-    background: tuple[Tensor, Tensor] | None = None,
+    background: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
     """What `sample` calls before its steps to edit latents, and the count of edited regions that it fills.
 
     trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
     are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With a `background`,
-    see `without_people`, each step from there on begins with `uncover`, where the background is known.
+    see `without_people`, each step from there on begins with `uncover`.
     """
     timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
     if background is not None:
-        behind, seen = background
-        left = left_behind(poses, reference_pose, *behind.shape[1:]).to(seen.device) & seen
+        left = left_behind(poses, reference_pose, *background.shape[1:]).to(background.device)
 
     def edit(latents: Tensor, step: int) -> None:
         targets = latents[-len(poses) :]
         if background is not None and step >= edit_step:
-            uncover(targets, behind, left, timesteps[step - 1], seed)
+            uncover(targets, background, left, timesteps[step - 1], seed)
         if step == edit_step:
             # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
             reference_latent = trajectory[len(timesteps) - step + 1][0]
@@ -381,12 +380,13 @@ def best_edit_step(parts: str, steps: int) -> int:
 
 
 def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """Where frames show nobody, nor anybody right beside, which a latent would show too.
+    """Where frames show nobody, nor anybody within two pixels: latents show a neighbour too, and hair may reach
+    further than keypoints tell.
 
     Booleans (F, 1, height, width), in latent pixels.
     """
     bodies = torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))
-    return (F.max_pool2d(bodies.float(), 3, 1, 1) == 0)[:, None]
+    return (F.max_pool2d(bodies.float(), 5, 1, 2) == 0)[:, None]
 
 
 # How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
@@ -412,23 +412,22 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
     return (variance[:, compared].mean() / own).item()
 
 
-REACH = 2  # latent pixels that a background is continued over
+def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
+    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w).
 
-
-def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
-    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w), and where that is known.
-
-    The mean of the frames that are empty there, see `empty_places`, continued a little into where somebody always
-    stands. Known are booleans (1, h, w); elsewhere the background is 0.
+    The mean of the frames that are empty there, see `empty_places`, continued from all sides into where somebody
+    always stands. Raises ValueError where no frame is empty anywhere (their `background_change` is infinite).
     """
     empty = empty_places(poses, *latents.shape[-2:]).to(latents)
     seen = empty.sum(dim=0)
     behind, known = (latents * empty).sum(dim=0) / seen.clamp(min=1), (seen > 0).to(latents)
-    for _ in range(REACH):
+    if not known.any():
+        raise ValueError("people, or where they may be, fill all frames: there is no background")
+    while not known.all():
         share = F.avg_pool2d(known, 3, 1, 1)
         around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
         behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
-    return behind, known > 0
+    return behind
 
 
 def left_behind(poses: Sequence[Pose], reference_pose: Pose, height: int, width: int) -> Tensor:

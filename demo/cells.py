@@ -151,17 +151,14 @@ def repaint(cell: Cell) -> tuple[Puppet, str]:
 # ---- A warp without diffusion -------------------------------------------------------------------
 
 
-def warp_body(
-    latent: Tensor, reference_pose: Pose, pose: Pose, background: tuple[Tensor, Tensor]
-) -> Tensor:
+def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, background: Tensor) -> Tensor:
     """The reference's clean latent (C, h, w) with its body moved to another pose.
 
-    What it leaves uncovered becomes the background, `without_people` of the training frames, where it is known.
+    What it leaves uncovered becomes the background, `without_people` of the training frames.
     """
-    behind, known = background
     was, now = (covered(each, *latent.shape[-2:]) for each in (reference_pose, pose))
     left = torch.tensor((was - now).clip(0), dtype=latent.dtype, device=latent.device)
-    warped = latent.lerp(behind, left * known)[None]
+    warped = latent.lerp(background, left)[None]
     edit_latents(warped, latent, [pose], reference_pose, "body")
     return warped[0]
 
