@@ -146,7 +146,7 @@ ROUNDS = (
         close_ups=0.6, rollouts=0.9, critic=0.5, inverted=400,
     ),
     Round(
-        range(28_960, 29_760), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1500, 4e-4, 7, 5,
+        range(28_960, 29_760), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1300, 4e-4, 7, 5,
         close_ups=0.6, rollouts=0.9, critic=1.0, inverted=300,
     ),
 )
