@@ -13,7 +13,8 @@ The pools, and stage 4, come in rounds that go on from each other: puppets as th
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
 and in wide frames that show them from the knees up, as the demo does. The last five rounds show such frames
-again, also from close up, and have the network learn from its own mistakes (`rollout_step`).
+again, also from close up, and have the network learn from its own mistakes (`rollout_step`), the last two
+before a critic (`Critic`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
@@ -857,8 +858,8 @@ class Critic(nn.Module):
     def criticise(self, loss: Tensor, guess: Tensor, *rest: Tensor) -> Tensor:
         """What is to be added to the networks' loss: 0 until it has learned enough to say anything.
 
-        guess (F, 8, h, w), with its gradient; rest: images, weight and hints, see `Rollout`. Its pull is that
-        share of the loss's, however large either is (as in Esser et al., 2021, "Taming Transformers").
+        guess (F, 8, h, w), with its gradient; rest: images, weight and hints, see `Rollout`. Its pull is
+        `share` of the loss's, however large either is (as in Esser et al., 2021, "Taming Transformers").
         """
         images, weight, hints = rest
         self.learn(guess.detach(), images, weight, hints)
