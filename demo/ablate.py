@@ -10,6 +10,7 @@ stopped. `demo/RESULTS.md` and the pictures beside it are made of the cells that
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -532,6 +533,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser, args = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as by Ctrl-C, workers too
     try:
         main(args)
     except (OSError, ValueError) as error:

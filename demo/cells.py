@@ -418,7 +418,10 @@ def compute(cells: Sequence[Cell], work: Path, processes: int = 1) -> None:
     if processes > 1:
         spawn = multiprocessing.get_context("spawn")
         shares = [[c for c in cells if c.identity % processes == i] for i in range(processes)]
-        workers = [spawn.Process(target=compute_share, args=(s, work, processes)) for s in shares]
+        # Daemons, so that they end with this process.
+        workers = [
+            spawn.Process(target=compute_share, args=(s, work, processes), daemon=True) for s in shares
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
