@@ -346,20 +346,25 @@ def between_steps(
     background: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
-    """What `sample` calls before its steps to edit latents, and the count of edited regions that it fills.
+    """What `sample` calls between its steps to edit latents, and the count of edited regions that it fills.
 
     trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
     are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With a `background`,
-    see `without_people`, each step from there on begins with `uncover`.
+    see `without_people`, each step from there on begins with `uncover`, and after the last comes
+    `restore_background`.
     """
     timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
     if background is not None:
-        left = left_behind(poses, reference_pose, *background.shape[1:]).to(background.device)
+        seen = uncovered(poses, reference_pose, *background.shape[1:]).to(background.device)
 
     def edit(latents: Tensor, step: int) -> None:
         targets = latents[-len(poses) :]
+        if step > len(timesteps):
+            if background is not None:
+                restore_background(targets, background, poses)
+            return
         if background is not None and step >= edit_step:
-            uncover(targets, background, left, timesteps[step - 1], seed)
+            uncover(targets, background, seen, timesteps[step - 1], seed)
         if step == edit_step:
             # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
             reference_latent = trajectory[len(timesteps) - step + 1][0]
@@ -430,21 +435,25 @@ def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
     return behind
 
 
-def left_behind(poses: Sequence[Pose], reference_pose: Pose, height: int, width: int) -> Tensor:
-    """Which latent pixels the reference's body covers and a pose's does not: booleans (M, 1, height, width)."""
+def uncovered(poses: Sequence[Pose], reference_pose: Pose, height: int, width: int) -> Tensor:
+    """Where poses leave the background to be seen: booleans (M, 1, height, width), in latent pixels.
+
+    That is where nobody is within two pixels, see `empty_places`, and nearer to them what the reference's body
+    covers and a pose's does not.
+    """
     body = covered(reference_pose, height, width) > 0
     left = [body & ~may_cover(pose, height, width) for pose in poses]
-    return torch.from_numpy(np.stack(left))[:, None]
+    return empty_places(poses, height, width) | torch.from_numpy(np.stack(left))[:, None]
 
 
 UNCOVER_UNTIL = 100  # the timestep of the last step before which `uncover` does something
 
 
-def uncover(latents: Tensor, behind: Tensor, left: Tensor, timestep: int, seed: int) -> None:
-    """Where the reference's body was and a target's is not, puts what is behind it, in place.
+def uncover(latents: Tensor, behind: Tensor, seen: Tensor, timestep: int, seed: int) -> None:
+    """Where the background is to be seen, puts it, in place.
 
-    latents: (M, C, h, w), as noisy as `timestep` is; behind: (C, h, w), clean, see `without_people`; left: see
-    `left_behind`. Without it, the inverted noise of a limb that was there becomes specks of it in mid-air. To be
+    latents: (M, C, h, w), as noisy as `timestep` is; behind: (C, h, w), clean, see `without_people`; seen: see
+    `uncovered`. Without it, the inverted noise of a limb that was there becomes specks of it in mid-air. To be
     done before each step from the editing on: once is not enough, since all frames look at the reference, which
     has the limb there. The noise is the same each time and in all frames, and so is what they uncover. Nothing
     is put below UNCOVER_UNTIL: the last steps close the seams.
@@ -453,7 +462,28 @@ def uncover(latents: Tensor, behind: Tensor, left: Tensor, timestep: int, seed: 
         return
     noise = torch.randn(behind.shape, generator=torch.Generator().manual_seed(seed)).to(behind)
     noisy = add_noise(behind, noise, timestep)
-    latents.lerp_(noisy, left.to(latents))
+    latents.lerp_(noisy, seen.to(latents))
+
+
+# How far finished latents are from the background, where their own variance is about 1: nearer than the first
+# they are nothing else, further than the second something else.
+BACKGROUND = 0.25, 0.4
+
+
+def restore_background(latents: Tensor, behind: Tensor, poses: Sequence[Pose]) -> None:
+    """Where finished latents (M, C, h, w) are nearly what is behind (C, h, w), makes them so, in place.
+
+    A network does not find a still background again to the last shade, and leaves blotches where it had to. How
+    far they are is a root mean square over channels and 3x3 pixels, see BACKGROUND. As much as the parts of a pose
+    cover a pixel, it stays as it is: a grey shirt before a grey wall keeps its folds.
+    """
+    squares = (latents.float() - behind.float()).square().mean(dim=1, keepdim=True)
+    distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
+    near, far = BACKGROUND
+    body = np.stack([covered(pose, *latents.shape[-2:]) for pose in poses])
+    share = ((far - distance) / (far - near)).clamp(0, 1)
+    share *= 1 - torch.from_numpy(body)[:, None].to(share)
+    latents.lerp_(behind.to(latents), share.to(latents))
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -478,7 +508,8 @@ def sample(
     context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
     prompt's, and doubles the cost of the steps it counts for: all, as in the paper, or those down to the timestep
     `guidance_until`, after which the scale is 1 (Kynkäänniemi et al., 2024, guide in such an interval).
-    `edit(latents, step)` is called before each step, counted from 1, and may change the latents in place.
+    `edit(latents, step)` is called before each step, counted from 1, and once more after the last, with the next
+    number, and may change the latents in place.
     `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
     """
     latents = latents.clone()
@@ -507,6 +538,8 @@ def sample(
             edit(latents, step)
         noise = frugally(lambda timestep=timestep: predict(timestep), slicing)
         latents = ddim_step(latents, noise, timestep, timestep - stride)
+    if edit is not None:
+        edit(latents, steps + 1)
     return latents
 
 

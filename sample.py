@@ -206,7 +206,7 @@ def parse_arguments(
     parser.add_argument(
         "--no-uncover",
         action="store_true",
-        help="do not put the training frames' background where --edit body takes the person away",
+        help="do not put the training frames' background where --edit body leaves nobody",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of --start noise, and of what is uncovered (default: 0)"
@@ -358,7 +358,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         used_now_and_then.to("cpu")  # and on the device only while it is used
 
     if uncovering and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
-        print("the training frames show no still background: what the person uncovers is made up")
+        print("the training frames show no still background: it is left to the model")
         uncovering = False
 
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)

@@ -97,7 +97,7 @@ ROWS = {
     INSERTION: "and the reference in front, as key frame",
     FULL: "and face and hands moved in the first latent: the paper's full method",
     BODY: "beyond the paper: all parts of the body moved, after a fifth of the steps",
-    UNCOVERED: "and where the reference's body was, what is behind it: as `sample.py` does by default",
+    UNCOVERED: "and where nobody stands, what is behind: as `sample.py` does by default",
 }
 PAIRS = (
     (INVERSION, NOISE),

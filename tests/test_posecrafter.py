@@ -15,10 +15,11 @@ from weights import fill
 import posecrafter
 from controlnet import ControlNet
 from demo.puppet import clip
-from parts import covered, latent_points, near_hull
+from parts import covered, latent_points, may_cover, near_hull
 from pose import Pose, place_pose
 from posecrafter import (
     ALPHAS_CUMPROD,
+    BACKGROUND,
     STILL,
     add_noise,
     background_change,
@@ -26,16 +27,18 @@ from posecrafter import (
     ddim_step,
     ddim_timesteps,
     edit_latents,
+    empty_places,
     insert_reference,
     invert,
-    left_behind,
     predict_noise,
+    restore_background,
     sample,
     select_reference,
     trainable_parameters,
     training_loss,
     training_steps,
     uncover,
+    uncovered,
     without_people,
 )
 from unet import UNet, UNetConfig
@@ -192,7 +195,7 @@ def test_frames_follow_the_key_frame_and_not_their_order(model):
     assert worst(straight[other_key], moved) > 1e-2
 
 
-def test_edit_is_called_before_every_step_and_changes_the_result(model):
+def test_edit_is_called_between_all_steps_and_changes_the_result(model):
     latents, hints, context = a_clip(2)
     calls = []
 
@@ -202,8 +205,14 @@ def test_edit_is_called_before_every_step_and_changes_the_result(model):
             latents.zero_()
 
     edited = sample(model, latents, hints, context, 3, edit=edit)
-    assert calls == [1, 2, 3]
+    assert calls == [1, 2, 3, 4]
     assert worst(edited, sample(model, latents, hints, context, 3)) > 1e-2
+
+    def finish(latents: torch.Tensor, step: int) -> None:
+        if step == 4:
+            latents.fill_(7)
+
+    assert (sample(model, latents, hints, context, 3, edit=finish) == 7).all()
 
 
 def test_guidance_counts_down_to_its_timestep(model):
@@ -413,42 +422,64 @@ def test_a_camera_that_trembles_is_told_from_one_that_is_still():
     assert background_change(frames[:1], poses[:1], 4) == math.inf  # nothing to compare with
 
 
-def test_what_the_body_of_the_reference_leaves_shows_the_background():
+def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
-    left = left_behind([outwards, down], down, 32, 32)
-    assert left.shape == (2, 1, 32, 32) and not left[1].any()  # in its own pose it leaves nothing
+    seen = uncovered([outwards, down], down, 32, 32)
+    assert seen.shape == (2, 1, 32, 32)
+    assert torch.equal(seen[1], empty_places([down], 32, 32)[0])  # in its own pose it leaves nothing
+    assert seen[:, 0, 0, 0].all()
+    beside = seen[0] & ~empty_places([outwards], 32, 32)[0]
+    assert beside.any() and not (beside & torch.from_numpy(may_cover(outwards, 32, 32))).any()
+    assert torch.from_numpy(covered(down, 32, 32) > 0)[beside[0]].all()
     x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
-    assert left[0, 0, y, x]
+    assert seen[0, 0, y, x]
 
     turned = deepcopy(down)  # seen from behind: no part of the reference moves there by any map, and yet
     turned.body[[2, 3, 4, 5, 6, 7]] = turned.body[[5, 6, 7, 2, 3, 4]]
     turned.body[[8, 9, 10, 11, 12, 13]] = turned.body[[11, 12, 13, 8, 9, 10]]
-    assert not left_behind([turned], down, 32, 32).any()  # a body is there
+    assert not uncovered([turned], down, 32, 32)[0, covered(down, 32, 32)[None] > 0].any()  # a body is there
     unseen = deepcopy(outwards)
     unseen.body[[9, 10, 12, 13]] = 0  # its legs may be anywhere below the hips
     floor = latent_points(down.body, 32, 32)[[8, 11], 1].max()
     up = standing((0.3, 0.2))
-    rows = left_behind([unseen], up, 32, 32).nonzero()[:, 2]
+    rows = uncovered([unseen], up, 32, 32).nonzero()[:, 2]
     assert len(rows) and rows.max() < floor
-    assert left_behind([outwards], down, 32, 32).nonzero()[:, 2].max() > floor
+    assert uncovered([outwards], down, 32, 32).nonzero()[:, 2].max() > floor
     unseen.body[2] = 0  # and without a shoulder it may be anywhere at all
-    assert not left_behind([unseen], up, 32, 32).any()
+    assert not uncovered([unseen], up, 32, 32).any()
 
     before, behind = torch.randn(2, 4, 32, 32), torch.full((4, 32, 32), 3.0)
-    after, again = before.clone(), before.repeat_interleave(2, 0)
-    uncover(after, behind, left, 900, seed=1)
-    assert torch.equal(after[1], before[1])
-    kept = ~left[0].expand(4, -1, -1)
-    assert torch.equal(after[0][kept], before[0][kept])
-    uncover(again, behind, left.repeat_interleave(2, 0), 900, seed=1)
-    assert torch.equal(again[0], again[1]) and torch.equal(again[0], after[0])  # the same in all frames
+    after = before.clone()
+    uncover(after, behind, seen, 900, seed=1)
+    kept = ~seen.expand(-1, 4, -1, -1)
+    assert torch.equal(after[kept], before[kept])
+    in_both = seen.all(0).expand(4, -1, -1)
+    assert torch.equal(after[0][in_both], after[1][in_both])  # the same in all frames
 
-    uncover(after, behind, left, 101, seed=1)
-    noise = (after[0] - behind * ALPHAS_CUMPROD[101].sqrt())[~kept] / (1 - ALPHAS_CUMPROD[101]).sqrt()
+    uncover(after, behind, seen, 101, seed=1)
+    noise = (after[0] - behind * ALPHAS_CUMPROD[101].sqrt())[~kept[0]] / (1 - ALPHAS_CUMPROD[101]).sqrt()
     assert abs(noise.mean()) < 0.3 and 0.8 < noise.std() < 1.2
     finished = after.clone()
-    uncover(finished, behind, left, 1, seed=1)
+    uncover(finished, behind, seen, 1, seed=1)
     assert torch.equal(finished, after)
+
+
+def test_what_is_nearly_the_background_becomes_the_background():
+    pose = standing((0.3, 0.75))
+    body = torch.from_numpy(covered(pose, 32, 32))
+    behind = torch.randn(4, 32, 32)
+    drifted = (behind + 0.2).repeat(1, 1, 1, 1)
+    drifted[0, :, :8, :8] = behind[:, :8, :8] + 1.5  # something else, which no keypoint tells of
+    restored = drifted.clone()
+    restore_background(restored, behind, [pose])
+    assert torch.equal(restored[0, :, :7, :7], drifted[0, :, :7, :7])
+    empty = empty_places([pose], 32, 32)[0, 0]
+    empty[:10, :10] = False
+    assert torch.allclose(restored[0][:, empty], behind[:, empty])
+    assert (body == 1).any() and torch.equal(restored[0][:, body == 1], drifted[0][:, body == 1])
+    half = behind[None] + sum(BACKGROUND) / 2
+    restore_background(half, behind, [pose])
+    assert torch.allclose(half[0][:, empty] - behind[:, empty], torch.tensor(sum(BACKGROUND) / 4), atol=1e-3)
 
 
 def test_the_body_moves_once_and_what_it_leaves_is_filled_from_then_on():
@@ -472,6 +503,9 @@ def test_the_body_moves_once_and_what_it_leaves_is_filled_from_then_on():
     filled, later = forearm(3, edit)
     assert filled > 20 and later == -9
     assert forearm(4, edit) == (-9, -9)
+    assert forearm(5, edit) == (-9, -9), "finished, it is nothing like the background"
+    behind.fill_(-9.1)
+    assert forearm(5, edit) == (pytest.approx(-9.1), -9), "or nearly, and then it becomes it"
 
     unfilled, _ = between_steps(*moved)
     assert forearm(2, unfilled) == (-9, pytest.approx(3)) and forearm(3, unfilled) == (-9, -9)
