@@ -343,7 +343,7 @@ def between_steps(
     reference_pose: Pose,
     parts: str,
     edit_step: int,
-    background: Tensor | None = None,
+    background: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
     """What `sample` calls between its steps to edit latents, and the count of edited regions that it fills.
@@ -355,16 +355,17 @@ def between_steps(
     """
     timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
     if background is not None:
-        seen = uncovered(poses, reference_pose, *background.shape[1:]).to(background.device)
+        behind, known = background
+        seen = uncovered(poses, reference_pose, known)
 
     def edit(latents: Tensor, step: int) -> None:
         targets = latents[-len(poses) :]
         if step > len(timesteps):
             if background is not None:
-                restore_background(targets, background, poses)
+                restore_background(targets, behind, known, poses)
             return
         if background is not None and step >= edit_step:
-            uncover(targets, background, seen, timesteps[step - 1], seed)
+            uncover(targets, behind, seen, timesteps[step - 1], seed)
         if step == edit_step:
             # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
             reference_latent = trajectory[len(timesteps) - step + 1][0]
@@ -417,33 +418,36 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
     return (variance[:, compared].mean() / own).item()
 
 
-def without_people(latents: Tensor, poses: Sequence[Pose]) -> Tensor:
-    """What clips of a still camera (F, C, h, w) show behind the person: (C, h, w).
+def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
+    """What clips of a still camera (F, C, h, w) show behind the person, (C, h, w), and where, booleans (1, h, w).
 
     The mean of the frames that are empty there, see `empty_places`, continued from all sides into where somebody
-    always stands. Raises ValueError where no frame is empty anywhere (their `background_change` is infinite).
+    always stands, which is a guess. Raises ValueError where no frame is empty anywhere (their `background_change`
+    is infinite).
     """
     empty = empty_places(poses, *latents.shape[-2:]).to(latents)
     seen = empty.sum(dim=0)
-    behind, known = (latents * empty).sum(dim=0) / seen.clamp(min=1), (seen > 0).to(latents)
+    behind, shown = (latents * empty).sum(dim=0) / seen.clamp(min=1), seen > 0
+    known = shown.to(latents)
     if not known.any():
         raise ValueError("people, or where they may be, fill all frames: there is no background")
     while not known.all():
         share = F.avg_pool2d(known, 3, 1, 1)
         around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
         behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
-    return behind
+    return behind, shown
 
 
-def uncovered(poses: Sequence[Pose], reference_pose: Pose, height: int, width: int) -> Tensor:
-    """Where poses leave the background to be seen: booleans (M, 1, height, width), in latent pixels.
+def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Tensor:
+    """Where poses leave the background to be seen: booleans (M, 1, h, w), in latent pixels.
 
-    That is where nobody is within two pixels, see `empty_places`, and nearer to them what the reference's body
-    covers and a pose's does not.
+    That is where it is `known`, (1, h, w), and nobody is within two pixels, see `empty_places`; and, known or
+    guessed, what the reference's body covers and a pose's does not.
     """
+    height, width = known.shape[1:]
     body = covered(reference_pose, height, width) > 0
-    left = [body & ~may_cover(pose, height, width) for pose in poses]
-    return empty_places(poses, height, width) | torch.from_numpy(np.stack(left))[:, None]
+    left = np.stack([body & ~may_cover(pose, height, width) for pose in poses])[:, None]
+    return torch.from_numpy(left).to(known) | (empty_places(poses, height, width).to(known) & known)
 
 
 UNCOVER_UNTIL = 100  # the timestep of the last step before which `uncover` does something
@@ -470,8 +474,11 @@ def uncover(latents: Tensor, behind: Tensor, seen: Tensor, timestep: int, seed: 
 BACKGROUND = 0.25, 0.4
 
 
-def restore_background(latents: Tensor, behind: Tensor, poses: Sequence[Pose]) -> None:
-    """Where finished latents (M, C, h, w) are nearly what is behind (C, h, w), makes them so, in place.
+def restore_background(
+    latents: Tensor, behind: Tensor, known: Tensor, poses: Sequence[Pose]
+) -> None:
+    """Where finished latents (M, C, h, w) are nearly what is behind (C, h, w), makes them so, in place, as far as
+    it is `known`, booleans (1, h, w).
 
     A network does not find a still background again to the last shade, and leaves blotches where it had to. How
     far they are is a root mean square over channels and 3x3 pixels, see BACKGROUND. As much as the parts of a pose
@@ -481,7 +488,7 @@ def restore_background(latents: Tensor, behind: Tensor, poses: Sequence[Pose]) -
     distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
     near, far = BACKGROUND
     body = np.stack([covered(pose, *latents.shape[-2:]) for pose in poses])
-    share = ((far - distance) / (far - near)).clamp(0, 1)
+    share = ((far - distance) / (far - near)).clamp(0, 1) * known
     share *= 1 - torch.from_numpy(body)[:, None].to(share)
     latents.lerp_(behind.to(latents), share.to(latents))
 

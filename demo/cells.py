@@ -211,7 +211,7 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         return np.repeat(scene.frames[k : k + 1], cell.target_frames, axis=0)
     if cell.source == "warp":
         latents = encode_frames(model, scene.frames)
-        background = without_people(latents, scene.poses)
+        background, _ = without_people(latents, scene.poses)
         warped = [warp_body(latents[k], scene.poses[k], p, background) for p in scene.targets]
         return np.stack(list(decode_latents(model, torch.stack(warped))))
 

@@ -396,9 +396,11 @@ def test_the_background_is_what_is_seen_where_nobody_stands():
     background = latents[0].clone()
     grown = torch.nn.functional.max_pool2d(person[None] * 1.0, 5, 1, 2)[0] > 0
     latents[0][:, grown] = 700  # hair reaches further than keypoints tell
-    assert torch.equal(without_people(latents, [pose, Pose()]), background)
+    behind, known = without_people(latents, [pose, Pose()])
+    assert torch.equal(behind, background) and known.all()
 
-    behind = without_people(latents[:1], [pose])  # somebody who never moves
+    behind, known = without_people(latents[:1], [pose])  # somebody who never moves
+    assert torch.equal(known[0], ~grown)
     assert torch.equal(behind[:, ~grown], background[:, ~grown])
     left, right = grown.any(0).nonzero()[[0, -1], 0].tolist()
     inside = behind[:, grown]  # continued from around
@@ -424,7 +426,8 @@ def test_a_camera_that_trembles_is_told_from_one_that_is_still():
 
 def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
-    seen = uncovered([outwards, down], down, 32, 32)
+    anywhere = torch.ones(1, 32, 32, dtype=torch.bool)
+    seen = uncovered([outwards, down], down, anywhere)
     assert seen.shape == (2, 1, 32, 32)
     assert torch.equal(seen[1], empty_places([down], 32, 32)[0])  # in its own pose it leaves nothing
     assert seen[:, 0, 0, 0].all()
@@ -433,20 +436,22 @@ def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
     assert torch.from_numpy(covered(down, 32, 32) > 0)[beside[0]].all()
     x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
     assert seen[0, 0, y, x]
+    nowhere = uncovered([outwards, down], down, ~anywhere)
+    assert nowhere[0, 0, y, x] and not nowhere[1].any()  # there a guess is better than a forearm
 
     turned = deepcopy(down)  # seen from behind: no part of the reference moves there by any map, and yet
     turned.body[[2, 3, 4, 5, 6, 7]] = turned.body[[5, 6, 7, 2, 3, 4]]
     turned.body[[8, 9, 10, 11, 12, 13]] = turned.body[[11, 12, 13, 8, 9, 10]]
-    assert not uncovered([turned], down, 32, 32)[0, covered(down, 32, 32)[None] > 0].any()  # a body is there
+    assert not uncovered([turned], down, anywhere)[0, covered(down, 32, 32)[None] > 0].any()  # a body is there
     unseen = deepcopy(outwards)
     unseen.body[[9, 10, 12, 13]] = 0  # its legs may be anywhere below the hips
     floor = latent_points(down.body, 32, 32)[[8, 11], 1].max()
     up = standing((0.3, 0.2))
-    rows = uncovered([unseen], up, 32, 32).nonzero()[:, 2]
+    rows = uncovered([unseen], up, anywhere).nonzero()[:, 2]
     assert len(rows) and rows.max() < floor
-    assert uncovered([outwards], down, 32, 32).nonzero()[:, 2].max() > floor
+    assert uncovered([outwards], down, anywhere).nonzero()[:, 2].max() > floor
     unseen.body[2] = 0  # and without a shoulder it may be anywhere at all
-    assert not uncovered([unseen], up, 32, 32).any()
+    assert not uncovered([unseen], up, anywhere).any()
 
     before, behind = torch.randn(2, 4, 32, 32), torch.full((4, 32, 32), 3.0)
     after = before.clone()
@@ -471,14 +476,17 @@ def test_what_is_nearly_the_background_becomes_the_background():
     drifted = (behind + 0.2).repeat(1, 1, 1, 1)
     drifted[0, :, :8, :8] = behind[:, :8, :8] + 1.5  # something else, which no keypoint tells of
     restored = drifted.clone()
-    restore_background(restored, behind, [pose])
+    known = torch.ones(1, 32, 32, dtype=torch.bool)
+    known[0, -3:] = False
+    restore_background(restored, behind, known, [pose])
+    assert torch.equal(restored[0, :, -3:], drifted[0, :, -3:])
     assert torch.equal(restored[0, :, :7, :7], drifted[0, :, :7, :7])
     empty = empty_places([pose], 32, 32)[0, 0]
-    empty[:10, :10] = False
+    empty[:10, :10] = empty[-3:] = False
     assert torch.allclose(restored[0][:, empty], behind[:, empty])
     assert (body == 1).any() and torch.equal(restored[0][:, body == 1], drifted[0][:, body == 1])
     half = behind[None] + sum(BACKGROUND) / 2
-    restore_background(half, behind, [pose])
+    restore_background(half, behind, known, [pose])
     assert torch.allclose(half[0][:, empty] - behind[:, empty], torch.tensor(sum(BACKGROUND) / 4), atol=1e-3)
 
 
@@ -496,7 +504,7 @@ def test_the_body_moves_once_and_what_it_leaves_is_filled_from_then_on():
         return tuple(latents[1, 0, y, x].item() for x, y in (old, new))
 
     moved = trajectory, [outwards], down, "body", 2
-    edit, edited = between_steps(*moved, behind)
+    edit, edited = between_steps(*moved, (behind, torch.ones(1, 32, 32, dtype=torch.bool)))
     assert forearm(1, edit) == (-9, -9) and not edited
     filled, arrived = forearm(2, edit)
     assert filled > 20 and arrived == pytest.approx(3) and edited["right_forearm"] == 1
