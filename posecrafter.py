@@ -481,15 +481,16 @@ def restore_background(
     it is `known`, booleans (1, h, w).
 
     A network does not find a still background again to the last shade, and leaves blotches where it had to. How
-    far they are is a root mean square over channels and 3x3 pixels, see BACKGROUND. As much as the parts of a pose
-    cover a pixel, it stays as it is: a grey shirt before a grey wall keeps its folds.
+    far they are is a root mean square over channels and 3x3 pixels, see BACKGROUND. What is more than
+    two pixels inside a body stays as it is: a grey shirt before a grey wall keeps its folds.
     """
     squares = (latents.float() - behind.float()).square().mean(dim=1, keepdim=True)
     distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
     near, far = BACKGROUND
     body = np.stack([covered(pose, *latents.shape[-2:]) for pose in poses])
     share = ((far - distance) / (far - near)).clamp(0, 1) * known
-    share *= 1 - torch.from_numpy(body)[:, None].to(share)
+    outside = 1 - torch.from_numpy(body)[:, None].to(share)
+    share *= F.max_pool2d(outside, 5, 1, 2)
     latents.lerp_(behind.to(latents), share.to(latents))
 
 

@@ -1,4 +1,4 @@
-"""Makes the demo base model from nothing: `python demo/pretrain.py`, about nineteen hours on two CPU cores.
+"""Makes the demo base model from nothing: `python demo/pretrain.py`, about eighteen hours on two CPU cores.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small
 width, in five stages. A finished one is not done again, and training resumes from its last checkpoint:
@@ -12,8 +12,8 @@ width, in five stages. A finished one is not done again, and training resumes fr
 The pools, and stage 4, come in rounds that go on from each other: puppets as they are, other puppets of which
 most are in disguise (`scenery.py`), large ones in upright frames, as people are filmed with telephones, then
 puppets that turn and cross their arms, which also teach that words count (`TWIN`), such ones in larger frames,
-and in wide frames that show them from the knees up, as the demo does. The last six rounds show such frames
-again, also from close up, and have the network learn from its own mistakes (`rollout_step`), the last three
+and in wide frames that show them from the knees up, as the demo does. The last five rounds show such frames
+again, also from close up, and have the network learn from its own mistakes (`rollout_step`), the last two
 before a critic (`Critic`).
 
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
@@ -119,7 +119,6 @@ class Round:
     older_every: int = 2  # and of the others, one in so many is on a pool of a round before
     close_ups: float = 0.0  # share of those on its own pool that see squares of CLOSE only, see `close_ups`
     rollouts: float = 0.0  # share of those on its own pool that learn from the network's own mistakes
-    long_rollouts: float = 0.0  # share of rollouts that take twice as many steps
     critic: float = 0.0  # pull towards what also looks true, as a share of the squared error's, see `Critic`
     inverted: int = 0  # identities of its pool whose first frames are inverted for that
 
@@ -150,10 +149,6 @@ ROUNDS = (
     Round(
         range(28_960, 29_760), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1300, 4e-4, 7, 5,
         close_ups=0.6, rollouts=0.9, critic=1.0, inverted=300,
-    ),
-    Round(
-        range(29_760, 30_560), 0.1, 0.35, True, LAST_SIZE, LAST_SIZE * 4 // 3, 1300, 4e-4, 6, 6,
-        close_ups=0.6, rollouts=0.9, long_rollouts=0.35, critic=1.0, inverted=240,
     ),
 )
 
@@ -734,23 +729,14 @@ class Rollout:
     prompts: list[str]
     ways: np.ndarray  # (clips, ROLLOUT_STEPS + 1, 8, h, w), of the references, from image to noise
     poses: list[list[Pose]]  # of each clip, the reference's first
-    edits: list[tuple[int, str]]  # of each clip: before which of ROLLOUT_STEPS steps what is moved
-    steps: int  # of the whole rollout
+    edits: list[tuple[int, str]]  # of each clip: before which step what is moved
     step: int = 1
 
 
 def new_rollout(
-    rng,
-    pool: dict,
-    latents: np.ndarray,
-    inverted: dict,
-    clips: int,
-    frames: int,
-    close: bool,
-    steps: int = ROLLOUT_STEPS,
+    rng, pool: dict, latents: np.ndarray, inverted: dict, clips: int, frames: int, close: bool
 ) -> Rollout:
-    """A rollout of identities whose first frame is inverted, see `invert_pool`. steps: ROLLOUT_STEPS or twice
-    as many.
+    """A rollout of identities whose first frame is inverted, see `invert_pool`.
 
     All frames start from its noise, as in the method, and will be edited as in the method: most clips' bodies
     around a fifth of the way, others' face and hands at the start.
@@ -790,7 +776,6 @@ def new_rollout(
         ways=ways,
         poses=poses,
         edits=[edits[rng.integers(len(edits))] for _ in identities],
-        steps=steps,
     )
 
 
@@ -807,25 +792,24 @@ def rollout_step(
     `criticise` says of the images that the step leads to is added, see `Critic`.
     """
     clips = rollout.latents.unflatten(0, (len(rollout.poses), -1))
-    stride = rollout.steps // ROLLOUT_STEPS
     for clip, way, poses, (step, parts) in zip(clips, rollout.ways, rollout.poses, rollout.edits):
-        if (step - 1) * stride == rollout.step - 1:
+        if step == rollout.step:
             reference = torch.from_numpy(way[ROLLOUT_STEPS - step + 1])
             edit_latents(clip[1:], reference, poses[1:], poses[0], parts)
-    timestep = ddim_timesteps(rollout.steps)[rollout.step - 1]
+    timestep = ddim_timesteps(ROLLOUT_STEPS)[rollout.step - 1]
     timesteps = torch.full((len(rollout.poses),), timestep)
     noise = predict(rollout.latents, timesteps, rollout.prompts, rollout.hints)
     latents, images, weight = (x.to(noise) for x in (rollout.latents, rollout.images, rollout.weight))
     a = alpha_cumprod(timestep)
     guess = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
-    next_timestep = timestep - TRAIN_STEPS // rollout.steps
+    next_timestep = timestep - TRAIN_STEPS // ROLLOUT_STEPS
     rollout.latents = ddim_step(latents, noise.detach(), timestep, next_timestep).cpu()
     rollout.step += 1
     # Little is kept of the images that the first steps see.
     loss = min(1, 8 * a / (1 - a)) * (weight * (guess - images).square()).mean()
     if criticise is None or timestep > CRITICAL:
         return loss
-    return loss + criticise(loss, guess, images, weight, rollout.hints.to(noise), len(rollout.poses))
+    return loss + criticise(loss, guess, images, weight, rollout.hints.to(noise))
 
 
 class Critic(nn.Module):
@@ -835,9 +819,6 @@ class Critic(nn.Module):
     each. A smear is easily told from anything true, so who has to convince a critic draws one or the other
     (Goodfellow et al., 2014; of patches as Isola et al., 2017). It looks at 9 latent pixels, or 36 of the image,
     at a time; its loss is the hinge, its layers' largest gain 1 (Miyato et al., 2018).
-
-    It also knows what the clip's first frame holds on average, where it counts, and with that judges patches by a
-    product of the two (Miyato and Koyama, 2018): a smooth head of hair is true, but not of one who has spikes.
     """
 
     def __init__(self, share: float):
@@ -847,9 +828,7 @@ class Critic(nn.Module):
         layers = []
         for before, after in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(before, after, 3, padding=1)), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers)
-        self.judge = spectral_norm(nn.Conv2d(widths[-1], 1, 1))
-        self.expects = spectral_norm(nn.Linear(widths[-1], widths[-1]))
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 1)))
         self.updates = 0
         self.to(DEVICE, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.5, 0.99))
@@ -861,43 +840,33 @@ class Critic(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
 
-    def forward(
-        self, latents: Tensor, images: Tensor, weight: Tensor, hints: Tensor, clips: int
-    ) -> Tensor:
-        """Latents (F, 8, h, w) to (F, 1, h, w): the higher the truer. The rest: see `Rollout`; F = clips * frames,
-        and of the images only each clip's first is looked at."""
-        frames = len(latents) // clips
+    def forward(self, latents: Tensor, hints: Tensor) -> Tensor:
+        """Latents (F, 8, h, w) and control images (F, 3, 4 h, 4 w) to (F, 1, h, w): the higher the truer."""
         with in_bfloat16():
-            seen = torch.cat([latents, images[::frames]])
-            poses = F.pixel_unshuffle(torch.cat([hints, hints[::frames]]), 4)
-            features, first = self.layers(torch.cat([seen, poses], 1)).split([len(latents), clips])
-            expected = self.expects((weight[::frames] * first).mean((2, 3)))
-            expected = expected.repeat_interleave(frames, 0)[:, :, None, None]
-            return (self.judge(features) + (features * expected).sum(1, keepdim=True)).float()
+            return self.layers(torch.cat([latents, F.pixel_unshuffle(hints, 4)], 1)).float()
 
-    def learn(self, guess: Tensor, *truth: Tensor | int) -> None:
+    def learn(self, guess: Tensor, images: Tensor, weight: Tensor, hints: Tensor) -> None:
         """Two updates on the networks' guess and on the truth."""
-        images, weight, *_ = truth
         for _ in range(2):
-            of_guess, of_truth = self(guess, *truth), self(images, *truth)
+            of_guess, of_truth = self(torch.cat([guess, images]), hints.repeat(2, 1, 1, 1)).chunk(2)
             loss = (weight * (F.relu(1 + of_guess) + F.relu(1 - of_truth))).mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             self.updates += 1
 
-    def criticise(self, loss: Tensor, guess: Tensor, *truth: Tensor | int) -> Tensor:
+    def criticise(self, loss: Tensor, guess: Tensor, *rest: Tensor) -> Tensor:
         """What is to be added to the networks' loss: 0 until it has learned enough to say anything.
 
-        guess (F, 8, h, w), with its gradient; truth: images, weight, hints and the number of clips, see `Rollout`.
-        Its pull is `share` of the loss's, however large either is (as in Esser et al., 2021, "Taming
-        Transformers").
+        guess (F, 8, h, w), with its gradient; rest: images, weight and hints, see `Rollout`. Its pull is
+        `share` of the loss's, however large either is (as in Esser et al., 2021, "Taming Transformers").
         """
-        self.learn(guess.detach(), *truth)
+        images, weight, hints = rest
+        self.learn(guess.detach(), images, weight, hints)
         if self.updates <= CRITIC_LEARNS:
             return torch.zeros_like(loss)
         self.requires_grad_(False)
-        judged = -(truth[1] * self(guess, *truth)).mean()
+        judged = -(weight * self(guess, hints)).mean()
         self.requires_grad_(True)
         pulls = [torch.autograd.grad(each, guess, retain_graph=True)[0].norm() for each in (loss, judged)]
         return self.share * pulls[0] / (pulls[1] + 1e-12) * judged
@@ -1069,11 +1038,10 @@ def train_networks(
         which = rng.integers(ROLLOUTS)
         if under_way[which] is None:
             pool, close = pools[-1][0], rng.random() < plan.close_ups
-            steps = ROLLOUT_STEPS * (1 + (rng.random() < plan.long_rollouts))
-            options = clips_of(close, pool), frames, close, steps
+            options = clips_of(close, pool), frames, close
             under_way[which] = new_rollout(rng, *pools[-1], inverted, *options)
         loss = rollout_step(under_way[which], predict, critic and critic.criticise)
-        if under_way[which].step == under_way[which].steps:  # the last could change next to nothing
+        if under_way[which].step == ROLLOUT_STEPS:  # the last could change next to nothing
             under_way[which] = None
         return loss
 
