@@ -19,7 +19,9 @@ before a critic (`Critic`).
 What stage 4 has to teach is what Stable Diffusion brings along: that a person's appearance can be read off
 frame 0 through key-frame attention, whatever the pose. See `training_batch` for how.
 
-It computes on a graphics card where there is one; batches are made on the CPU either way.
+It computes on a graphics card where there is one, in batches several times as large, which the CPU's cores make
+ahead. With `--base MODEL` only the last round is done, once more, for a finished model: so it has been grown, a
+round at a time, and so can be tried what another round would bring.
 
 The temporal layers are absent here, as in a 2-D public checkpoint; they come with inflation at loading.
 Everything goes to `--work`; the finished weights go to `--out` as a folder in the diffusers layout.
@@ -31,11 +33,13 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +48,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
-from tqdm import tqdm, trange
+from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import Model, compute_device, keep_freed_memory, save_model
+from checkpoint import Model, compute_device, keep_freed_memory, load_model, save_model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import (
@@ -76,6 +81,7 @@ from posecrafter import (
     image_tensor,
     invert,
 )
+from slicing import Slicing, slices
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from video import replacing
@@ -264,6 +270,20 @@ def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
 # ---- Shared by both trainings -----------------------------------------------------------------------
 
 DEVICE, _ = compute_device(training=True)
+SAVED_EVERY = 300  # seconds
+# Processes that make batches ahead and edit clips: only a graphics card leaves the CPU the time.
+HELPERS = max(1, (os.cpu_count() or 1) - 2) if DEVICE.type == "cuda" else 0
+# Batches are as many times larger as a graphics card has room for, up to where it takes longer for them.
+BATCH = (
+    max(1, min(6, torch.cuda.get_device_properties(DEVICE).total_memory // 2**33))
+    if DEVICE.type == "cuda"
+    else 1
+)
+
+
+def to_device(x: Tensor) -> Tensor:
+    """Without waiting for the graphics card, which computes meanwhile."""
+    return x.to(DEVICE, non_blocking=True)
 
 
 def in_bfloat16() -> torch.autocast:
@@ -295,9 +315,19 @@ def start_residuals_at_zero(model: nn.Module) -> None:
                 nn.init.zeros_(getattr(module, name).bias)
 
 
+def forget_what_is_not_finite(parameters: Iterable[nn.Parameter]) -> None:
+    """One batch in a million whose gradient is not a number would be the end of all weights.
+
+    Without a look at the numbers, for which a graphics card would have to be waited for.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(0, 0, 0)
+
+
 def optimise(
     name: str,
-    networks: nn.ModuleDict,
+    networks: nn.Module,
     loss_at,
     steps: int,
     peak_lr: float,
@@ -312,15 +342,10 @@ def optimise(
     it had not stopped (but rollouts, which begin anew). The curve goes to `NAME.csv`.
     """
     checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
-    parameters = list(networks.parameters())
+    named, parameters = list(networks.named_parameters()), list(networks.parameters())
     # Words are rarely what decides, so what reads them learns slowly: it takes larger steps.
-    reads_words = {
-        id(p)
-        for name, p in networks.named_parameters()
-        if "attn2" in name or "text_encoder" in name
-    }
     groups = [
-        {"params": [p for p in parameters if (id(p) in reads_words) == words], "boost": boost}
+        {"params": [p for name, p in named if (name == "reads_words") == words], "boost": boost}
         for words, boost in ((False, 1), (True, 4))
     ]
     groups = [group for group in groups if group["params"]]
@@ -367,19 +392,21 @@ def optimise(
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
+        forget_what_is_not_finite(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         # The average's memory grows with the run: early weights are not worth remembering.
         torch._foreach_lerp_(average, parameters, 1 - min(ema_decay, (1 + step) / (10 + step)))
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if (step + 1) % 50 == 0:
-            bar.set_postfix(loss=f"{np.mean(losses):.4f}")
+            mean = torch.stack(losses).nanmean().item()  # so seldom, as a graphics card is waited for
+            bar.set_postfix(loss=f"{mean:.4f}")
             with log.open("a") as file:
                 csv.writer(file).writerow(
-                    [step + 1, f"{np.mean(losses):.5f}", f"{time.monotonic() - began:.0f}"]
+                    [step + 1, f"{mean:.5f}", f"{time.monotonic() - began:.0f}"]
                 )
             losses = []
-        if time.monotonic() - saved > 300 or step + 1 == steps:
+        if time.monotonic() - saved > SAVED_EVERY or step + 1 == steps:
             save(step + 1)
             saved = time.monotonic()
     with torch.no_grad():
@@ -531,13 +558,15 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
     """The pool's latents, as the VAE gives them: (identities, F, 8, H/4, W/4)."""
     path = work / "latents.npy"
     if not path.exists():
-        latents = []
+        latents, at_once = [], 8 if DEVICE.type == "cuda" else 1
         with torch.inference_mode(), in_bfloat16():
-            for frames in tqdm(pool["frames"], desc="encoding", mininterval=10):
-                images = (image_tensor(frames) * 2 - 1).to(DEVICE)
-                latents.append(vae.encode(images)[0].half().cpu().numpy())
+            for start in trange(0, len(pool["frames"]), at_once, desc="encoding", mininterval=10):
+                frames = torch.tensor(pool["frames"][start : start + at_once]).to(DEVICE)
+                images = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+                mean = vae.encode(images)[0].unflatten(0, frames.shape[:2])
+                latents.append(mean.half().cpu().numpy())
         with replacing(path) as unfinished:
-            np.save(unfinished, np.stack(latents))
+            np.save(unfinished, np.concatenate(latents))
     return np.load(path).astype(np.float32)
 
 
@@ -732,6 +761,10 @@ class Rollout:
     edits: list[tuple[int, str]]  # of each clip: before which step what is moved
     step: int = 1
 
+    def to_device(self) -> "Rollout":
+        names = ("latents", "images", "weight", "hints")
+        return replace(self, **{name: to_device(getattr(self, name)) for name in names})
+
 
 def new_rollout(
     rng, pool: dict, latents: np.ndarray, inverted: dict, clips: int, frames: int, close: bool
@@ -779,8 +812,22 @@ def new_rollout(
     )
 
 
+def edit_clip(task: tuple[np.ndarray, np.ndarray, list[Pose], str]) -> np.ndarray:
+    """A clip's latents (frames, 8, h, w) with parts moved to where its poses have them.
+
+    task: its latents; the reference's (8, h, w), as noisy; the poses, the reference's first; the parts to move.
+    """
+    clip, reference, poses, parts = task
+    latents = torch.from_numpy(clip)
+    edit_latents(latents[1:], torch.from_numpy(reference), poses[1:], poses[0], parts)
+    return latents.numpy()
+
+
 def rollout_step(
-    rollout: Rollout, predict: Callable[..., Tensor], criticise: Callable[..., Tensor] | None = None
+    rollout: Rollout,
+    predict: Callable[..., Tensor],
+    criticise: Callable[..., Tensor] | None = None,
+    spread: Callable = map,
 ) -> Tensor:
     """Takes one step of sampling, and returns how far from its images the step leads.
 
@@ -789,27 +836,31 @@ def rollout_step(
     find the way to the true frames (as in Ross et al., 2011, "A Reduction of Imitation Learning").
 
     predict(latents, timesteps (clips,), prompts, hints) -> the noise (F, 8, h, w). From CRITICAL on, what
-    `criticise` says of the images that the step leads to is added, see `Critic`.
+    `criticise` says of the images that the step leads to is added, see `Critic`. Clips are edited by `spread`, a
+    `map` that may do several at a time.
     """
     clips = rollout.latents.unflatten(0, (len(rollout.poses), -1))
-    for clip, way, poses, (step, parts) in zip(clips, rollout.ways, rollout.poses, rollout.edits):
-        if step == rollout.step:
-            reference = torch.from_numpy(way[ROLLOUT_STEPS - step + 1])
-            edit_latents(clip[1:], reference, poses[1:], poses[0], parts)
+    edited = [clip for clip, (step, _) in enumerate(rollout.edits) if step == rollout.step]
+    if edited:
+        parts = (rollout.edits[clip][1] for clip in edited)
+        references = rollout.ways[edited, ROLLOUT_STEPS - rollout.step + 1]
+        poses = (rollout.poses[clip] for clip in edited)
+        tasks = zip(clips[edited].cpu().numpy(), references, poses, parts)
+        clips[edited] = torch.from_numpy(np.stack(list(spread(edit_clip, tasks)))).to(clips)
     timestep = ddim_timesteps(ROLLOUT_STEPS)[rollout.step - 1]
     timesteps = torch.full((len(rollout.poses),), timestep)
     noise = predict(rollout.latents, timesteps, rollout.prompts, rollout.hints)
-    latents, images, weight = (x.to(noise) for x in (rollout.latents, rollout.images, rollout.weight))
+    latents, images, weight = rollout.latents, rollout.images, rollout.weight
     a = alpha_cumprod(timestep)
     guess = (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
     next_timestep = timestep - TRAIN_STEPS // ROLLOUT_STEPS
-    rollout.latents = ddim_step(latents, noise.detach(), timestep, next_timestep).cpu()
+    rollout.latents = ddim_step(latents, noise.detach(), timestep, next_timestep)
     rollout.step += 1
     # Little is kept of the images that the first steps see.
     loss = min(1, 8 * a / (1 - a)) * (weight * (guess - images).square()).mean()
     if criticise is None or timestep > CRITICAL:
         return loss
-    return loss + criticise(loss, guess, images, weight, rollout.hints.to(noise))
+    return loss + criticise(loss, guess, images, weight, rollout.hints)
 
 
 class Critic(nn.Module):
@@ -852,6 +903,7 @@ class Critic(nn.Module):
             loss = (weight * (F.relu(1 + of_guess) + F.relu(1 - of_truth))).mean()
             self.optimizer.zero_grad()
             loss.backward()
+            forget_what_is_not_finite(self.parameters())
             self.optimizer.step()
             self.updates += 1
 
@@ -942,20 +994,38 @@ def heed_single_words(networks: nn.ModuleDict) -> None:
                 module.get_submodule(layer).weight.mul_(factor)
 
 
-def new_networks(tokenizer: Tokenizer) -> nn.ModuleDict:
-    text = TextEncoder(TextConfig(**{**TEXT.__dict__, "vocab_size": len(tokenizer.vocab)}))
-    unet, controlnet = UNet(UNET), ControlNet(UNET, HINT_WIDTHS)
-    for module in unet.modules():
+class Networks(nn.ModuleDict):
+    """UNet, ControlNet and text encoder: `networks(latents, timestep, tokens, hints)` -> the noise (F, 8, h, w).
+
+    latents (F, 8, h, w), timestep (clips,), tokens (clips, T), hints (F, 3, 4 h, 4 w).
+    """
+
+    def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor, hints: Tensor) -> Tensor:
+        context = self["text_encoder"](tokens)
+        control = self["controlnet"](latents, timestep, context, hints)
+        return self["unet"](latents, timestep, context, control)
+
+
+def without_time(networks: Networks) -> Networks:
+    """Takes out the temporal layers, which loading has put in."""
+    for module in networks.modules():
         if hasattr(module, "attn_temp"):
             del module.attn_temp, module.conv_temp
-    networks = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text})
+    return networks
+
+
+def new_networks(tokenizer: Tokenizer) -> Networks:
+    text = TextEncoder(TextConfig(**{**TEXT.__dict__, "vocab_size": len(tokenizer.vocab)}))
+    unet, controlnet = UNet(UNET), ControlNet(UNET, HINT_WIDTHS)
+    networks = Networks({"unet": unet, "controlnet": controlnet, "text_encoder": text})
+    without_time(networks)
     start_residuals_at_zero(networks)
     heed_single_words(networks)
     return networks.to(DEVICE, memory_format=torch.channels_last)
 
 
 def invert_pool(
-    networks: nn.ModuleDict,
+    networks: Networks,
     pool: dict,
     latents: np.ndarray,
     tokenizer: Tokenizer,
@@ -973,19 +1043,29 @@ def invert_pool(
         height, width = pool["frames"].shape[2:4]
         within = FOUND_WITHIN * max(height, width) / SIZE
         ways, poses = [], []
-        with torch.inference_mode():
-            context = model["text_encoder"](tokenizer("a person").to(DEVICE))
+        with torch.inference_mode(), slices(Slicing(Slicing.numbers * BATCH)):
+            context = model["text_encoder"](tokenizer("a person")[None].to(DEVICE))
             model = SimpleNamespace(unet=model["unet"], controlnet=model["controlnet"])
-            for i in trange(plan.inverted, desc="inverting", mininterval=10):
-                rng = np.random.default_rng((13, i))
-                found = as_found(rng, pool["poses"][i, :1], height, width, within)
-                hint = image_tensor(draw_pose(found[0], height, width)[None])
-                z = torch.from_numpy(latents[i, :1]).to(DEVICE)
-                way = invert(model, z, hint, context, ROLLOUT_STEPS)
-                ways.append(torch.cat(way).half().cpu().numpy())
-                poses.append(np.concatenate(list(vars(found[0]).values())))
+            identities, at_once = range(plan.inverted), 16 * BATCH
+            for start in trange(0, plan.inverted, at_once, desc="inverting", mininterval=10):
+                some = identities[start : start + at_once]
+                found = [
+                    as_found(np.random.default_rng((13, i)), pool["poses"][i, :1], height, width, within)
+                    for i in some
+                ]
+                hints = torch.from_numpy(draw_poses(found, height, width)).flatten(0, 1) / 255
+                # One clip of one frame each.
+                way = invert(
+                    model,
+                    torch.from_numpy(latents[some.start : some.stop, 0]).to(DEVICE),
+                    hints,
+                    context.repeat(len(some), 1, 1),
+                    ROLLOUT_STEPS,
+                )
+                ways.append(torch.stack(way, dim=1).half().cpu().numpy())
+                poses += [np.concatenate(list(vars(pose).values())) for (pose,) in found]
         with replacing(path) as unfinished:
-            np.savez(unfinished, ways=np.stack(ways), found=np.stack(poses))
+            np.savez(unfinished, ways=np.concatenate(ways), found=np.stack(poses))
     return dict(np.load(path)) if plan.inverted else {}
 
 
@@ -1005,8 +1085,98 @@ def lesson(step: int, plan: Round, twins: list[bool]) -> tuple[int, bool]:
     return last, False
 
 
+def rollout_of(step: int, plan: Round, twins: list[bool]) -> int | None:
+    """Which of the rollouts under way a step goes on with, None for a step that learns otherwise."""
+    rng = np.random.default_rng((2, step))
+    which, of_words = lesson(step, plan, twins)
+    own = which == len(twins) - 1 and not of_words
+    return int(rng.integers(ROLLOUTS)) if own and rng.random() < plan.rollouts else None
+
+
+def beginnings(steps: range, plan: Round, twins: list[bool]) -> set[int]:
+    """Those of the steps at which a rollout begins. Its last step could change next to nothing: it has none."""
+    begin, left = set(), [0] * ROLLOUTS
+    for step in steps:
+        rollout = rollout_of(step, plan, twins)
+        if rollout is not None:
+            if not left[rollout]:
+                begin.add(step)
+                left[rollout] = ROLLOUT_STEPS - 1
+            left[rollout] -= 1
+    return begin
+
+
+def clips_of(close: bool, pool: dict) -> int:
+    """How many clips a batch has: about as many pixels as 6 of SIZE, times BATCH."""
+    pixels = CLOSE**2 if close else math.prod(pool["frames"].shape[2:4])
+    return max(1, round(BATCH * 6 * SIZE**2 / pixels))
+
+
+@dataclass
+class Lessons(torch.utils.data.Dataset):
+    """What each step learns from, as far as it can be made ahead: a batch, the rollout that begins there, or None
+    for a step that goes on with one."""
+
+    pools: list[tuple[dict, np.ndarray]]
+    inverted: dict[str, np.ndarray]
+    plan: Round
+    frames: int
+    begin: set[int]  # see `beginnings`
+
+    def __getitem__(self, step: int) -> dict | Rollout | None:
+        plan, rng = self.plan, np.random.default_rng((2, step, 1))
+        twins = with_twins(self.pools)
+        which, of_words = lesson(step, plan, twins)
+        pool, latents = self.pools[which]
+        close = which == len(self.pools) - 1 and not of_words and rng.random() < plan.close_ups
+        clips, frames = clips_of(close, pool), self.frames
+        if of_words:
+            return words_batch(rng, pool, latents, pairs=clips * frames // 2)
+        if rollout_of(step, plan, twins) is None:
+            # A round that goes on from another has learned to look at frame 0 already.
+            first = 0.0 if plan is ROUNDS[0] else 0.2
+            progress = first + (1 - first) * step / plan.steps
+            return training_batch(rng, pool, latents, progress, clips, frames, close)
+        if step in self.begin:
+            return new_rollout(rng, pool, latents, self.inverted, clips, frames, close)
+
+
+def with_twins(pools: list[tuple[dict, np.ndarray]]) -> list[bool]:
+    return [pool["frames"].shape[1] > TWIN for pool, _ in pools]
+
+
+def reads_words(name: str) -> bool:
+    return "attn2" in name or "text_encoder" in name
+
+
+def pack_weights(networks: nn.Module) -> nn.ParameterDict:
+    """All weights in two vectors, of what reads words and of the rest: a handful of operations updates them all,
+    where a graphics card would take longer to be told of hundreds than to do them."""
+    vectors = {"reads_words": [], "rest": []}
+    for name, weight in networks.named_parameters():
+        # Convolutions' with the channels last, as convolutions like them.
+        vector = weight.detach().permute(0, 2, 3, 1) if weight.ndim == 4 else weight.detach()
+        vectors["reads_words" if reads_words(name) else "rest"].append(vector.flatten())
+    return nn.ParameterDict({name: torch.cat(each) for name, each in vectors.items()})
+
+
+def unpack_weights(networks: nn.Module, of_words: Tensor, rest: Tensor) -> dict[str, Tensor]:
+    """Views of the two vectors by the weights' names, see `pack_weights`."""
+    views = {}
+    for vector, words in ((of_words, True), (rest, False)):
+        some = {name: w for name, w in networks.named_parameters() if reads_words(name) == words}
+        pieces = vector.split([weight.numel() for weight in some.values()])
+        for (name, weight), piece in zip(some.items(), pieces):
+            if weight.ndim == 4:
+                out, into, height, width = weight.shape
+                views[name] = piece.view(out, height, width, into).permute(0, 3, 1, 2)
+            else:
+                views[name] = piece.view_as(weight)
+    return views
+
+
 def train_networks(
-    networks: nn.ModuleDict,
+    networks: Networks,
     pools: list[tuple[dict, np.ndarray]],
     tokenizer: Tokenizer,
     work: Path,
@@ -1014,62 +1184,151 @@ def train_networks(
     frames: int = 3,
 ) -> None:
     """Trains on pools and their latents: on the last, at times on those before it in turn, and on words where
-    there are twins, all as the plan says. A batch has about as many pixels as 6 clips of SIZE.
+    there are twins, all as the plan says.
     """
-    unet, controlnet, text = networks["unet"], networks["controlnet"], networks["text_encoder"]
-    twins = [pool["frames"].shape[1] > TWIN for pool, _ in pools]
-    # A round that goes on from another has learned to look at frame 0 already.
-    first_progress = 0.0 if plan is ROUNDS[0] else 0.2
-
+    twins = with_twins(pools)
     inverted = invert_pool(networks, *pools[-1], tokenizer, work, plan)
     under_way: list[Rollout | None] = [None] * ROLLOUTS
     critic = Critic(plan.critic) if plan.critic else None
+    weights, tokens_of, made = pack_weights(networks), cache(tokenizer), None
+
+    def noise_in(of_words: Tensor, rest: Tensor, *inputs: Tensor) -> Tensor:
+        """As the weights, float32, have it when all is computed in bfloat16; inputs: see `Networks`."""
+        views = unpack_weights(networks, of_words.bfloat16(), rest.bfloat16())
+        inputs = (x.bfloat16() if x.is_floating_point() else x for x in inputs)
+        return functional_call(networks, views, tuple(inputs)).float()
+
+    on_card = DEVICE.type == "cuda"
+    recorded = record(noise_in, weights, networks, pools, frames) if on_card else {}
 
     def predict(latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
-        tokens = torch.stack([tokenizer(prompt) for prompt in prompts])
-        latents, timestep, hints = (x.to(DEVICE) for x in (latents, timestep, hints))
-        with in_bfloat16():
-            context = text(tokens.to(DEVICE))
-            control = controlnet(latents, timestep, context, hints)
-            return unet(latents, timestep, context, control).float()
+        tokens = torch.stack([tokens_of(prompt) for prompt in prompts])
+        inputs = [to_device(x) for x in (latents, timestep, tokens, hints)]
+        compute = recorded.get((latents.shape, len(timestep)), noise_in)
+        return compute(weights["reads_words"], weights["rest"], *inputs)
 
-    def rollout_loss(rng) -> Tensor:
-        """Of one step of one of the rollouts under way."""
-        which = rng.integers(ROLLOUTS)
-        if under_way[which] is None:
-            pool, close = pools[-1][0], rng.random() < plan.close_ups
-            options = clips_of(close, pool), frames, close
-            under_way[which] = new_rollout(rng, *pools[-1], inverted, *options)
-        loss = rollout_step(under_way[which], predict, critic and critic.criticise)
-        if under_way[which].step == ROLLOUT_STEPS:  # the last could change next to nothing
-            under_way[which] = None
-        return loss
-
-    def clips_of(close: bool, pool: dict) -> int:
-        pixels = CLOSE**2 if close else math.prod(pool["frames"].shape[2:4])
-        return max(1, round(6 * SIZE**2 / pixels))
+    def make_ahead(steps: range) -> Iterator:
+        lessons = Lessons(pools, inverted, plan, frames, beginnings(steps, plan, twins))
+        return iter(
+            torch.utils.data.DataLoader(
+                lessons,
+                batch_size=None,
+                sampler=steps,
+                num_workers=HELPERS,
+                pin_memory=on_card,
+            )
+        )
 
     def loss_at(step: int) -> Tensor:
-        progress = first_progress + (1 - first_progress) * step / plan.steps
-        rng = np.random.default_rng((2, step))
-        which, of_words = lesson(step, plan, twins)
-        pool, latents = pools[which]
-        own = which == len(pools) - 1 and not of_words
-        if own and rng.random() < plan.rollouts:
-            return rollout_loss(rng)
-        close = own and rng.random() < plan.close_ups
-        clips = clips_of(close, pool)
-        if of_words:
-            batch = words_batch(rng, pool, latents, pairs=clips * frames // 2)
-        else:
-            batch = training_batch(rng, pool, latents, progress, clips, frames, close)
-        predicted = predict(*(batch[name] for name in ("latents", "timestep", "prompts", "hints")))
-        batch = {name: x.to(DEVICE) for name, x in batch.items() if name != "prompts"}
-        if "images" in batch:
-            return words_loss(batch, predicted)
-        return (batch["weight"] * (predicted - batch["noise"]) ** 2).mean()
+        nonlocal made
+        made = made or make_ahead(range(step, plan.steps))
+        lesson = next(made)
+        which = rollout_of(step, plan, twins)
+        if which is not None:
+            if lesson:
+                under_way[which] = lesson.to_device()
+            return rollout_step(under_way[which], predict, critic and critic.criticise, spread)
+        predicted = predict(*(lesson[name] for name in ("latents", "timestep", "prompts", "hints")))
+        lesson = {name: to_device(x) for name, x in lesson.items() if name != "prompts"}
+        if "images" in lesson:
+            return words_loss(lesson, predicted)
+        return (lesson["weight"] * (predicted - lesson["noise"]) ** 2).mean()
 
-    optimise("networks", networks, loss_at, plan.steps, plan.lr, 0.998, work, critic)
+    editors = multiprocessing.Pool(HELPERS, torch.set_num_threads, (1,)) if HELPERS else nullcontext()
+    with editors as pool:
+        spread = pool.imap if pool else map
+        optimise("networks", weights, loss_at, plan.steps, plan.lr, 0.998, work, critic)
+    views = unpack_weights(networks, weights["reads_words"].detach(), weights["rest"].detach())
+    networks.load_state_dict(views)
+
+
+def record(
+    compute: Callable[..., Tensor],
+    weights: nn.ParameterDict,
+    networks: Networks,
+    pools: list[tuple[dict, np.ndarray]],
+    frames: int,
+) -> dict[tuple[torch.Size, int], Callable[..., Tensor]]:
+    """`compute` with its gradient, recorded once for each shape of latents and number of clips that batches have.
+
+    Small networks are thousands of small operations, which a graphics card does faster than it is told of them;
+    a recording is told of at once ("CUDA graph").
+    """
+    channels, length = networks["unet"].config.in_channels, networks["text_encoder"].config.length
+    recorded = {}
+    kinds = [(pool, False, words) for pool, _ in pools for words in (False, True)]
+    for pool, close, words in [*kinds, (pools[-1][0], True, False)]:
+        if words and pool["frames"].shape[1] == POSES:
+            continue
+        height, width = (CLOSE, CLOSE) if close else pool["frames"].shape[2:4]
+        clips = clips_of(close, pool)
+        clips, images = [clips * frames // 2 * 2] * 2 if words else (clips, clips * frames)
+        shape = torch.Size((images, channels, height // 4, width // 4))
+        if (shape, clips) in recorded:
+            continue
+        inputs = (
+            torch.zeros(shape, device=DEVICE),
+            torch.zeros(clips, dtype=torch.long, device=DEVICE),
+            torch.zeros(clips, length, dtype=torch.long, device=DEVICE),
+            torch.zeros(images, 3, height, width, device=DEVICE),
+        )
+        sample = weights["reads_words"], weights["rest"], *inputs
+        recorded[shape, clips] = torch.cuda.make_graphed_callables(compute, sample)
+    return recorded
+
+
+# ---- All stages -------------------------------------------------------------------------------------
+
+
+def encoded_pools(
+    vae: VAE, pools: list[dict], scale: float | None, works: list[Path]
+) -> tuple[list[tuple[dict, np.ndarray]], float]:
+    """Pools with their latents, scaled to unit variance, and the scale: without one, what the first pool needs."""
+    latents = [encode_pool(vae, pool, work) for pool, work in zip(pools, works)]
+    scale = scale or float(1 / latents[0].std())
+    for encoded in latents:
+        encoded *= scale
+    return list(zip(pools, latents)), scale
+
+
+def from_nothing(work: Path) -> Model:
+    works = [work / f"round{number}" for number in range(1, len(ROUNDS) + 1)]
+    pools = [render_pool(work, plan) for work, plan in zip(works, ROUNDS)]
+    torch.manual_seed(1)
+    vae = new_vae()
+    train_vae(vae, pools[:-1], work)
+    known, scale = encoded_pools(vae, pools, None, works)
+    captions = (words for words, *_ in pools[0]["captions"])
+    tokenizer = Tokenizer(*learn_merges(captions, 200), length=TEXT.length)
+    torch.manual_seed(2)
+    networks = new_networks(tokenizer)
+    for number, (plan, of_round) in enumerate(zip(ROUNDS, works), start=1):
+        train_networks(networks, known[:number], tokenizer, of_round, plan)
+    sharpen_vae(vae, pools, scale, work)
+    vae.config = replace(vae.config, scale=scale)
+    return finished(networks, vae, tokenizer)
+
+
+def gone_on(base: str, work: Path) -> Model:
+    """The last round alone, of a model that has been through those before it; of their pools it repeats the first
+    few puppets."""
+    plans = [replace(plan, identities=plan.identities[:200]) for plan in ROUNDS[:-1]] + [ROUNDS[-1]]
+    works = [work / f"round{number}" for number in range(1, len(ROUNDS) + 1)]
+    pools = [render_pool(work, plan) for work, plan in zip(works, plans)]
+    torch.manual_seed(2)
+    model = load_model(base)
+    vae = model.vae.to(DEVICE, torch.float32, memory_format=torch.channels_last)
+    known, _ = encoded_pools(vae, pools, vae.config.scale, works)
+    names = ("unet", "controlnet", "text_encoder")
+    networks = without_time(Networks({name: getattr(model, name) for name in names}))
+    networks.to(DEVICE, torch.float32, memory_format=torch.channels_last).requires_grad_(True)
+    train_networks(networks, known, model.tokenizer, works[-1], ROUNDS[-1])
+    return finished(networks, vae, model.tokenizer)
+
+
+def finished(networks: Networks, vae: VAE, tokenizer: Tokenizer) -> Model:
+    settings = {"learning_rate": LEARNING_RATE, "guidance_until": GUIDANCE_UNTIL}
+    return Model(**networks, vae=vae, tokenizer=tokenizer, size=LAST_SIZE, **settings)
 
 
 def main():
@@ -1080,31 +1339,15 @@ def main():
     parser.add_argument(
         "--out", type=Path, default=Path("demo/weights"), help="where the finished model goes"
     )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="a finished model, for which to do the last round once more"
+    )
     args = parser.parse_args()
 
     keep_freed_memory()
-    works = [args.work / f"round{number}" for number in range(1, len(ROUNDS) + 1)]
-    for work in works:
-        work.mkdir(parents=True, exist_ok=True)
-    pools = [render_pool(work, plan) for work, plan in zip(works, ROUNDS)]
-    torch.manual_seed(1)
-    vae = new_vae()
-    train_vae(vae, pools[:-1], args.work)
-    latents = [encode_pool(vae, pool, work) for pool, work in zip(pools, works)]
-    scale = float(1 / latents[0].std())
-    for encoded in latents:
-        encoded *= scale
-    known = list(zip(pools, latents))
-    captions = (words for words, *_ in pools[0]["captions"])
-    tokenizer = Tokenizer(*learn_merges(captions, 200), length=TEXT.length)
-    torch.manual_seed(2)
-    networks = new_networks(tokenizer)
-    for number, (plan, work) in enumerate(zip(ROUNDS, works), start=1):
-        train_networks(networks, known[:number], tokenizer, work, plan)
-    sharpen_vae(vae, pools, scale, args.work)
-    vae.config = replace(vae.config, scale=scale)
-    settings = {"learning_rate": LEARNING_RATE, "guidance_until": GUIDANCE_UNTIL}
-    model = Model(**networks, vae=vae, tokenizer=tokenizer, size=LAST_SIZE, **settings)
+    for number in range(1, len(ROUNDS) + 1):
+        (args.work / f"round{number}").mkdir(parents=True, exist_ok=True)
+    model = gone_on(args.base, args.work) if args.base else from_nothing(args.work)
     save_model(model, args.out)
     print(
         f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*.safetensors')) / 1e6:.1f} MB"

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.func import functional_call
 
 from checkpoint import load_model
+from clip import Tokenizer
 from demo import pretrain
 from demo.puppet import caption, random_puppet
 from pose import draw_pose
@@ -442,6 +444,118 @@ def test_interrupted_training_goes_on_as_if_it_had_not_stopped(monkeypatch, tmp_
     assert seconds == sorted(seconds) and seconds[1] < seconds[2]
 
 
+def test_a_gradient_that_is_not_a_number_is_forgotten(tmp_path):
+    def train(name: str, bad: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 1)
+
+        def loss_at(step: int) -> torch.Tensor:
+            batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            loss = (layer(batch) - batch.sum(1, keepdim=True)).square().mean()
+            return loss * float("nan") if step == bad else loss
+
+        pretrain.optimise(name, torch.nn.ModuleDict({"l": layer}), loss_at, 100, 0.1, 0.9, tmp_path)
+        return layer.weight.detach()
+
+    good, mended = train("good", None), train("mended", bad=50)
+    assert 0 < (mended - good).abs().max() < 0.05
+    losses = [row.split(",")[1] for row in (tmp_path / "mended.csv").read_text().split()[1:]]
+    assert len(losses) == 2 and all(float(loss) < 10 for loss in losses)
+
+
+@pytest.fixture
+def small(monkeypatch) -> tuple[pretrain.Networks, Tokenizer]:
+    monkeypatch.setattr(pretrain, "UNET", replace(pretrain.UNET, widths=(16, 16, 16, 16)))
+    torch.manual_seed(0)
+    tokenizer = load_model("demo").tokenizer
+    networks = pretrain.new_networks(tokenizer)
+    with torch.no_grad():  # which start with residuals of zero
+        for weight in networks.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return networks, tokenizer
+
+
+def test_packed_weights_are_the_same_weights(small):
+    networks, tokenizer = small
+    weights = pretrain.pack_weights(networks)
+    views = pretrain.unpack_weights(networks, *weights.values())
+    assert all(torch.equal(views[name], weight) for name, weight in networks.named_parameters())
+    random = torch.Generator().manual_seed(0)
+    latents, hints = (torch.randn(4, *s, generator=random) for s in ((8, 8, 8), (3, 32, 32)))
+    tokens = torch.stack([tokenizer("a person"), tokenizer("a person, red hair")])
+    inputs = latents, torch.tensor([100, 900]), tokens, hints
+    expected = networks(*inputs)
+    assert torch.allclose(functional_call(networks, views, inputs), expected, atol=1e-5)
+    expected.square().mean().backward()
+    functional_call(networks, views, inputs).square().mean().backward()
+    gradients = pretrain.unpack_weights(networks, *(each.grad for each in weights.values()))
+    for name, weight in networks.named_parameters():
+        assert torch.allclose(gradients[name], weight.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_a_rollout_begins_where_the_one_before_has_ended():
+    plan, twins, steps = pretrain.ROUNDS[-1], [True, True], range(40, 400)
+    begin, taken = pretrain.beginnings(steps, plan, twins), {}
+    for step in steps:
+        which = pretrain.rollout_of(step, plan, twins)
+        if step in begin:
+            assert taken.get(which, pretrain.ROLLOUT_STEPS - 1) == pretrain.ROLLOUT_STEPS - 1
+            taken[which] = 0
+        if which is not None:
+            taken[which] += 1
+    assert len(taken) == pretrain.ROLLOUTS and max(taken.values()) == pretrain.ROLLOUT_STEPS - 1
+
+
+@pytest.fixture
+def lessons(monkeypatch, pool) -> tuple[list[tuple[dict, np.ndarray]], pretrain.Round]:
+    """A pool with its latents, which are random, and a plan for a few steps of every kind."""
+    monkeypatch.setattr(pretrain, "SIZE", 64)
+    monkeypatch.setattr(pretrain, "CRITIC_LEARNS", 4)
+    plan = replace(pretrain.ROUNDS[-1], inverted=2, steps=16, words_every=6, critic=1.0)
+    return [(pool, latents_with_twins())], plan
+
+
+def test_helpers_change_nothing(monkeypatch, tmp_path, small, lessons):
+    networks, tokenizer = small
+    pools, plan = lessons
+    trained = []
+    for helpers in (0, 2):
+        monkeypatch.setattr(pretrain, "HELPERS", helpers)
+        work = tmp_path / str(helpers)
+        work.mkdir()
+        torch.manual_seed(0)
+        each = copy.deepcopy(networks)
+        pretrain.train_networks(each, pools, tokenizer, work, plan)
+        trained.append(pretrain.pack_weights(each)["rest"])
+    assert torch.equal(*trained)
+    assert not torch.equal(trained[0], pretrain.pack_weights(networks)["rest"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")
+def test_recordings_do_what_they_were_recorded_of(small, lessons):
+    networks, _ = small
+    networks.to("cuda")
+    weights = pretrain.pack_weights(networks)
+
+    def compute(of_words, rest, *inputs):
+        return functional_call(networks, pretrain.unpack_weights(networks, of_words, rest), inputs)
+
+    recorded = pretrain.record(compute, weights, networks, lessons[0], FRAMES)
+    assert len(recorded) == 3  # whole, of words, and close up
+    for (shape, clips), replayed in recorded.items():
+        hints = torch.rand(shape[0], 3, 4 * shape[2], 4 * shape[3], device="cuda")
+        tokens = torch.randint(20, (clips, networks["text_encoder"].config.length), device="cuda")
+        inputs = torch.randn(shape, device="cuda"), torch.full((clips,), 500, device="cuda"), tokens
+        results = []
+        for each in (compute, replayed):
+            weights.zero_grad()
+            output = each(*weights.values(), *inputs, hints)
+            output.square().mean().backward()
+            results.append((output.clone(), weights["rest"].grad.clone()))
+        for one, other in zip(*results):
+            assert (one - other).norm() < 0.01 * one.norm()
+
+
 def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     """All stages with a few puppets and steps, and once more, when everything is there already."""
     rounds = [  # up to the first step of words, where there are any
@@ -468,3 +582,13 @@ def test_the_script_makes_a_model_from_nothing(monkeypatch, tmp_path):
     pretrain.main()
     assert last.stat().st_mtime == written
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == first
+
+    # And the last round once more, which goes on from what there is.
+    again = tmp_path / "again"
+    arguments = ["--base", str(out), "--work", str(tmp_path / "base"), "--out", str(again)]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *arguments])
+    pretrain.main()
+    new = load_model(str(again))
+    assert new.vae.config == model.vae.config
+    difference = new.unet.conv_in.weight.float() - model.unet.conv_in.weight.float()
+    assert 0 < difference.abs().max() < 0.01
