@@ -762,6 +762,7 @@ class Rollout:
     step: int = 1
 
     def to_device(self) -> "Rollout":
+        """All but what editing needs, which the CPU does."""
         names = ("latents", "images", "weight", "hints")
         return replace(self, **{name: to_device(getattr(self, name)) for name in names})
 
@@ -1142,6 +1143,7 @@ class Lessons(torch.utils.data.Dataset):
 
 
 def with_twins(pools: list[tuple[dict, np.ndarray]]) -> list[bool]:
+    """Which of the pools have twins, see `TWIN`."""
     return [pool["frames"].shape[1] > TWIN for pool, _ in pools]
 
 
@@ -1173,6 +1175,41 @@ def unpack_weights(networks: nn.Module, of_words: Tensor, rest: Tensor) -> dict[
             else:
                 views[name] = piece.view_as(weight)
     return views
+
+
+def record(
+    compute: Callable[..., Tensor],
+    weights: nn.ParameterDict,
+    networks: Networks,
+    pools: list[tuple[dict, np.ndarray]],
+    frames: int,
+) -> dict[tuple[torch.Size, int], Callable[..., Tensor]]:
+    """`compute` with its gradient, recorded once for each shape of latents and number of clips that batches have.
+
+    Small networks are thousands of small operations, which a graphics card does faster than it is told of them;
+    a recording is told of at once ("CUDA graph").
+    """
+    channels, length = networks["unet"].config.in_channels, networks["text_encoder"].config.length
+    recorded = {}
+    kinds = [(pool, False, words) for pool, _ in pools for words in (False, True)]
+    for pool, close, words in [*kinds, (pools[-1][0], True, False)]:
+        if words and pool["frames"].shape[1] == POSES:
+            continue
+        height, width = (CLOSE, CLOSE) if close else pool["frames"].shape[2:4]
+        clips = clips_of(close, pool)
+        clips, images = [clips * frames // 2 * 2] * 2 if words else (clips, clips * frames)
+        shape = torch.Size((images, channels, height // 4, width // 4))
+        if (shape, clips) in recorded:
+            continue
+        inputs = (
+            torch.zeros(shape, device=DEVICE),
+            torch.zeros(clips, dtype=torch.long, device=DEVICE),
+            torch.zeros(clips, length, dtype=torch.long, device=DEVICE),
+            torch.zeros(images, 3, height, width, device=DEVICE),
+        )
+        sample = weights["reads_words"], weights["rest"], *inputs
+        recorded[shape, clips] = torch.cuda.make_graphed_callables(compute, sample)
+    return recorded
 
 
 def train_networks(
@@ -1242,41 +1279,6 @@ def train_networks(
     networks.load_state_dict(views)
 
 
-def record(
-    compute: Callable[..., Tensor],
-    weights: nn.ParameterDict,
-    networks: Networks,
-    pools: list[tuple[dict, np.ndarray]],
-    frames: int,
-) -> dict[tuple[torch.Size, int], Callable[..., Tensor]]:
-    """`compute` with its gradient, recorded once for each shape of latents and number of clips that batches have.
-
-    Small networks are thousands of small operations, which a graphics card does faster than it is told of them;
-    a recording is told of at once ("CUDA graph").
-    """
-    channels, length = networks["unet"].config.in_channels, networks["text_encoder"].config.length
-    recorded = {}
-    kinds = [(pool, False, words) for pool, _ in pools for words in (False, True)]
-    for pool, close, words in [*kinds, (pools[-1][0], True, False)]:
-        if words and pool["frames"].shape[1] == POSES:
-            continue
-        height, width = (CLOSE, CLOSE) if close else pool["frames"].shape[2:4]
-        clips = clips_of(close, pool)
-        clips, images = [clips * frames // 2 * 2] * 2 if words else (clips, clips * frames)
-        shape = torch.Size((images, channels, height // 4, width // 4))
-        if (shape, clips) in recorded:
-            continue
-        inputs = (
-            torch.zeros(shape, device=DEVICE),
-            torch.zeros(clips, dtype=torch.long, device=DEVICE),
-            torch.zeros(clips, length, dtype=torch.long, device=DEVICE),
-            torch.zeros(images, 3, height, width, device=DEVICE),
-        )
-        sample = weights["reads_words"], weights["rest"], *inputs
-        recorded[shape, clips] = torch.cuda.make_graphed_callables(compute, sample)
-    return recorded
-
-
 # ---- All stages -------------------------------------------------------------------------------------
 
 
@@ -1292,6 +1294,7 @@ def encoded_pools(
 
 
 def from_nothing(work: Path) -> Model:
+    """All stages."""
     works = [work / f"round{number}" for number in range(1, len(ROUNDS) + 1)]
     pools = [render_pool(work, plan) for work, plan in zip(works, ROUNDS)]
     torch.manual_seed(1)
@@ -1327,6 +1330,7 @@ def gone_on(base: str, work: Path) -> Model:
 
 
 def finished(networks: Networks, vae: VAE, tokenizer: Tokenizer) -> Model:
+    """With what fine-tuning and sampling should know of it."""
     settings = {"learning_rate": LEARNING_RATE, "guidance_until": GUIDANCE_UNTIL}
     return Model(**networks, vae=vae, tokenizer=tokenizer, size=LAST_SIZE, **settings)
 
