@@ -30,6 +30,7 @@ Everything goes to `--work`; the finished weights go to `--out` as a folder in t
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
@@ -54,7 +55,14 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import Model, compute_device, keep_freed_memory, load_model, save_model
+from checkpoint import (
+    Model,
+    compute_device,
+    keep_freed_memory,
+    load_model,
+    model_path,
+    save_model,
+)
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import (
@@ -271,18 +279,17 @@ def render_pool(work: Path, plan: Round) -> dict[str, np.ndarray]:
 
 DEVICE, _ = compute_device(training=True)
 SAVED_EVERY = 300  # seconds
-# Processes that make batches ahead and edit clips: only a graphics card leaves the CPU the time.
-HELPERS = max(1, (os.cpu_count() or 1) - 2) if DEVICE.type == "cuda" else 0
-# Batches are as many times larger as a graphics card has room for, up to where it takes longer for them.
-BATCH = (
-    max(1, min(6, torch.cuda.get_device_properties(DEVICE).total_memory // 2**33))
-    if DEVICE.type == "cuda"
-    else 1
-)
+# Processes that make batches ahead and edit clips, and how many times larger batches are: with a graphics card,
+# which leaves the CPU the time, one for each 8 GB of its memory; beyond six they would only take longer.
+HELPERS, BATCH = 0, 1
+if DEVICE.type == "cuda":
+    BATCH = max(1, min(6, torch.cuda.get_device_properties(DEVICE).total_memory // 2**33))
+    if "fork" in multiprocessing.get_all_start_methods():
+        HELPERS = max(1, (os.cpu_count() or 1) - 2)
 
 
 def to_device(x: Tensor) -> Tensor:
-    """Without waiting for the graphics card, which computes meanwhile."""
+    """Without waiting for what the graphics card is doing."""
     return x.to(DEVICE, non_blocking=True)
 
 
@@ -315,14 +322,14 @@ def start_residuals_at_zero(model: nn.Module) -> None:
                 nn.init.zeros_(getattr(module, name).bias)
 
 
-def forget_what_is_not_finite(parameters: Iterable[nn.Parameter]) -> None:
-    """One batch in a million whose gradient is not a number would be the end of all weights.
-
-    Without a look at the numbers, for which a graphics card would have to be waited for.
-    """
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.nan_to_num_(0, 0, 0)
+def forget_unless_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Sets all gradients to zero if any is not a number, which would be the end of all weights. Returns whether
+    all are: on the device, so that a graphics card is not waited for."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+    for gradient in gradients:
+        gradient.nan_to_num_(0, 0, 0).mul_(finite)
+    return finite
 
 
 def optimise(
@@ -343,7 +350,7 @@ def optimise(
     """
     checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
     named, parameters = list(networks.named_parameters()), list(networks.parameters())
-    # Words are rarely what decides, so what reads them learns slowly: it takes larger steps.
+    # Words are rarely what decides, so what reads them learns slowly: it takes larger steps (see `pack_weights`).
     groups = [
         {"params": [p for name, p in named if (name == "reads_words") == words], "boost": boost}
         for words, boost in ((False, 1), (True, 4))
@@ -381,7 +388,7 @@ def optimise(
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    losses, saved = [], time.monotonic()
+    losses, finite, saved = [], [], time.monotonic()
     for step in (
         bar := trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)
     ):
@@ -392,20 +399,26 @@ def optimise(
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
-        forget_what_is_not_finite(parameters)
+        finite.append(forget_unless_finite(parameters))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         # The average's memory grows with the run: early weights are not worth remembering.
         torch._foreach_lerp_(average, parameters, 1 - min(ema_decay, (1 + step) / (10 + step)))
         losses.append(loss.detach())
         if (step + 1) % 50 == 0:
-            mean = torch.stack(losses).nanmean().item()  # so seldom, as a graphics card is waited for
+            # So seldom, as a graphics card is waited for.
+            mean, forgotten = torch.stack(losses).nanmean().item(), (~torch.stack(finite)).sum().item()
+            if forgotten > 5:
+                raise ArithmeticError(
+                    f"{name}: {forgotten} of the 50 steps up to {step + 1} had gradients that are not finite; "
+                    f"delete {checkpoint} and train at a lower rate"
+                )
             bar.set_postfix(loss=f"{mean:.4f}")
             with log.open("a") as file:
                 csv.writer(file).writerow(
                     [step + 1, f"{mean:.5f}", f"{time.monotonic() - began:.0f}"]
                 )
-            losses = []
+            losses, finite = [], []
         if time.monotonic() - saved > SAVED_EVERY or step + 1 == steps:
             save(step + 1)
             saved = time.monotonic()
@@ -761,10 +774,13 @@ class Rollout:
     edits: list[tuple[int, str]]  # of each clip: before which step what is moved
     step: int = 1
 
-    def to_device(self) -> "Rollout":
-        """All but what editing needs, which the CPU does."""
+    def pin_memory(self) -> "Rollout":  # which a loader calls
+        return self.each(Tensor.pin_memory)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Rollout":
+        """With the tensors that `function` makes of these: all but what editing needs, which the CPU does."""
         names = ("latents", "images", "weight", "hints")
-        return replace(self, **{name: to_device(getattr(self, name)) for name in names})
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
 def new_rollout(
@@ -904,7 +920,7 @@ class Critic(nn.Module):
             loss = (weight * (F.relu(1 + of_guess) + F.relu(1 - of_truth))).mean()
             self.optimizer.zero_grad()
             loss.backward()
-            forget_what_is_not_finite(self.parameters())
+            forget_unless_finite(self.parameters())
             self.optimizer.step()
             self.updates += 1
 
@@ -1055,7 +1071,7 @@ def invert_pool(
                     for i in some
                 ]
                 hints = torch.from_numpy(draw_poses(found, height, width)).flatten(0, 1) / 255
-                # One clip of one frame each.
+                # Each is a clip of one frame.
                 way = invert(
                     model,
                     torch.from_numpy(latents[some.start : some.stop, 0]).to(DEVICE),
@@ -1077,8 +1093,8 @@ def lesson(step: int, plan: Round, twins: list[bool]) -> tuple[int, bool]:
     """
     words_before = step // plan.words_every if plan.words_every else 0
     if plan.words_every and step % plan.words_every == plan.words_every - 1:
-        with_twins = np.flatnonzero(twins)
-        return int(with_twins[-1 - words_before % len(with_twins)]), True
+        teaching = np.flatnonzero(twins)
+        return int(teaching[-1 - words_before % len(teaching)]), True
     last = len(twins) - 1
     turns, turn = divmod(step - words_before, plan.older_every)
     if last and turn == plan.older_every - 1:
@@ -1135,7 +1151,7 @@ class Lessons(torch.utils.data.Dataset):
             return words_batch(rng, pool, latents, pairs=clips * frames // 2)
         if rollout_of(step, plan, twins) is None:
             # A round that goes on from another has learned to look at frame 0 already.
-            first = 0.0 if plan is ROUNDS[0] else 0.2
+            first = 0.0 if len(self.pools) == 1 else 0.2
             progress = first + (1 - first) * step / plan.steps
             return training_batch(rng, pool, latents, progress, clips, frames, close)
         if step in self.begin:
@@ -1182,6 +1198,7 @@ def record(
     weights: nn.ParameterDict,
     networks: Networks,
     pools: list[tuple[dict, np.ndarray]],
+    plan: Round,
     frames: int,
 ) -> dict[tuple[torch.Size, int], Callable[..., Tensor]]:
     """`compute` with its gradient, recorded once for each shape of latents and number of clips that batches have.
@@ -1191,10 +1208,12 @@ def record(
     """
     channels, length = networks["unet"].config.in_channels, networks["text_encoder"].config.length
     recorded = {}
-    kinds = [(pool, False, words) for pool, _ in pools for words in (False, True)]
-    for pool, close, words in [*kinds, (pools[-1][0], True, False)]:
-        if words and pool["frames"].shape[1] == POSES:
-            continue
+    kinds = [(pool, False, False) for pool, _ in pools]
+    if plan.words_every:
+        kinds += [(pool, False, True) for (pool, _), twins in zip(pools, with_twins(pools)) if twins]
+    if plan.close_ups:
+        kinds += [(pools[-1][0], True, False)]
+    for pool, close, words in kinds:
         height, width = (CLOSE, CLOSE) if close else pool["frames"].shape[2:4]
         clips = clips_of(close, pool)
         clips, images = [clips * frames // 2 * 2] * 2 if words else (clips, clips * frames)
@@ -1227,21 +1246,22 @@ def train_networks(
     inverted = invert_pool(networks, *pools[-1], tokenizer, work, plan)
     under_way: list[Rollout | None] = [None] * ROLLOUTS
     critic = Critic(plan.critic) if plan.critic else None
-    weights, tokens_of, made = pack_weights(networks), cache(tokenizer), None
+    weights, tokens_of, ahead = pack_weights(networks), cache(tokenizer), None
+    fork = multiprocessing.get_context("fork") if HELPERS else None
 
     def noise_in(of_words: Tensor, rest: Tensor, *inputs: Tensor) -> Tensor:
-        """As the weights, float32, have it when all is computed in bfloat16; inputs: see `Networks`."""
+        """The noise, with float32 weights and inputs cast to bfloat16; inputs: see `Networks`."""
         views = unpack_weights(networks, of_words.bfloat16(), rest.bfloat16())
         inputs = (x.bfloat16() if x.is_floating_point() else x for x in inputs)
         return functional_call(networks, views, tuple(inputs)).float()
 
     on_card = DEVICE.type == "cuda"
-    recorded = record(noise_in, weights, networks, pools, frames) if on_card else {}
+    recorded = record(noise_in, weights, networks, pools, plan, frames) if on_card else {}
 
     def predict(latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
         tokens = torch.stack([tokens_of(prompt) for prompt in prompts])
         inputs = [to_device(x) for x in (latents, timestep, tokens, hints)]
-        compute = recorded.get((latents.shape, len(timestep)), noise_in)
+        compute = recorded[latents.shape, len(timestep)] if on_card else noise_in
         return compute(weights["reads_words"], weights["rest"], *inputs)
 
     def make_ahead(steps: range) -> Iterator:
@@ -1253,27 +1273,27 @@ def train_networks(
                 sampler=steps,
                 num_workers=HELPERS,
                 pin_memory=on_card,
+                multiprocessing_context=fork,
             )
         )
 
     def loss_at(step: int) -> Tensor:
-        nonlocal made
-        made = made or make_ahead(range(step, plan.steps))
-        lesson = next(made)
+        nonlocal ahead
+        ahead = ahead or make_ahead(range(step, plan.steps))
+        made = next(ahead)
         which = rollout_of(step, plan, twins)
         if which is not None:
-            if lesson:
-                under_way[which] = lesson.to_device()
+            if made:
+                under_way[which] = made.each(to_device)
             return rollout_step(under_way[which], predict, critic and critic.criticise, spread)
-        predicted = predict(*(lesson[name] for name in ("latents", "timestep", "prompts", "hints")))
-        lesson = {name: to_device(x) for name, x in lesson.items() if name != "prompts"}
-        if "images" in lesson:
-            return words_loss(lesson, predicted)
-        return (lesson["weight"] * (predicted - lesson["noise"]) ** 2).mean()
+        predicted = predict(*(made[name] for name in ("latents", "timestep", "prompts", "hints")))
+        batch = {name: to_device(x) for name, x in made.items() if name != "prompts"}
+        if "images" in batch:
+            return words_loss(batch, predicted)
+        return (batch["weight"] * (predicted - batch["noise"]) ** 2).mean()
 
-    editors = multiprocessing.Pool(HELPERS, torch.set_num_threads, (1,)) if HELPERS else nullcontext()
-    with editors as pool:
-        spread = pool.imap if pool else map
+    with fork.Pool(HELPERS, torch.set_num_threads, (1,)) if fork else nullcontext() as editors:
+        spread = editors.imap if editors else map
         optimise("networks", weights, loss_at, plan.steps, plan.lr, 0.998, work, critic)
     views = unpack_weights(networks, weights["reads_words"].detach(), weights["rest"].detach())
     networks.load_state_dict(views)
@@ -1314,7 +1334,12 @@ def from_nothing(work: Path) -> Model:
 
 def gone_on(base: str, work: Path) -> Model:
     """The last round alone, of a model that has been through those before it; of their pools it repeats the first
-    few puppets."""
+    few puppets. Raises ValueError for a folder with the work of another model, or of none."""
+    note, weights = work / "base.txt", model_path(base) / "unet" / "diffusion_pytorch_model.safetensors"
+    name = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if any(work.rglob("*.npy")) and not (note.exists() and note.read_text() == name):
+        raise ValueError(f"{work}: has another model's work in it; give a --work of its own")
+    note.write_text(name)
     plans = [replace(plan, identities=plan.identities[:200]) for plan in ROUNDS[:-1]] + [ROUNDS[-1]]
     works = [work / f"round{number}" for number in range(1, len(ROUNDS) + 1)]
     pools = [render_pool(work, plan) for work, plan in zip(works, plans)]
@@ -1347,6 +1372,10 @@ def main():
         "--base", metavar="MODEL", help="a finished model, for which to do the last round once more"
     )
     args = parser.parse_args()
+    if args.base and {args.work, args.out} & {parser.get_default(name) for name in ("work", "out")}:
+        parser.error("--base needs a --work and an --out of its own: pools and weights would be overwritten")
+    if not args.base and (args.work / "base.txt").exists():
+        parser.error(f"--work {args.work}: holds the work of a run with --base; give another")
 
     keep_freed_memory()
     for number in range(1, len(ROUNDS) + 1):
@@ -1361,6 +1390,9 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except (ArithmeticError, OSError, ValueError) as error:
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("pretrain.py: stopped; the same command goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
