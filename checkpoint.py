@@ -985,7 +985,7 @@ def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
         torch.backends.cudnn.allow_tf32 = True
-        # Of cuDNN's attention some gradients are not numbers (pytorch/pytorch#196678); the others are as fast.
+        # Of cuDNN's attention some gradients are not numbers (pytorch/pytorch#196678); torch has others.
         torch.backends.cuda.enable_cudnn_sdp(not training)
         return torch.device("cuda", 0), torch.bfloat16 if training else torch.float16
     return torch.device("cpu"), torch.bfloat16 if has_fast_bfloat16() else torch.float32

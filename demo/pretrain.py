@@ -574,6 +574,7 @@ def encode_pool(vae: VAE, pool: dict, work: Path) -> np.ndarray:
         latents, at_once = [], 8 if DEVICE.type == "cuda" else 1
         with torch.inference_mode(), in_bfloat16():
             for start in trange(0, len(pool["frames"]), at_once, desc="encoding", mininterval=10):
+                # Made floats there: that takes the CPU longer than encoding takes a graphics card.
                 frames = torch.tensor(pool["frames"][start : start + at_once]).to(DEVICE)
                 images = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
                 mean = vae.encode(images)[0].unflatten(0, frames.shape[:2])

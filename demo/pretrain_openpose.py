@@ -270,7 +270,7 @@ def train(
     """Squared errors of all stages alike. What is not zero weighs more, as it is one cell in a hundred.
 
     Body and hand networks learn from all pools: in the last, arms are crossed and hands lie before hair and cloth.
-    Faces are shown as square crops, whatever the frame, and nothing covers them.
+    Faces are shown as square crops, whatever the frame, and seldom covered.
     """
     shares = {"body": (0.45, 0.15, 0.4), "hand": (0.3, 0.1, 0.6), "face": (0.85, 0.15, 0)}[part]
     make = {"body": lambda rng, *found: body_batch(*found), "hand": hand_batch, "face": face_batch}

@@ -1161,3 +1161,17 @@ print(sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("A
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) > 100_000, "kB, of 200 MB"
+
+
+def test_training_on_a_card_does_without_cudnns_attention(monkeypatch):
+    """Its gradients are not always numbers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
+    try:
+        assert checkpoint.compute_device(training=True) == (torch.device("cuda", 0), torch.bfloat16)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert checkpoint.compute_device() == (torch.device("cuda", 0), torch.float16)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.set_float32_matmul_precision(before[1])

@@ -536,6 +536,31 @@ def test_helpers_change_nothing(monkeypatch, tmp_path, small, lessons):
     assert not torch.equal(trained[0], pretrain.pack_weights(networks)["rest"])
 
 
+def test_a_recording_is_made_for_every_lesson_and_no_other(monkeypatch, small, lessons):
+    networks, _ = small
+    pools, plan = lessons
+    pool, latents = pools[0]
+    untwinned = {"frames": pool["frames"][:, :-1, :96], "masks": pool["masks"][:, :-1, :24]}
+    untwinned["captions"] = [(words, "", "") for words, *_ in pool["captions"]]
+    untwinned["poses"] = pool["poses"]
+    pools = [(untwinned, latents[:, :-1, :, :24]), *pools]
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda compute, sample: compute)
+    weights = pretrain.pack_weights(networks)
+    recorded = pretrain.record(None, weights, networks, pools, plan, FRAMES)
+    steps = range(60)
+    begin = pretrain.beginnings(steps, plan, pretrain.with_twins(pools))
+    ways = np.zeros((2, pretrain.ROLLOUT_STEPS + 1, *latents.shape[2:]), np.float32)
+    inverted = {"ways": ways, "found": pool["poses"][:, 0]}
+    asked = set()
+    for step in steps:
+        made = pretrain.Lessons(pools, inverted, plan, FRAMES, begin)[step]
+        if isinstance(made, pretrain.Rollout):
+            asked.add((made.latents.shape, len(made.poses)))
+        elif made:
+            asked.add((made["latents"].shape, len(made["timestep"])))
+    assert asked == set(recorded) and len(asked) == 4  # another pool; whole, of words and close up
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")
 def test_recordings_do_what_they_were_recorded_of(small, lessons):
     networks, _ = small
