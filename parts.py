@@ -1,8 +1,8 @@
 """The parts of a body: where they lie in a frame, and how each got there from another pose.
 
-`posecrafter.edit_latents` moves latents with them. A part is a soft region of latent pixels and an affine map
-from there to where the same spot of the part is in the other pose. Poses are the same person's; points are
-(K, 2) in latent pixels, whose centres are the integers.
+`posecrafter.edit_latents` moves latents with them, `pseudo.pseudo_video` images. A part is a soft region of their
+pixels and an affine map from there to where the same spot of the part is in the other pose. Poses are the same
+person's; points are (K, 2) in pixels, whose centres are the integers.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from pose import Pose, is_seen
 
 
 def latent_points(part: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Keypoints (K, 3), canvas-normalised -> (K, 2) in latent pixels, whose centres are the integers."""
+    """Keypoints (K, 3), canvas-normalised -> (K, 2) in pixels, whose centres are the integers."""
     return part[:, :2].astype(np.float64) * (width, height) - 0.5
 
 
@@ -35,6 +35,22 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
     solution, *_ = np.linalg.lstsq(np.hstack([source, ones]), target, rcond=None)
     area = np.linalg.det(solution[:2])
     return solution.T if 1 / 4 <= area <= 4 else None
+
+
+def fit_rotation(source: np.ndarray, target: np.ndarray, scale: float) -> np.ndarray | None:
+    """The rotation and shift, with this scale, that takes `source` (K, 2) nearest to `target`: A (2, 3).
+
+    None for points that no rotation takes there, such as the mirrored ones of somebody seen from behind: where
+    the two, both about their means, correlate by less than 0.7.
+    """
+    middles = source.mean(axis=0), target.mean(axis=0)
+    a, b = source - middles[0], target - middles[1]
+    cosine, sine = (a * b).sum(), (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()
+    length = np.hypot(cosine, sine)
+    if length <= 0.7 * np.sqrt((a**2).sum() * (b**2).sum()):
+        return None
+    linear = np.array([[cosine, -sine], [sine, cosine]]) * scale / length
+    return np.column_stack([linear, middles[1] - linear @ middles[0]])
 
 
 def near_hull(
@@ -118,89 +134,135 @@ ARMS = {
 UNSEEN_HAND = 0.6  # of a forearm: how far it goes on as a hand of which no keypoint is seen
 SHOULDERS, HIPS, KNEES = [2, 5], [8, 11], [9, 12]
 LEGS = [8, 9, 10], [11, 12, 13]  # from hip to ankle
-HEAD = [0, 14, 15, 16, 17]  # nose, eyes, ears
-JAW = slice(0, 17)  # of the face, from ear to ear
-RIM = 0.5  # latent pixels around a part that its edge reaches into
+EYES, EARS, NECK = [14, 15], [16, 17], 1
+HEAD = [0, *EYES, *EARS]  # with the nose
+JAW, ENDS = slice(0, 17), [0, 16]  # of the face, from ear to ear
+# Of a hand: where its fingers begin, with the wrist; their bones; and half a finger's width as a share of the
+# distance from the wrist to the middle finger.
+PALM = [0, 1, 5, 9, 13, 17]
+FINGER_BONES = [(first + i, first + i + 1) for first in (1, 5, 9, 13, 17) for i in range(3)]
+FINGER = 0.15
+RIM = 0.5  # pixels around a part that its edge reaches into
+
+
+def shoulders_and_torso(points: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
+    """How far apart the shoulders are, and the torso's length, 0 without hips; joints (18, 2), booleans (18,)."""
+    torso = np.linalg.norm(points[SHOULDERS].mean(0) - points[HIPS].mean(0))
+    return np.linalg.norm(np.subtract(*points[SHOULDERS])), torso if seen[HIPS].all() else 0.0
+
+
+def body_unit(shoulders: float, torso: float) -> float:
+    """What sizes of parts are measured in: the distance between the shoulders, or three quarters of the torso's
+    length where a turned body has less.
+    """
+    return max(shoulders, 0.75 * torso)
 
 
 def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
     """All parts of a body, from far to near: a nearer one covers those before it.
 
-    Along a bone the map follows its length, across it keeps the width. Sizes are in body units: the distance
-    between the shoulders, or three quarters of the torso's length where a turned body has less. Parts that
-    either pose lacks, and those foreshortened or stretched beyond a factor of 4, are left out. Without shoulders
-    there is no size to go by, and only `face_and_hands` are moved.
+    Along a bone, also a finger's, the map follows its length, across it keeps the width. The face moves with its
+    landmarks. Hair does not: a head that turns or nods keeps its outline, so it goes where the jaw goes, turned as
+    the jaw is and scaled as the body is. Parts that either pose lacks, and those foreshortened or stretched beyond
+    a factor of 4, are left out. Without shoulders there is no size to go by, and only `face_and_hands` are moved.
     """
     here, there = (latent_points(p.body, height, width) for p in (pose, other))
     seen = is_seen(pose.body) & is_seen(other.body)
     if not seen[SHOULDERS].all():
         yield from face_and_hands(pose, other, height, width)
         return
-    shoulders, torso = np.linalg.norm(np.subtract(*here[SHOULDERS])), 0.0
-    if seen[HIPS].all():
-        torso = np.linalg.norm(here[SHOULDERS].mean(0) - here[HIPS].mean(0))
-    unit = max(shoulders, 0.75 * torso)
+    shoulders, torso = shoulders_and_torso(here, seen)
+    unit, unit_there = body_unit(shoulders, torso), body_unit(*shoulders_and_torso(there, seen))
 
-    def part(name: str, outline, margin: float, source, target) -> Iterator[Part]:
-        to_other = fit_affine(source, target)
+    def part(name: str, outline, reach: float, to_other: np.ndarray | None) -> Iterator[Part]:
         if to_other is not None:
-            reach = margin * unit + RIM + 0.5
+            reach += RIM + 0.5
             pixels, distance = near_hull(np.asarray(outline), reach, height, width)
             yield Part(name, pixels, (reach - distance).clip(0, 1), to_other)
 
-    def bone(name: str, start: int, end: int, half_width: float, beyond: float) -> Iterator[Part]:
-        if not seen[[start, end]].all():
-            return
-        along, along_there = here[end] - here[start], there[end] - there[start]
+    def bone(name: str, ends, ends_there, half_width: float, beyond: float = 0.0) -> Iterator[Part]:
+        (start, end), (start_there, end_there) = ends, ends_there
+        along, along_there = end - start, end_there - start_there
         length, length_there = np.linalg.norm(along), np.linalg.norm(along_there)
         if min(length, length_there) < 1e-6:
             return
-        outline = [here[start], here[end] + beyond * along]
         # A point beside the joint, equally far in both poses, keeps the width.
         across = np.array([-along[1], along[0]])
         across_there = np.array([-along_there[1], along_there[0]]) * length / length_there
-        source = np.stack([here[start], here[end], here[start] + across])
-        target = np.stack([there[start], there[end], there[start] + across_there])
-        yield from part(name, outline, half_width, source, target)
+        to_other = fit_affine(
+            np.stack([start, end, start + across]),
+            np.stack([start_there, end_there, start_there + across_there]),
+        )
+        yield from part(name, [start, end + beyond * along], half_width, to_other)
+
+    def limb(name: str, start: int, end: int, half_width: float, beyond: float) -> Iterator[Part]:
+        joints = [start, end]
+        if seen[joints].all():
+            yield from bone(name, here[joints], there[joints], half_width * unit, beyond)
 
     def arm(side: str) -> Iterator[Part]:
         hands = [getattr(p, f"{side}_hand") for p in (pose, other)]
         both = is_seen(hands[0]) & is_seen(hands[1])
         upper, (*forearm, _) = ARMS[side]
-        yield from bone(*upper)
-        yield from bone(*forearm, 0.0 if both.any() else UNSEEN_HAND)
-        hand, hand_there = (latent_points(h[both], height, width) for h in hands)
-        yield from part(f"{side}_hand", hand, 0.0, hand, hand_there)
+        yield from limb(*upper)
+        yield from limb(*forearm, 0.0 if both.any() else UNSEEN_HAND)
+        hand, hand_there = (latent_points(h, height, width) for h in hands)
+        finger = FINGER * np.linalg.norm(hand[9] - hand[0]) if both[[0, 9]].all() else 0.0
+        for joints in map(list, FINGER_BONES):
+            if both[joints].all():
+                yield from bone(f"{side}_fingers", hand[joints], hand_there[joints], finger)
+        palm = [joint for joint in PALM if both[joint]]
+        if palm:
+            to_other = fit_affine(hand[palm], hand_there[palm])
+            yield from part(f"{side}_hand", hand[palm], finger, to_other)
+
+    faces = is_seen(pose.face) & is_seen(other.face)
+    face, face_there = (latent_points(p.face, height, width) for p in (pose, other))
+
+    # How the head turned in the picture's plane, and so where points of the other pose's head are here.
+    jaw, named = faces.copy(), [joint for joint in (NECK, *HEAD) if seen[joint]]
+    jaw[JAW.stop :] = False
+    turned = (face[jaw], face_there[jaw]) if jaw.sum() > 2 else (here[named], there[named])
+    head_to_other = fit_rotation(*turned, unit_there / unit) if len(named) > 1 else None
+
+    def here_too(outline, outline_there) -> np.ndarray:
+        back = np.linalg.inv(head_to_other[:, :2])
+        return np.concatenate([outline, (outline_there - head_to_other[:, 2]) @ back.T])
+
+    def skull(face: np.ndarray, body: np.ndarray) -> np.ndarray:
+        """Jaw, nose, eyes and ears, and opposite them the crown: mirrored at the middle of the ears."""
+        points = np.concatenate([face[jaw], body[HEAD][seen[HEAD]]])
+        pairs = (face[ENDS], faces[ENDS]), (body[EARS], seen[EARS]), (body[EYES], seen[EYES])
+        middle = next((pair for pair, known in pairs if known.all()), None)
+        return points if middle is None else np.concatenate([points, middle.sum(axis=0) - points])
 
     def head(name: str, margin: float) -> Iterator[Part]:
-        both = is_seen(pose.face) & is_seen(other.face)
-        face, face_there = (latent_points(p.face[both], height, width) for p in (pose, other))
-        outline, source, target = here[HEAD][seen[HEAD]], face, face_there
-        if both[JAW].all():
-            jaw = face[JAW]  # whose mirror image at the middle of the ears is the crown
-            outline = np.concatenate([jaw, jaw[[0, 16]].sum(axis=0) - jaw])
-        if len(face) < 3:
-            named = [1, *HEAD]
-            source, target = here[named][seen[named]], there[named][seen[named]]
-        if len(outline):
-            yield from part(name, outline, margin, source, target)
+        if head_to_other is not None:
+            outline = here_too(skull(face, here), skull(face_there, there))
+            yield from part(name, outline, margin * unit, head_to_other)
 
-    # Once wide and behind everything, for the hair; at the end once close and before the torso, for the face.
-    far = far_arm(pose, shoulders / max(torso, 1e-6))  # never, where no hips are seen
+    # Once wide and behind everything, for the hair; at the end once close and before the torso, with the face.
     yield from head("hair", 0.45)
+    far = far_arm(pose, shoulders / max(torso, 1e-6))  # never, where no hips are seen
     if far:
         yield from arm(far)
     if seen[HIPS + KNEES].all():
         source, target = (
             np.concatenate([p[HIPS], 0.4 * p[HIPS] + 0.6 * p[KNEES]]) for p in (here, there)
         )
-        yield from part("hips", source, 0.15, source, target)
+        yield from part("hips", source, 0.15 * unit, fit_affine(source, target))
     for one in (*THIGHS, *SHINS):
-        yield from bone(*one)
+        yield from limb(*one)
     corners = SHOULDERS + HIPS
     if seen[corners].all():
-        yield from part("torso", here[corners], 0.15, here[corners], there[corners])
+        to_other = fit_affine(here[corners], there[corners])
+        yield from part("torso", here[corners], 0.15 * unit, to_other)
     yield from head("head", 0.2)
+    if faces.any():
+        outline = face[faces]
+        if head_to_other is not None:
+            outline = here_too(outline, face_there[faces])
+        yield from part("face", outline, 0.0, fit_affine(face[faces], face_there[faces]))
     for side in ARMS:
         if side != far:
             yield from arm(side)

@@ -1,7 +1,7 @@
 """The method: PoseCrafter (Zhong et al., ECCV 2024), from encoded frames and poses to new frames.
 
-The paper's new clip is made by calling these one after another (`sample.py --edit face,hands`; by default it
-edits later and more, between two steps of `sample`):
+The paper's new clip is made by calling these one after another (`sample.py --edit face,hands`; by default what
+happens to the latents is that of `pseudo.py`, between the steps of `sample`):
 
     context = encode_prompt(model, "a person")
     k = select_reference(training_poses, target_poses)         # the training frame to start from
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from parts import PARTS, covered, may_cover
+from parts import PARTS, Part
 from pose import Pose, draw_pose, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
@@ -307,6 +307,23 @@ def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
     return result
 
 
+def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None) -> bool:
+    """Makes a part of an image (C, H, W) the other image's, read through the part's map, in place.
+
+    What would be read from outside the other image stays as it was, and so does what is not opaque there: opacity
+    is (1, H, W), from 0 to 1. Says whether anything was read.
+    """
+    height, width = image.shape[-2:]
+    source = part.pixels @ part.to_other[:, :2].T + part.to_other[:, 2]
+    inside = ((source >= -0.5) & (source <= (width - 0.5, height - 0.5))).all(1)
+    x, y = part.pixels[inside].T
+    weight = torch.tensor(part.weight[inside], dtype=image.dtype)
+    if opacity is not None:
+        weight *= sample_bilinear(opacity, source[inside])[0]
+    image[:, y, x] = image[:, y, x].lerp(sample_bilinear(other, source[inside]), weight)
+    return bool(inside.any())
+
+
 def edit_latents(
     latents: Tensor,
     reference_latent: Tensor,
@@ -325,173 +342,10 @@ def edit_latents(
     # On the host: many tiny operations, which a graphics card is slow to start.
     reference_latent, edited_latents, edited = reference_latent.cpu(), latents.cpu(), Counter()
     for latent, pose in zip(edited_latents, poses, strict=True):
-        for part in PARTS[parts](pose, reference_pose, height, width):
-            source = part.pixels @ part.to_other[:, :2].T + part.to_other[:, 2]
-            inside = ((source >= -0.5) & (source <= (width - 0.5, height - 0.5))).all(1)
-            x, y = part.pixels[inside].T
-            weight = torch.tensor(part.weight[inside], dtype=latent.dtype)
-            moved = sample_bilinear(reference_latent, source[inside])
-            latent[:, y, x] = latent[:, y, x].lerp(moved, weight)
-            edited[part.name] += bool(inside.any())
+        moved = PARTS[parts](pose, reference_pose, height, width)
+        edited.update({part.name for part in moved if move(latent, reference_latent, part)})
     latents.copy_(edited_latents)
     return edited
-
-
-def between_steps(
-    trajectory: Sequence[Tensor],
-    poses: Sequence[Pose],
-    reference_pose: Pose,
-    parts: str,
-    edit_step: int,
-    background: tuple[Tensor, Tensor] | None = None,
-    seed: int = 0,
-) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
-    """What `sample` calls between its steps to edit latents, and the count of edited regions that it fills.
-
-    trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
-    are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With a `background`,
-    see `without_people`, each step from there on begins with `uncover`, and after the last comes
-    `restore_background`.
-    """
-    timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
-    if background is not None:
-        behind, known = background
-        seen = uncovered(poses, reference_pose, known)
-
-    def edit(latents: Tensor, step: int) -> None:
-        targets = latents[-len(poses) :]
-        if step > len(timesteps):
-            if background is not None:
-                restore_background(targets, behind, known, poses)
-            return
-        if background is not None and step >= edit_step:
-            uncover(targets, behind, seen, timesteps[step - 1], seed)
-        if step == edit_step:
-            # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
-            reference_latent = trajectory[len(timesteps) - step + 1][0]
-            edited.update(edit_latents(targets, reference_latent, poses, reference_pose, parts))
-
-    return edit, edited
-
-
-def best_edit_step(parts: str, steps: int) -> int:
-    """Before which of `steps` DDIM steps to edit, counted from 1.
-
-    The first, as in the paper; whole bodies after a fifth of the steps, which scores best on puppets.
-    """
-    return 1 + steps // 5 if parts == "body" else 1
-
-
-# ---- What the person uncovers: beyond the paper -------------------------------------------------
-
-
-def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """Where frames show nobody, nor anybody within two pixels: latents show a neighbour too, and hair may reach
-    further than keypoints tell.
-
-    Booleans (F, 1, height, width), in latent pixels.
-    """
-    bodies = torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))
-    return (F.max_pool2d(bodies.float(), 5, 1, 2) == 0)[:, None]
-
-
-# How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
-# by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
-STILL = 0.004
-
-
-def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) -> float:
-    """How much what is behind the person changes from frame to frame, uint8 (F, H, W, 3): 0 for a still camera.
-
-    The variance over frames where nobody stands, as a share of the images' own, both of means over squares of
-    `factor` pixels, which are a latent pixel. Infinite where no place can be compared.
-    """
-    images = F.avg_pool2d(image_tensor(frames), factor)
-    empty = empty_places(poses, *images.shape[-2:])
-    seen = empty.sum(dim=0)
-    compared = seen[0] > 1
-    if not compared.any():
-        return math.inf
-    mean = (images * empty).sum(dim=0) / seen.clamp(min=1)
-    variance = ((images - mean).square() * empty).sum(dim=0) / (seen - 1).clamp(min=1)
-    own = images.var(dim=(0, 2, 3)).mean().clamp(min=1e-6)
-    return (variance[:, compared].mean() / own).item()
-
-
-def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
-    """What clips of a still camera (F, C, h, w) show behind the person, (C, h, w), and where, booleans (1, h, w).
-
-    The mean of the frames that are empty there, see `empty_places`, continued from all sides into where somebody
-    always stands, which is a guess. Raises ValueError where no frame is empty anywhere (their `background_change`
-    is infinite).
-    """
-    empty = empty_places(poses, *latents.shape[-2:]).to(latents)
-    seen = empty.sum(dim=0)
-    behind, shown = (latents * empty).sum(dim=0) / seen.clamp(min=1), seen > 0
-    known = shown.to(latents)
-    if not known.any():
-        raise ValueError("people, or where they may be, fill all frames: there is no background")
-    while not known.all():
-        share = F.avg_pool2d(known, 3, 1, 1)
-        around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
-        behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
-    return behind, shown
-
-
-def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Tensor:
-    """Where poses leave the background to be seen: booleans (M, 1, h, w), in latent pixels.
-
-    That is where it is `known`, (1, h, w), and nobody is within two pixels, see `empty_places`; and, known or
-    guessed, what the reference's body covers and a pose's does not.
-    """
-    height, width = known.shape[1:]
-    body = covered(reference_pose, height, width) > 0
-    left = np.stack([body & ~may_cover(pose, height, width) for pose in poses])[:, None]
-    return torch.from_numpy(left).to(known) | (empty_places(poses, height, width).to(known) & known)
-
-
-UNCOVER_UNTIL = 100  # the timestep of the last step before which `uncover` does something
-
-
-def uncover(latents: Tensor, behind: Tensor, seen: Tensor, timestep: int, seed: int) -> None:
-    """Where the background is to be seen, puts it, in place.
-
-    latents: (M, C, h, w), as noisy as `timestep` is; behind: (C, h, w), clean, see `without_people`; seen: see
-    `uncovered`. Without it, the inverted noise of a limb that was there becomes specks of it in mid-air. To be
-    done before each step from the editing on: once is not enough, since all frames look at the reference, which
-    has the limb there. The noise is the same each time and in all frames, and so is what they uncover. Nothing
-    is put below UNCOVER_UNTIL: the last steps close the seams.
-    """
-    if timestep < UNCOVER_UNTIL:
-        return
-    noise = torch.randn(behind.shape, generator=torch.Generator().manual_seed(seed)).to(behind)
-    noisy = add_noise(behind, noise, timestep)
-    latents.lerp_(noisy, seen.to(latents))
-
-
-# How far finished latents are from the background, where their own variance is about 1: nearer than the first
-# they are nothing else, further than the second something else.
-BACKGROUND = 0.25, 0.4
-
-
-def restore_background(
-    latents: Tensor, behind: Tensor, known: Tensor, poses: Sequence[Pose]
-) -> None:
-    """Where finished latents (M, C, h, w) are nearly what is behind (C, h, w), makes them so, in place, as far as
-    it is `known`, booleans (1, h, w).
-
-    A network does not find a still background again to the last shade, and leaves blotches where it had to. How
-    far they are is a root mean square over channels and 3x3 pixels, see BACKGROUND. What is more than
-    two pixels inside a body stays as it is: a grey shirt before a grey wall keeps its folds.
-    """
-    squares = (latents.float() - behind.float()).square().mean(dim=1, keepdim=True)
-    distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
-    near, far = BACKGROUND
-    body = np.stack([covered(pose, *latents.shape[-2:]) for pose in poses])
-    share = ((far - distance) / (far - near)).clamp(0, 1) * known
-    outside = 1 - torch.from_numpy(body)[:, None].to(share)
-    share *= F.max_pool2d(outside, 5, 1, 2)
-    latents.lerp_(behind.to(latents), share.to(latents))
 
 
 # ---- Sampling -----------------------------------------------------------------------------------

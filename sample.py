@@ -28,11 +28,7 @@ from memory import CUDA, operations, sampling_peak, seconds_per_frame
 from parts import PARTS
 from pose import Pose, absences, draw_pose, place_pose, save_poses
 from posecrafter import (
-    STILL,
     TRAIN_STEPS,
-    background_change,
-    best_edit_step,
-    between_steps,
     ddim_timesteps,
     decode_latents,
     embed_hints,
@@ -43,6 +39,13 @@ from posecrafter import (
     invert,
     sample,
     select_reference,
+)
+from pseudo import (
+    STILL,
+    background_change,
+    best_edit_step,
+    between_steps,
+    pseudo_video,
     without_people,
 )
 from retarget import proportions, retarget
@@ -204,12 +207,12 @@ def parse_arguments(
         help="where sampling starts from",
     )
     parser.add_argument(
-        "--no-uncover",
+        "--no-hold",
         action="store_true",
-        help="do not put the training frames' background where --edit body leaves nobody",
+        help="let --edit body move the body's noise once, and leave the rest, the background too, to the model",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of --start noise, and of what is uncovered (default: 0)"
+        "--seed", type=int, default=0, help="of --start noise, and of the background's (default: 0)"
     )
     parser.add_argument(
         "--slice",
@@ -343,11 +346,12 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
             raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
         targets = retarget(targets, run.poses, width / height)
     k = choose_reference(args.reference, run, targets)
-    # A prompt of one's own may want another background, and a start from noise draws one.
-    uncovering = args.edit == "body" and args.start == "inversion" and not own_prompt
-    uncovering = uncovering and not args.no_uncover
+    # A prompt of one's own wants something else than the training frames show, and a start from noise draws it.
+    holding = args.edit == "body" and args.start == "inversion" and not own_prompt
+    holding = holding and not args.no_hold
     if args.plan:
-        plan(args, run, len(run.frames) if uncovering else 1, len(targets) + (not args.no_insert))
+        encoded = len(run.frames) + len(targets) if holding else 1
+        plan(args, run, encoded, len(targets) + (not args.no_insert))
         return None
 
     keep_freed_memory()
@@ -357,27 +361,32 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
 
-    if uncovering and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
-        print("the training frames show no still background: it is left to the model")
-        uncovering = False
+    if holding and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
+        print(
+            "the training frames show no still background: the body is moved once, the rest left to the model"
+        )
+        holding = False
 
     poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
     hints = embed_hints(model, poses, height, width)
     source = encode_prompt(model, settings["prompt"])
     target = encode_prompt(model, prompt) if own_prompt else source
-    if uncovering:
+    if holding:
         encoded = encode_frames(model, run.frames)
-        background, reference = without_people(encoded, run.poses), encoded[k : k + 1]
+        behind, known = without_people(encoded, run.poses)
+        (background,) = decode_latents(model, behind[None])
+        moved = pseudo_video(run.frames, run.poses, k, targets, background, known)
+        held, reference = (encode_frames(model, moved), known), encoded[k : k + 1]
     else:
-        background, reference = None, encode_frames(model, run.frames[k : k + 1])
+        held, reference = None, encode_frames(model, run.frames[k : k + 1])
 
     edit, edited = None, {}
     if args.start == "inversion" or args.edit != "none":
         reference_hint = embed_hints(model, [run.poses[k]], height, width)
         trajectory = invert(model, reference, reference_hint, source, args.ddim_steps)
     if args.edit != "none":
-        moved = trajectory, targets, run.poses[k], args.edit, args.edit_step
-        edit, edited = between_steps(*moved, background, args.seed)
+        places = targets, run.poses[k], args.edit
+        edit, edited = between_steps(trajectory, *places, args.edit_step, held, args.seed)
     if args.start == "inversion":
         noise = trajectory[-1].expand(len(poses), -1, -1, -1)
     else:
@@ -438,7 +447,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "ddim_steps": args.ddim_steps,
         "edit": args.edit,
         "edit_step": args.edit_step,
-        "uncovered": uncovering,
+        "held": holding,
         "start": args.start,
         "seed": args.seed,
         "inserted": not args.no_insert,

@@ -42,7 +42,8 @@ from demo.dance import HELD_OUT, TRAINING_FRAMES
 from demo.puppet import random_puppet
 from evaluate import FAINT, INK, LINE, PAPER
 from pose import draw_pose
-from posecrafter import best_edit_step, ddim_timesteps, training_steps
+from posecrafter import ddim_timesteps, training_steps
+from pseudo import best_edit_step
 from video import contact_sheet, replacing, save_image
 
 # ---- What is run --------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         insert=True,
         edit="face,hands",
         edit_step=1,
-        uncover=False,
+        hold=False,
         interpolation="bilinear",
         dance="facing",
         driver="own",
@@ -80,7 +81,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
     )
 
 
-COPY, WARP, UNTRAINED, UNCOVERED = "copy", "warp", "no fine-tuning", "whole body, uncovered"
+COPY, WARP, MOVED, UNTRAINED = "copy", "warp", "pseudo video", "no fine-tuning"
 NOISE, INVERSION, INSERTION, FULL, BODY = (
     "noise start",
     "+ selection and inversion",
@@ -88,16 +89,18 @@ NOISE, INVERSION, INSERTION, FULL, BODY = (
     "+ latent editing",
     "whole body",
 )
+HELD = "held to the pseudo video"
 ROWS = {
     COPY: "the reference, the training frame that the method selects, repeated",
     WARP: "the reference's latent warped limb by limb to the pose, and decoded: no diffusion",
+    MOVED: "the training frames' person cut out and put into the pose part by part: no diffusion either",
     UNTRAINED: "the full method with the base weights",
     NOISE: "fine-tuned, sampling from random noise: ControlVideo without true frames to start from",
     INVERSION: "from the inverted reference instead of noise",
     INSERTION: "and the reference in front, as key frame",
     FULL: "and face and hands moved in the first latent: the paper's full method",
     BODY: "beyond the paper: all parts of the body moved, after a fifth of the steps",
-    UNCOVERED: "and where nobody stands, what is behind: as `sample.py` does by default",
+    HELD: "and from there on held to the pseudo video: as `sample.py` does by default",
 }
 PAIRS = (
     (INVERSION, NOISE),
@@ -107,10 +110,11 @@ PAIRS = (
     (FULL, WARP),
     (FULL, UNTRAINED),
     (BODY, FULL),
-    (UNCOVERED, BODY),
-    (UNCOVERED, FULL),
-    (UNCOVERED, COPY),
-    (UNCOVERED, WARP),
+    (HELD, BODY),
+    (HELD, FULL),
+    (HELD, COPY),
+    (HELD, WARP),
+    (HELD, MOVED),
 )
 
 
@@ -124,25 +128,26 @@ def ablation(full: Cell) -> dict[str, Cell]:
     return {
         COPY: replace(undrawn, source="copy"),
         WARP: replace(undrawn, source="warp"),
+        MOVED: replace(undrawn, source="moved"),
         UNTRAINED: untrained,
         NOISE: replace(uninserted, source="noise"),
         INVERSION: uninserted,
         INSERTION: unedited,
         FULL: full,
         BODY: body,
-        UNCOVERED: replace(body, uncover=True),
+        HELD: replace(body, hold=True),
     }
 
 
 def harder(full: Cell) -> dict[str, Cell]:
-    """Poses unlike any of the training clip's, each with the warp, the paper's method and ours."""
+    """Poses unlike any of the training clip's, each with the pseudo video, the paper's method and ours."""
     kinds = {
         "turning": replace(full, dance="turning"),
         "crossed arms": replace(full, dance="crossed"),
         "another's poses": replace(full, driver="literal"),
         "another's, retargeted": replace(full, driver="retargeted"),
     }
-    ways = (WARP, FULL, UNCOVERED)
+    ways = (MOVED, FULL, HELD)
     return {
         f"{kind}: {'full' if way == FULL else way}": ablation(cell)[way]
         for kind, cell in kinds.items()
@@ -436,8 +441,8 @@ def report(args: argparse.Namespace) -> None:
         values, done = gathered["harder"]
         kinds = dict.fromkeys(name.split(":")[0] for name in values)
         gains = {
-            f"{kind}: {UNCOVERED} − full": {
-                figure: values[f"{kind}: {UNCOVERED}"][figure] - values[f"{kind}: full"][figure]
+            f"{kind}: {HELD} − full": {
+                figure: values[f"{kind}: {HELD}"][figure] - values[f"{kind}: full"][figure]
                 for figure in FIGURES
             }
             for kind in kinds

@@ -54,7 +54,6 @@ from openpose import OpenPose
 from parts import covered
 from pose import Pose, video_sim
 from posecrafter import (
-    between_steps,
     decode_latents,
     edit_latents,
     embed_hints,
@@ -67,8 +66,8 @@ from posecrafter import (
     sample_bilinear,
     select_reference,
     trainable_parameters,
-    without_people,
 )
+from pseudo import between_steps, pseudo_video, without_people
 from retarget import retarget
 from train import train
 from video import replacing, save_image
@@ -84,7 +83,8 @@ class Cell:
 
     identity: int
     seed: int  # of training, of a start from noise, and of both dances
-    source: str  # where frames come from: "copy", "warp", or what sampling starts from, "noise" or "inversion"
+    # Where frames come from: "copy", "warp", "moved", or what sampling starts from, "noise" or "inversion".
+    source: str
     training_frames: int
     clip_frames: int  # that the training frames are taken from, uniformly
     training_steps: int  # 0: the base model as it is
@@ -92,7 +92,7 @@ class Cell:
     insert: bool
     edit: str  # what latent editing moves: "face,hands", "body" or "none"
     edit_step: int  # 0: never
-    uncover: bool  # see `posecrafter.uncover`
+    hold: bool  # see `pseudo.between_steps`
     interpolation: str  # of latent editing: "bilinear" or "nearest"
     dance: str  # that is followed, one of `puppet.DANCES`; the training clip's is always the first
     driver: str  # whose poses: "own", or another puppet's, "literal" or "retargeted"
@@ -204,6 +204,13 @@ def nearest(latent: Tensor, points: np.ndarray) -> Tensor:
     return sample_bilinear(latent, points.round())
 
 
+def moved_person(model: Model, scene: Scene, k: int) -> tuple[np.ndarray, Tensor]:
+    """The pseudo video, uint8 (F, 128, 128, 3), and where its background is known, as `sample.py` makes them."""
+    behind, known = without_people(encode_frames(model, scene.frames), scene.poses)
+    (background,) = decode_latents(model, behind[None])
+    return pseudo_video(scene.frames, scene.poses, k, scene.targets, background, known), known
+
+
 def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     """The cell's frames, uint8 (F, 128, 128, 3), of a model that holds its weights; as `sample.py` does."""
     k = select_reference(scene.poses, scene.targets)
@@ -214,6 +221,8 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         background, _ = without_people(latents, scene.poses)
         warped = [warp_body(latents[k], scene.poses[k], p, background) for p in scene.targets]
         return np.stack(list(decode_latents(model, torch.stack(warped))))
+    if cell.source == "moved":
+        return moved_person(model, scene, k)[0]
 
     targets = scene.targets
     poses = insert_reference(scene.poses[k], targets) if cell.insert else targets
@@ -233,11 +242,12 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
 
     edit = None
     if cell.edit != "none":
-        moved = trajectory, targets, scene.poses[k], cell.edit, cell.edit_step
-        background = None
-        if cell.uncover:
-            background = without_people(encode_frames(model, scene.frames), scene.poses)
-        edit, _ = between_steps(*moved, background, cell.seed)
+        places = targets, scene.poses[k], cell.edit
+        held = None
+        if cell.hold:
+            moved, known = moved_person(model, scene, k)
+            held = encode_frames(model, moved), known
+        edit, _ = between_steps(trajectory, *places, cell.edit_step, held, cell.seed)
 
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)
     with by_nearest if cell.interpolation == "nearest" else nullcontext():
@@ -420,7 +430,8 @@ def compute(cells: Sequence[Cell], work: Path, processes: int = 1) -> None:
         shares = [[c for c in cells if c.identity % processes == i] for i in range(processes)]
         # Daemons, so that they end with this process.
         workers = [
-            spawn.Process(target=compute_share, args=(s, work, processes), daemon=True) for s in shares
+            spawn.Process(target=compute_share, args=(s, work, processes), daemon=True)
+            for s in shares
         ]
         for worker in workers:
             worker.start()

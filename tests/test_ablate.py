@@ -65,10 +65,10 @@ def test_each_row_of_the_method_adds_one_thing(tmp_path):
     (rows,) = ablate.plan(few(tmp_path))["main"]
     assert list(rows) == list(ablate.ROWS)
     added = []
-    method = [asdict(rows[name]) for name in list(ablate.ROWS)[3:]]
+    method = [asdict(rows[name]) for name in list(ablate.ROWS)[4:]]
     for before, after in pairwise(method):
         added.append([name for name in after if before[name] != after[name]])
-    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"], ["uncover"]]
+    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"], ["hold"]]
 
 
 def test_boxes_hold_their_keypoints_and_little_else():
@@ -160,7 +160,9 @@ def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
     assert cells.repaint(attributes["hair, guidance 3"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
     assert (args.out / "results_words.png").exists()
-    assert "| turning: whole body, uncovered − full | " in text and "| hair, guidance 3 | " in text
+    assert (
+        "| turning: held to the pseudo video − full | " in text and "| hair, guidance 3 | " in text
+    )
 
 
 def test_several_processes_compute_the_same_cells(tmp_path):

@@ -158,7 +158,7 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
     assert not np.array_equal(plain, sampled("c", "--no-insert"))
     assert not np.array_equal(plain, sampled("d", "--edit", "none"))
     assert not np.array_equal(plain, sampled("j", "--edit", "face,hands"))
-    assert not np.array_equal(plain, sampled("l", "--no-uncover"))
+    assert not np.array_equal(plain, sampled("l", "--no-hold"))
     assert not np.array_equal(plain, sampled("e", "--edit-step", 2))
     assert not np.array_equal(plain, sampled("f", "--reference", 0))
     assert not np.array_equal(plain, sampled("g", "--prompt", "red hair", "--guidance", 3))
@@ -177,21 +177,21 @@ def test_bodies_move_after_a_fifth_of_the_steps_unless_they_are_to_look_differen
     assert json.loads((workplace / "moved.json").read_text())["edit_step"] == step
 
 
-def test_the_background_is_filled_in_where_it_is_known_and_wanted(
+def test_sampling_is_held_to_the_training_frames_where_that_is_possible_and_wanted(
     workplace, trained, monkeypatch, capsys
 ):
-    def uncovered(*options: object) -> bool:
-        main(workplace, *SAMPLE, "--run", "runs/first", "--out", "filled.mp4", *options)
-        return json.loads((workplace / "filled.json").read_text())["uncovered"]
+    def held(*options: object) -> bool:
+        main(workplace, *SAMPLE, "--run", "runs/first", "--out", "held.mp4", *options)
+        return json.loads((workplace / "held.json").read_text())["held"]
 
-    assert uncovered() and uncovered("--edit-step", 1, "--no-insert")
-    assert not uncovered("--no-uncover")
-    assert not uncovered("--edit", "face,hands")
-    assert not uncovered("--prompt", "red hair")
-    assert not uncovered("--start", "noise", "--edit", "body", "--edit-step", 2)
+    assert held() and held("--edit-step", 1, "--no-insert")
+    assert not held("--no-hold")
+    assert not held("--edit", "face,hands")
+    assert not held("--prompt", "red hair")
+    assert not held("--start", "noise", "--edit", "body", "--edit-step", 2)
     assert "still" not in capsys.readouterr().out
     monkeypatch.setattr(sample, "background_change", lambda *_: 2 * sample.STILL)
-    assert not uncovered()
+    assert not held()
     assert "no still background" in capsys.readouterr().out
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from demo.puppet import clip, motion, pose_of, random_puppet
-from parts import body_parts, far_arm, fit_affine, may_cover, near_hull
+from parts import body_parts, far_arm, fit_affine, fit_rotation, may_cover, near_hull
 from pose import Pose, place_pose
 
 SIDE = 64  # latent pixels
-ARM = ("upper_arm", "forearm", "hand")
+ARM = ("upper_arm", "forearm", "hand", "fingers")
 
 
 def standing(wrist: tuple[float, float] = (0.3, 0.75)) -> Pose:
@@ -83,7 +83,9 @@ def test_the_region_of_a_point_is_a_disc_and_of_a_line_ends_with_it():
 def test_no_part_moves_between_equal_poses():
     _, (pose,), _ = clip(3, 6, 1)
     parts = parts_of(pose, pose)
-    assert len(parts) == 4 + 2 * (3 + 2)  # hair, head, torso, hips; three of an arm, two of a leg
+    assert len(parts) == 5 + 2 * (
+        4 + 2
+    )  # hair, head, face, torso, hips; four of an arm, two of a leg
     for part in parts.values():
         assert np.abs(part.to_other - np.eye(2, 3)).max() < 1e-9
         assert 0 <= part.weight.min() and part.weight.max() == 1
@@ -105,6 +107,46 @@ def test_a_longer_bone_is_stretched_along_and_keeps_its_width():
     assert np.allclose(mapped(forearm, 0.32, 0.65), (0.32, 0.55))
 
 
+def test_a_rotation_keeps_the_size_it_is_given_and_refuses_a_mirror():
+    turned = HAND @ np.array([[0.6, 0.8], [-0.8, 0.6]]) + (5, -3)
+    to_turned = fit_rotation(HAND, turned, 1.0)
+    assert np.allclose(HAND @ to_turned[:, :2].T + to_turned[:, 2], turned)
+    larger = fit_rotation(HAND, turned, 2.0)
+    assert np.linalg.det(larger[:, :2]) == pytest.approx(4)
+    assert np.allclose(larger[:, :2] @ HAND.mean(axis=0) + larger[:, 2], turned.mean(axis=0))
+    jaw = np.array([[-3, 0], [-2, 2], [0, 3], [2, 2], [3, 0]], float)
+    assert (
+        fit_rotation(jaw, jaw * (-1, 1), 1.0) is None
+        and fit_rotation(jaw[:1], jaw[:1], 1.0) is None
+    )
+
+
+def test_hair_goes_with_the_outline_of_the_head_and_the_face_with_its_landmarks():
+    """A head that turns: its silhouette stays, eyes and mouth move to the side."""
+    who, state = random_puppet(3), replace(motion(3, 1)[0], turn=0.0, body_turn=0.0)
+    ahead, aside = (pose_of(who, replace(state, turn=turn)) for turn in (0.0, 0.4))
+    parts = parts_of(aside, ahead)
+    crown = 2 * ahead.face[[0, 16], :2].mean(axis=0) - ahead.face[8, :2]
+    moved = np.linalg.norm((mapped(parts["hair"], *crown) - crown) * SIDE)
+    nose = np.linalg.norm((mapped(parts["face"], *aside.face[30, :2]) - aside.face[30, :2]) * SIDE)
+    assert moved < 1 < 1.5 < nose
+    assert np.linalg.det(parts["hair"].to_other[:, :2]) == pytest.approx(1, abs=0.01)
+
+
+def test_fingers_move_one_by_one():
+    who, state = random_puppet(3), motion(3, 1)[0]
+    flat, curled = ((0.1,) * 5,) * 2, ((0.1, 0.1, 0.4, 0.1, 0.1),) * 2
+    straight, bent = (pose_of(who, replace(state, curl=curl)) for curl in (flat, curled))
+    moved = [part for part in body_parts(bent, straight, SIDE, SIDE) if part.name == "left_fingers"]
+    assert len(moved) == 15
+    for joint, part in zip(
+        [j for first in (1, 5, 9, 13, 17) for j in range(first, first + 3)], moved
+    ):
+        assert np.allclose(
+            mapped(part, *bent.left_hand[joint, :2]), straight.left_hand[joint, :2], atol=1e-6
+        )
+
+
 def test_what_a_pose_lacks_or_foreshortens_is_left_out():
     whole, armless, shortened = standing(), standing(), standing((0.3, 0.55))
     armless.body[4] = 0
@@ -116,7 +158,12 @@ def test_what_a_pose_lacks_or_foreshortens_is_left_out():
 def test_a_speaker_filmed_to_the_waist_is_moved_as_far_as_seen():
     _, (pose,), _ = clip(3, 6, 1)
     pose.body[8:14] = 0
-    whole = {"hair", "head", *(f"{side}_{part}" for side in ("left", "right") for part in ARM)}
+    whole = {
+        "hair",
+        "head",
+        "face",
+        *(f"{side}_{part}" for side in ("left", "right") for part in ARM),
+    }
     assert parts_of(pose, pose).keys() == whole
     pose.body[2] = 0  # nor a shoulder
     assert parts_of(pose, pose).keys() == {"face", "left_hand", "right_hand"}
@@ -126,12 +173,14 @@ def test_a_hand_that_is_not_seen_goes_along_with_its_forearm():
     """Body keypoints alone are what most pose files have."""
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
     forearm = parts_of(down, outwards)["right_forearm"]
-    assert weight_at(forearm, 0.3, 0.87) == 1 and np.allclose(mapped(forearm, 0.3, 0.85), (-0.05, 0.5))
+    assert weight_at(forearm, 0.3, 0.87) == 1 and np.allclose(
+        mapped(forearm, 0.3, 0.85), (-0.05, 0.5)
+    )
     _, (pose,), _ = clip(3, 6, 1)
     before = parts_of(pose, pose)
     pose.left_hand[:] = 0
     after = parts_of(pose, pose)
-    assert before.keys() - after.keys() == {"left_hand"}
+    assert before.keys() - after.keys() == {"left_hand", "left_fingers"}
     assert len(after["left_forearm"].pixels) > len(before["left_forearm"].pixels)
     assert len(after["right_forearm"].pixels) == len(before["right_forearm"].pixels)
 
@@ -153,9 +202,12 @@ def test_a_body_may_be_where_its_keypoints_do_not_tell():
 def test_sizes_are_the_bodys_own():
     _, (pose,), _ = clip(3, 6, 1)
     small = place_pose(pose, 0.5, 0.5, 0.25, 0.25)
-    for name, part in parts_of(pose, pose).items():
-        half = parts_of(small, small)[name]
-        assert 0.2 < half.weight.sum() / part.weight.sum() < 0.45, name  # a quarter, and soft edges
+    whole, half = (list(body_parts(each, each, 512, 512)) for each in (pose, small))
+    for large, part in zip(whole, half, strict=True):
+        assert large.name == part.name
+        assert 0.2 < part.weight.sum() / large.weight.sum() < 0.45, (
+            part.name
+        )  # a quarter, and soft edges
 
 
 def test_arms_cover_the_body_and_a_turned_body_covers_its_far_arm():

@@ -1,7 +1,6 @@
 """The method: against the public ControlVideo code, and what must hold for any weights."""
 
 import math
-from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,37 +8,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_parts import standing
 from weights import fill
 
 import posecrafter
 from controlnet import ControlNet
 from demo.puppet import clip
-from parts import covered, latent_points, may_cover, near_hull
+from parts import latent_points, near_hull
 from pose import Pose, place_pose
 from posecrafter import (
-    ALPHAS_CUMPROD,
-    BACKGROUND,
-    STILL,
     add_noise,
-    background_change,
-    between_steps,
     ddim_step,
     ddim_timesteps,
     edit_latents,
-    empty_places,
     insert_reference,
     invert,
     predict_noise,
-    restore_background,
     sample,
     select_reference,
     trainable_parameters,
     training_loss,
     training_steps,
-    uncover,
-    uncovered,
-    without_people,
 )
 from unet import UNet, UNetConfig
 
@@ -387,137 +375,3 @@ def test_a_whole_body_that_moves_takes_its_latent_along_and_leaves_the_rest():
     assert worst(after[0][:, person], reference.roll((-1, 3), (1, 2))[:, person]) < 1e-3
     far = ~within(latent_points(moved_pose.body, 32, 32), 6.0)
     assert far.sum() > 100 and torch.equal(after[0][:, far], before[0][:, far])
-
-
-def test_the_background_is_what_is_seen_where_nobody_stands():
-    _, (pose,), _ = clip(3, 6, 1)
-    person = torch.from_numpy(covered(pose, 32, 32) > 0)
-    latents = torch.arange(32.0).expand(2, 4, 32, 32).clone()  # brighter from left to right
-    background = latents[0].clone()
-    grown = torch.nn.functional.max_pool2d(person[None] * 1.0, 5, 1, 2)[0] > 0
-    latents[0][:, grown] = 700  # hair reaches further than keypoints tell
-    behind, known = without_people(latents, [pose, Pose()])
-    assert torch.equal(behind, background) and known.all()
-
-    behind, known = without_people(latents[:1], [pose])  # somebody who never moves
-    assert torch.equal(known[0], ~grown)
-    assert torch.equal(behind[:, ~grown], background[:, ~grown])
-    left, right = grown.any(0).nonzero()[[0, -1], 0].tolist()
-    inside = behind[:, grown]  # continued from around
-    assert inside.min() >= left - 1 and inside.max() <= right + 1
-    unseen = deepcopy(pose)
-    unseen.body[2] = 0  # without a shoulder they may be anywhere
-    with pytest.raises(ValueError, match="no background"):
-        without_people(latents[:1], [unseen])
-
-
-def test_a_camera_that_trembles_is_told_from_one_that_is_still():
-    frames, poses, _ = clip(1, 2, 24)
-    frames, poses = frames[::4], poses[::4]
-    height, width = frames.shape[1:3]
-    shifts = [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1)]
-    shaken = np.stack([np.roll(frame, shift, (0, 1)) for frame, shift in zip(frames, shifts)])
-    moved = [place_pose(p, 1, 1, dx / width, dy / height) for p, (dy, dx) in zip(poses, shifts)]
-    assert background_change(frames, poses, 4) < STILL < background_change(shaken, moved, 4)
-    grey = np.full_like(frames, 99)
-    assert background_change(grey, poses, 4) == 0
-    assert background_change(frames[:1], poses[:1], 4) == math.inf  # nothing to compare with
-
-
-def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
-    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
-    anywhere = torch.ones(1, 32, 32, dtype=torch.bool)
-    seen = uncovered([outwards, down], down, anywhere)
-    assert seen.shape == (2, 1, 32, 32)
-    assert torch.equal(seen[1], empty_places([down], 32, 32)[0])  # in its own pose it leaves nothing
-    assert seen[:, 0, 0, 0].all()
-    beside = seen[0] & ~empty_places([outwards], 32, 32)[0]
-    assert beside.any() and not (beside & torch.from_numpy(may_cover(outwards, 32, 32))).any()
-    assert torch.from_numpy(covered(down, 32, 32) > 0)[beside[0]].all()
-    x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
-    assert seen[0, 0, y, x]
-    nowhere = uncovered([outwards, down], down, ~anywhere)
-    assert nowhere[0, 0, y, x] and not nowhere[1].any()  # there a guess is better than a forearm
-
-    turned = deepcopy(down)  # seen from behind: no part of the reference moves there by any map, and yet
-    turned.body[[2, 3, 4, 5, 6, 7]] = turned.body[[5, 6, 7, 2, 3, 4]]
-    turned.body[[8, 9, 10, 11, 12, 13]] = turned.body[[11, 12, 13, 8, 9, 10]]
-    assert not uncovered([turned], down, anywhere)[0, covered(down, 32, 32)[None] > 0].any()  # a body is there
-    unseen = deepcopy(outwards)
-    unseen.body[[9, 10, 12, 13]] = 0  # its legs may be anywhere below the hips
-    floor = latent_points(down.body, 32, 32)[[8, 11], 1].max()
-    up = standing((0.3, 0.2))
-    rows = uncovered([unseen], up, anywhere).nonzero()[:, 2]
-    assert len(rows) and rows.max() < floor
-    assert uncovered([outwards], down, anywhere).nonzero()[:, 2].max() > floor
-    unseen.body[2] = 0  # and without a shoulder it may be anywhere at all
-    assert not uncovered([unseen], up, anywhere).any()
-
-    before, behind = torch.randn(2, 4, 32, 32), torch.full((4, 32, 32), 3.0)
-    after = before.clone()
-    uncover(after, behind, seen, 900, seed=1)
-    kept = ~seen.expand(-1, 4, -1, -1)
-    assert torch.equal(after[kept], before[kept])
-    in_both = seen.all(0).expand(4, -1, -1)
-    assert torch.equal(after[0][in_both], after[1][in_both])  # the same in all frames
-
-    uncover(after, behind, seen, 101, seed=1)
-    noise = (after[0] - behind * ALPHAS_CUMPROD[101].sqrt())[~kept[0]] / (1 - ALPHAS_CUMPROD[101]).sqrt()
-    assert abs(noise.mean()) < 0.3 and 0.8 < noise.std() < 1.2
-    finished = after.clone()
-    uncover(finished, behind, seen, 1, seed=1)
-    assert torch.equal(finished, after)
-
-
-def test_what_is_nearly_the_background_becomes_the_background():
-    pose = standing((0.3, 0.75))
-    body = torch.from_numpy(covered(pose, 32, 32))
-    behind = torch.randn(4, 32, 32)
-    drifted = (behind + 0.2).repeat(1, 1, 1, 1)
-    drifted[0, :, :8, :8] = behind[:, :8, :8] + 1.5  # something else, which no keypoint tells of
-    restored = drifted.clone()
-    known = torch.ones(1, 32, 32, dtype=torch.bool)
-    known[0, -3:] = False
-    restore_background(restored, behind, known, [pose])
-    assert torch.equal(restored[0, :, -3:], drifted[0, :, -3:])
-    assert torch.equal(restored[0, :, :7, :7], drifted[0, :, :7, :7])
-    empty = empty_places([pose], 32, 32)[0, 0]
-    empty[:10, :10] = empty[-3:] = False
-    assert torch.allclose(restored[0][:, empty], behind[:, empty])
-    outside = torch.nn.functional.max_pool2d(1 - body[None], 5, 1, 2)[0]  # or no further than two pixels in
-    inside = outside == 0
-    assert inside.any() and torch.equal(restored[0][:, inside], drifted[0][:, inside])
-    rim = (outside == 1) & (body > 0) & known[0]
-    assert rim.any() and torch.allclose(restored[0][:, rim], behind[:, rim])
-    half = behind[None] + sum(BACKGROUND) / 2
-    restore_background(half, behind, known, [pose])
-    assert torch.allclose(half[0][:, empty] - behind[:, empty], torch.tensor(sum(BACKGROUND) / 4), atol=1e-3)
-
-
-def test_the_body_moves_once_and_what_it_leaves_is_filled_from_then_on():
-    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
-    trajectory = [torch.full((1, 4, 32, 32), float(i)) for i in range(5)]  # of 4 steps, at 751 to 1
-    behind = torch.full((4, 32, 32), 200.0)
-    old, new = (latent_points(p.body, 32, 32)[[3, 4]].mean(0).round().astype(int) for p in (down, outwards))
-
-    def forearm(step: int, edit) -> tuple[float, float]:
-        """What is at its old and its new place after a step of a clip of -9, which the reference leads."""
-        latents = torch.full((2, 4, 32, 32), -9.0)
-        edit(latents, step)
-        assert (latents[0] == -9).all()
-        return tuple(latents[1, 0, y, x].item() for x, y in (old, new))
-
-    moved = trajectory, [outwards], down, "body", 2
-    edit, edited = between_steps(*moved, (behind, torch.ones(1, 32, 32, dtype=torch.bool)))
-    assert forearm(1, edit) == (-9, -9) and not edited
-    filled, arrived = forearm(2, edit)
-    assert filled > 20 and arrived == pytest.approx(3) and edited["right_forearm"] == 1
-    filled, later = forearm(3, edit)
-    assert filled > 20 and later == -9
-    assert forearm(4, edit) == (-9, -9)
-    assert forearm(5, edit) == (-9, -9), "finished, it is nothing like the background"
-    behind.fill_(-9.1)
-    assert forearm(5, edit)[0] == pytest.approx(-9.1), "or nearly, and then it becomes it"
-
-    unfilled, _ = between_steps(*moved)
-    assert forearm(2, unfilled) == (-9, pytest.approx(3)) and forearm(3, unfilled) == (-9, -9)

@@ -1,0 +1,335 @@
+"""A pseudo video that moves: beyond the paper, whose supplement calls a better one an open question.
+
+The paper starts from a video that repeats one training frame, in the hope that the networks move what is in it.
+Here its parts are moved first. The person is cut out of the training frames, which a still camera makes easy, and
+put before their background as each target pose has it: limb by limb, finger by finger (`pseudo_video`). Cut paper
+has no folds and tears at the joints. So it is not the result, but what sampling is held to (`between_steps`):
+before each step but the last few the latents become the moved ones, with the reference's own noise moved along.
+What no part covers is the networks', and in the end so is all that they made differently (`restore`).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from parts import Part, body_parts, covered, fit_affine, latent_points, may_cover
+from pose import Pose, is_seen
+from posecrafter import (
+    add_noise,
+    alpha_cumprod,
+    ddim_timesteps,
+    edit_latents,
+    image_tensor,
+    move,
+)
+
+# ---- What is behind the person ------------------------------------------------------------------
+
+
+def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
+    """Where frames show nobody, nor anybody within two pixels: latents show a neighbour too, and hair may reach
+    further than keypoints tell.
+
+    Booleans (F, 1, height, width), in latent pixels.
+    """
+    bodies = torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))
+    return (F.max_pool2d(bodies.float(), 5, 1, 2) == 0)[:, None]
+
+
+# How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
+# by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
+STILL = 0.004
+
+
+def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) -> float:
+    """How much what is behind the person changes from frame to frame, uint8 (F, H, W, 3): 0 for a still camera.
+
+    The variance over frames where nobody stands, as a share of the images' own, both of means over squares of
+    `factor` pixels, which are a latent pixel. Infinite where no place can be compared.
+    """
+    images = F.avg_pool2d(image_tensor(frames), factor)
+    empty = empty_places(poses, *images.shape[-2:])
+    seen = empty.sum(dim=0)
+    compared = seen[0] > 1
+    if not compared.any():
+        return math.inf
+    mean = (images * empty).sum(dim=0) / seen.clamp(min=1)
+    variance = ((images - mean).square() * empty).sum(dim=0) / (seen - 1).clamp(min=1)
+    own = images.var(dim=(0, 2, 3)).mean().clamp(min=1e-6)
+    return (variance[:, compared].mean() / own).item()
+
+
+def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
+    """What clips of a still camera (F, C, h, w) show behind the person, (C, h, w), and where, booleans (1, h, w).
+
+    The mean of the frames that are empty there, see `empty_places`, continued from all sides into where somebody
+    always stands, which is a guess. Raises ValueError where no frame is empty anywhere (their `background_change`
+    is infinite).
+    """
+    empty = empty_places(poses, *latents.shape[-2:]).to(latents)
+    seen = empty.sum(dim=0)
+    behind, shown = (latents * empty).sum(dim=0) / seen.clamp(min=1), seen > 0
+    known = shown.to(latents)
+    if not known.any():
+        raise ValueError("people, or where they may be, fill all frames: there is no background")
+    while not known.all():
+        share = F.avg_pool2d(known, 3, 1, 1)
+        around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
+        behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
+    return behind, shown
+
+
+def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Tensor:
+    """Where poses leave the background to be seen: booleans (M, 1, h, w), in latent pixels.
+
+    That is where it is `known`, (1, h, w), and nobody is within two pixels, see `empty_places`; and, known or
+    guessed, what the reference's body covers and a pose's does not.
+    """
+    height, width = known.shape[1:]
+    body = covered(reference_pose, height, width) > 0
+    left = np.stack([body & ~may_cover(pose, height, width) for pose in poses])[:, None]
+    return torch.from_numpy(left).to(known) | (empty_places(poses, height, width).to(known) & known)
+
+
+# ---- The person, moved --------------------------------------------------------------------------
+
+# What any training frame may lend: some parts, the landmarks that tell where they look most alike, and what they
+# are joined to, and so always partly behind or before.
+LENT = {
+    "head": (("hair", "head"), "face", ("torso",)),
+    "face": (("face",), "face", ("hair", "head", "torso")),
+} | {
+    hand: ((hand, fingers), hand, (forearm,))
+    for hand, fingers, forearm in (
+        ("left_hand", "left_fingers", "left_forearm"),
+        ("right_hand", "right_fingers", "right_forearm"),
+    )
+}
+# How much a pixel of a person differs from the background, where white is 1: from not at all to surely.
+DIFFERENCE = 0.03, 0.09
+
+
+def cut_out(image: Tensor, behind: Tensor, known: Tensor, pose: Pose) -> Tensor:
+    """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
+
+    behind: the background, a like image; known: where it is, rather than guessed, booleans (1, H, W). There the
+    person is all that differs from it, and what is well inside the body, however alike. Elsewhere it is what has
+    rather the colours found inside the body than those of the background.
+    """
+    height, width = image.shape[1:]
+    difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
+    low, high = DIFFERENCE
+    differs = ((difference - low) / (high - low)).clamp(0, 1)
+    body = (
+        part for part in body_parts(pose, pose, height, width) if part.name != "hair"
+    )  # that is wide
+    outside = torch.from_numpy(~where(body, height, width)).float()[None]
+    rim = max(height, width) // 32
+    inside = 1 - F.max_pool2d(outside, 2 * rim + 1, 1, rim)
+
+    bins = (image * 15.99).long()
+    bins = (bins[0] * 16 + bins[1]) * 16 + bins[2]
+
+    def frequency(where: Tensor) -> Tensor:
+        """Of each pixel's colour, and the like, among those of some pixels: (H, W)."""
+        counts = torch.bincount(bins[where[0]], minlength=16**3).float().view(1, 1, 16, 16, 16)
+        return F.avg_pool3d(counts / counts.sum().clamp(min=1), 3, 1, 1).view(-1)[bins]
+
+    persons, grounds = frequency(inside > 0.5), frequency(known & (differs == 0))
+    likely = (persons + 1e-6) / (persons + grounds + 1e-6)  # colours of neither are the person's
+    return torch.where(known, differs, likely).maximum(inside)
+
+
+def where(parts: Iterable[Part], height: int, width: int) -> np.ndarray:
+    """The pixels of parts: booleans (height, width)."""
+    mask = np.zeros((height, width), bool)
+    for part in parts:
+        x, y = part.pixels[part.weight > 0.5].T
+        mask[y, x] = True
+    return mask
+
+
+def hidden(pose: Pose, lent: str, height: int, width: int) -> float:
+    """The share of lent parts' pixels where other parts of the body are, and of their landmarks that lie outside
+    the frame; 1 where they are not seen.
+    """
+    names, landmarks, joined = LENT[lent]
+    parts = list(body_parts(pose, pose, height, width))
+    own = where((part for part in parts if part.name in names), height, width)
+    others = where((part for part in parts if part.name not in names + joined), height, width)
+    landmarks = getattr(pose, landmarks)
+    points = landmarks[is_seen(landmarks), :2]
+    if not (own.any() and len(points)):
+        return 1.0
+    return (own & others).sum() / own.sum() + ((points < 0) | (points > 1)).any(axis=1).mean()
+
+
+def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int) -> float:
+    """How far one set of landmarks (K, 3) is from another after the best affine map, as a share of its size.
+
+    Each landmark that only the first has counts as one of its size away. Infinite where there is no map.
+    """
+    both = is_seen(landmarks) & is_seen(other)
+    here, there = (latent_points(each[both], height, width) for each in (landmarks, other))
+    to_here = fit_affine(there, here)
+    if to_here is None:
+        return math.inf
+    off = there @ to_here[:, :2].T + to_here[:, 2] - here
+    missing = (is_seen(landmarks).sum() - both.sum()) / len(landmarks)
+    return float(np.sqrt((off**2).sum(axis=1).mean()) / np.ptp(here, axis=0).max() + missing)
+
+
+def pseudo_video(
+    frames: np.ndarray,
+    poses: Sequence[Pose],
+    reference: int,
+    targets: Sequence[Pose],
+    behind: np.ndarray,
+    known: Tensor,
+) -> np.ndarray:
+    """The person of the training frames, uint8 (N, H, W, 3), in M target poses: uint8 (M, H, W, 3).
+
+    All parts are the `reference` frame's, but for head and hands: each is taken from the frame where its landmarks
+    are most like the target's, and nothing hides it. So a mouth that is open in one training frame can open, and
+    a hand before a shirt be one that was seen before the wall. behind: the background, uint8 (H, W, 3); known:
+    where it is, rather than guessed, booleans (1, h, w), of latent pixels.
+    """
+    height, width = behind.shape[:2]
+    images, background = image_tensor(frames), image_tensor(behind)[0]
+    known = F.interpolate(known[None].float().cpu(), (height, width))[0] > 0
+
+    @cache
+    def person(frame: int) -> Tensor:
+        return cut_out(images[frame], background, known, poses[frame])
+
+    @cache
+    def head(frame: int) -> Tensor:
+        """The person without the rest of the body, some of which is in the head's parts, that are wide."""
+        parts = body_parts(poses[frame], poses[frame], height, width)
+        rest = where((p for p in parts if p.name not in ("hair", "head", "face")), height, width)
+        return person(frame).masked_fill(torch.from_numpy(rest), 0)
+
+    unseen = {lent: [hidden(pose, lent, height, width) for pose in poses] for lent in LENT}
+
+    def lender(lent: str, target: Pose) -> int:
+        _, landmarks, _ = LENT[lent]
+        wanted = getattr(target, landmarks)
+        costs = [
+            unlikeness(wanted, getattr(pose, landmarks), height, width) + cost
+            for pose, cost in zip(poses, unseen[lent])
+        ]
+        return int(np.argmin(costs)) if np.isfinite(costs).any() else reference
+
+    video = np.empty((len(targets), height, width, 3), np.uint8)
+    for result, target in zip(video, tqdm(targets, desc="moving parts", leave=False)):
+        frame_of = {name: lender(lent, target) for lent in LENT for name in LENT[lent][0]}
+        moved = {
+            frame: list(body_parts(target, poses[frame], height, width))
+            for frame in {reference, *frame_of.values()}
+        }
+        image = background.clone()
+        far_to_near = dict.fromkeys(p.name for p in body_parts(target, target, height, width))
+        for name in far_to_near:
+            frame = frame_of.get(name, reference)
+            opacity = (head if name in ("hair", "head") else person)(frame)
+            for part in moved[frame]:
+                if part.name == name:
+                    move(image, images[frame], part, opacity)
+        result[:] = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    return video
+
+
+# ---- What sampling is held to -------------------------------------------------------------------
+
+HELD_UNTIL = (
+    100  # the timestep of the last step before which latents are held: the last close the seams
+)
+
+# How far finished latents are from those they were held to, where their own variance is about 1: nearer than the
+# first they are nothing else, further than the second something else.
+ALIKE = 0.2, 0.35
+
+
+def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
+    """Where finished latents (M, C, h, w) are nearly the pseudo video's, makes them so, in place.
+
+    share: (M, 1, h, w), how far, from 0 to 1. Networks do not find the last shade of a still background again, nor
+    the edge of a curl, and leave blotches where they had to; what they made anew, they made for a reason. How far
+    the two are is a root mean square over channels and 3x3 pixels, see ALIKE.
+    """
+    squares = (latents.float() - pseudo.float()).square().mean(dim=1, keepdim=True)
+    distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
+    near, far = ALIKE
+    latents.lerp_(pseudo, ((far - distance) / (far - near)).clamp(0, 1) * share)
+
+
+def best_edit_step(parts: str, steps: int) -> int:
+    """Before which of `steps` DDIM steps to edit, counted from 1.
+
+    The first, as in the paper; whole bodies after a fifth of the steps, which scores best on puppets.
+    """
+    return 1 + steps // 5 if parts == "body" else 1
+
+
+def between_steps(
+    trajectory: Sequence[Tensor],
+    poses: Sequence[Pose],
+    reference_pose: Pose,
+    parts: str,
+    edit_step: int,
+    held: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
+    """What `posecrafter.sample` calls between its steps to edit latents, and the count of frames that each part is
+    edited in.
+
+    trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
+    are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With `held`, a pseudo
+    video's latents (M, C, h, w) and where the background is known, booleans (1, h, w), latents become those, as
+    noisy, before each step from there down to HELD_UNTIL, where a part was moved to or the background is to be
+    seen (`uncovered`). Once is not enough: all frames look at the reference, whose limbs are elsewhere. After the
+    last step comes `restore`.
+    """
+    timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
+    # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
+    reference_latent = trajectory[len(timesteps) - edit_step + 1][0]
+
+    def edit_once(latents: Tensor, step: int) -> None:
+        if step == edit_step:
+            targets = latents[-len(poses) :]
+            edited.update(edit_latents(targets, reference_latent, poses, reference_pose, parts))
+
+    if held is None:
+        return edit_once, edited
+
+    pseudo, known = held
+    # The noise that inversion found in the reference goes with its parts: networks that see another in a shirt
+    # make a pattern of it.
+    a = alpha_cumprod(timesteps[edit_step - 1])
+    own_noise = (reference_latent - math.sqrt(a) * trajectory[0][0]) / math.sqrt(1 - a)
+    noise = torch.randn(own_noise.shape, generator=torch.Generator().manual_seed(seed)).to(
+        own_noise
+    )
+    noise = noise.repeat(len(poses), 1, 1, 1)
+    edit_latents(noise, own_noise, poses, reference_pose, parts)
+    body = torch.zeros_like(pseudo[:, :1])
+    edited.update(edit_latents(body, torch.ones_like(body[0]), poses, reference_pose, parts))
+    seen = uncovered(poses, reference_pose, known).to(body)
+    outside = np.stack([1 - covered(pose, *body.shape[-2:]) for pose in poses])[:, None]
+    outside = F.max_pool2d(torch.from_numpy(outside).to(body), 5, 1, 2)  # and two pixels in
+
+    def hold(latents: Tensor, step: int) -> None:
+        targets = latents[-len(poses) :]
+        if step > len(timesteps):
+            restore(targets, pseudo, body.maximum(outside * known))
+        elif step >= edit_step and timesteps[step - 1] >= HELD_UNTIL:
+            targets.lerp_(add_noise(pseudo, noise, timesteps[step - 1]), body.maximum(seen))
+
+    return hold, edited

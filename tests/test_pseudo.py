@@ -1,0 +1,291 @@
+"""The pseudo video: what is behind people, cutting them out, moving them, and holding sampling to it."""
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_parts import standing
+
+from demo.puppet import clip, motion, pose_of, random_puppet, render
+from evaluate import psnr
+from parts import covered, latent_points, may_cover
+from pose import Pose, place_pose
+from posecrafter import ALPHAS_CUMPROD, image_tensor
+from pseudo import (
+    ALIKE,
+    STILL,
+    background_change,
+    best_edit_step,
+    between_steps,
+    cut_out,
+    empty_places,
+    hidden,
+    pseudo_video,
+    restore,
+    uncovered,
+    unlikeness,
+    without_people,
+)
+
+# ---- What is behind the person
+
+
+def test_the_background_is_what_is_seen_where_nobody_stands():
+    _, (pose,), _ = clip(3, 6, 1)
+    person = torch.from_numpy(covered(pose, 32, 32) > 0)
+    latents = torch.arange(32.0).expand(2, 4, 32, 32).clone()  # brighter from left to right
+    background = latents[0].clone()
+    grown = torch.nn.functional.max_pool2d(person[None] * 1.0, 5, 1, 2)[0] > 0
+    latents[0][:, grown] = 700  # hair reaches further than keypoints tell
+    behind, known = without_people(latents, [pose, Pose()])
+    assert torch.equal(behind, background) and known.all()
+
+    behind, known = without_people(latents[:1], [pose])  # somebody who never moves
+    assert torch.equal(known[0], ~grown)
+    assert torch.equal(behind[:, ~grown], background[:, ~grown])
+    left, right = grown.any(0).nonzero()[[0, -1], 0].tolist()
+    inside = behind[:, grown]  # continued from around
+    assert inside.min() >= left - 1 and inside.max() <= right + 1
+    unseen = deepcopy(pose)
+    unseen.body[2] = 0  # without a shoulder they may be anywhere
+    with pytest.raises(ValueError, match="no background"):
+        without_people(latents[:1], [unseen])
+
+
+def test_a_camera_that_trembles_is_told_from_one_that_is_still():
+    frames, poses, _ = clip(1, 2, 24)
+    frames, poses = frames[::4], poses[::4]
+    height, width = frames.shape[1:3]
+    shifts = [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1)]
+    shaken = np.stack([np.roll(frame, shift, (0, 1)) for frame, shift in zip(frames, shifts)])
+    moved = [place_pose(p, 1, 1, dx / width, dy / height) for p, (dy, dx) in zip(poses, shifts)]
+    assert background_change(frames, poses, 4) < STILL < background_change(shaken, moved, 4)
+    grey = np.full_like(frames, 99)
+    assert background_change(grey, poses, 4) == 0
+    assert background_change(frames[:1], poses[:1], 4) == math.inf  # nothing to compare with
+
+
+def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
+    down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
+    anywhere = torch.ones(1, 32, 32, dtype=torch.bool)
+    seen = uncovered([outwards, down], down, anywhere)
+    assert seen.shape == (2, 1, 32, 32)
+    assert torch.equal(
+        seen[1], empty_places([down], 32, 32)[0]
+    )  # in its own pose it leaves nothing
+    assert seen[:, 0, 0, 0].all()
+    beside = seen[0] & ~empty_places([outwards], 32, 32)[0]
+    assert beside.any() and not (beside & torch.from_numpy(may_cover(outwards, 32, 32))).any()
+    assert torch.from_numpy(covered(down, 32, 32) > 0)[beside[0]].all()
+    x, y = (
+        latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)
+    )  # of the forearm
+    assert seen[0, 0, y, x]
+    nowhere = uncovered([outwards, down], down, ~anywhere)
+    assert nowhere[0, 0, y, x] and not nowhere[1].any()  # there a guess is better than a forearm
+
+    turned = deepcopy(
+        down
+    )  # seen from behind: no part of the reference moves there by any map, and yet
+    turned.body[[2, 3, 4, 5, 6, 7]] = turned.body[[5, 6, 7, 2, 3, 4]]
+    turned.body[[8, 9, 10, 11, 12, 13]] = turned.body[[11, 12, 13, 8, 9, 10]]
+    assert not uncovered([turned], down, anywhere)[
+        0, covered(down, 32, 32)[None] > 0
+    ].any()  # a body is there
+    unseen = deepcopy(outwards)
+    unseen.body[[9, 10, 12, 13]] = 0  # its legs may be anywhere below the hips
+    floor = latent_points(down.body, 32, 32)[[8, 11], 1].max()
+    up = standing((0.3, 0.2))
+    rows = uncovered([unseen], up, anywhere).nonzero()[:, 2]
+    assert len(rows) and rows.max() < floor
+    assert uncovered([outwards], down, anywhere).nonzero()[:, 2].max() > floor
+    unseen.body[2] = 0  # and without a shoulder it may be anywhere at all
+    assert not uncovered([unseen], up, anywhere).any()
+
+
+# ---- The person, moved
+
+SIDE = 256
+
+
+def scene(identity: int = 0, **changes) -> tuple[np.ndarray, Pose, np.ndarray]:
+    """A puppet's picture, its pose and which pixels it covers, in the first pose of a dance or a changed one."""
+    puppet = random_puppet(identity)
+    state = replace(motion(2 * identity, 1)[0], **changes)
+    image, person = render(puppet, state, SIDE)[::2]
+    return image, pose_of(puppet, state), person
+
+
+def empty_room(identity: int = 0) -> np.ndarray:
+    """The puppet's background: the median of many frames, in each of which it stands elsewhere."""
+    steps = np.linspace(-0.45, 0.45, 9)
+    return np.median([scene(identity, root=float(step))[0] for step in steps], axis=0).astype(
+        np.uint8
+    )
+
+
+EVERYWHERE = torch.ones(1, SIDE // 4, SIDE // 4, dtype=torch.bool)  # in latent pixels
+
+
+def test_the_person_is_cut_out_along_the_edge():
+    image, pose, person = scene()
+    seen, room = image_tensor(image)[0], image_tensor(empty_room())[0]
+    known = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    opacity = cut_out(seen, room, known, pose)[0].numpy()
+    assert opacity[person].mean() > 0.99 and opacity[~person].mean() < 0.04
+    # where the room is a bad guess, as it may be near somebody who never goes away, colours tell
+    known[:, :, SIDE // 4 : -SIDE // 4] = False
+    guess = torch.where(known, room, 1 - room)
+    opacity = cut_out(seen, guess, known, pose)[0].numpy()
+    assert opacity[person].mean() > 0.95 and opacity[~person].mean() < 0.1
+    # before a wall that looks the same only what is well inside is known to be the person
+    flat = torch.full((3, SIDE, SIDE), 0.5)
+    inside = cut_out(flat, flat, torch.ones_like(known), pose)[0].numpy()
+    assert inside[~person].mean() < 0.01 and inside[person].mean() > 0.1
+
+
+def test_a_person_moved_part_by_part_is_nearly_the_true_one():
+    image, pose, _ = scene()
+    bend = {"shoulder": (1.2, 1.9), "elbow": (0.3, 0.5), "neck": 0.15, "root": 0.1}
+    truth, target, person = scene(**bend)
+    room = empty_room()
+    moved, still = pseudo_video(image[None], [pose], 0, [target, pose], room, EVERYWHERE)
+    assert psnr(still[None], image[None]) > 35, "where nothing moves it is the frame itself"
+    whole, before = (psnr(each[None], truth[None], person[None]) for each in (moved, image))
+    assert whole > 19 and whole > before + 6
+    away = ~person & ~scene()[2]
+    assert psnr(moved[None], truth[None], away[None]) > 35
+    assert np.array_equal(pseudo_video(image[None], [pose], 0, [Pose()], room, EVERYWHERE)[0], room)
+
+
+def test_head_and_hands_come_from_the_frame_where_they_look_most_alike():
+    shut, shut_pose, _ = scene(mouth=0.0, curl=((1.1,) * 5,) * 2)
+    gaping, open_pose, _ = scene(mouth=1.0, curl=((0.1,) * 5,) * 2)
+    truth, target, _ = scene(mouth=0.9, curl=((0.15,) * 5,) * 2, root=0.08)
+    room = empty_room()
+    both = pseudo_video(
+        np.stack([shut, gaping]), [shut_pose, open_pose], 0, [target], room, EVERYWHERE
+    )
+    one = pseudo_video(shut[None], [shut_pose], 0, [target], room, EVERYWHERE)
+    for name in ("face", "left_hand", "right_hand"):
+        x, y = latent_points(getattr(target, name), SIDE, SIDE).round().astype(int).T
+        box = np.zeros((1, SIDE, SIDE), bool)
+        box[0, y.min() : y.max() + 1, x.min() : x.max() + 1] = True
+        assert psnr(both, truth[None], box) > psnr(one, truth[None], box) + 1, name
+
+
+def test_landmarks_are_compared_by_their_shape():
+    _, pose, _ = scene()
+    elsewhere = place_pose(pose, 0.5, 0.5, 0.3, 0.1)
+    assert unlikeness(pose.face, elsewhere.face, SIDE, SIDE) < 1e-6
+    _, gaping, _ = scene(mouth=1.0)
+    assert unlikeness(pose.face, gaping.face, SIDE, SIDE) > 0.01
+    partly = deepcopy(gaping.face)
+    partly[:7] = 0
+    assert unlikeness(pose.face, partly, SIDE, SIDE) > 0.1, "seven landmarks are missing"
+    assert unlikeness(pose.face, np.zeros((70, 3), np.float32), SIDE, SIDE) == math.inf
+
+
+def test_a_hand_before_the_body_or_outside_the_frame_is_hidden():
+    _, pose, _ = scene()
+    aside = hidden(pose, "left_hand", SIDE, SIDE)
+    before = deepcopy(pose)
+    chest = pose.body[[2, 5, 8, 11], :2].mean(axis=0)
+    before.left_hand[:, :2] += chest - before.left_hand[:, :2].mean(axis=0)
+    outside = deepcopy(pose)
+    outside.left_hand[:, 0] += 1
+    assert aside < 0.3 < 0.9 < hidden(before, "left_hand", SIDE, SIDE)
+    assert hidden(outside, "left_hand", SIDE, SIDE) == 1 == hidden(Pose(), "face", SIDE, SIDE)
+    raised = deepcopy(pose)
+    raised.body[6:8, :2] = raised.body[0, :2] + (
+        (0.2, 0.1),
+        (0, -0.05),
+    )  # a forearm before the head
+    assert hidden(pose, "head", SIDE, SIDE) < hidden(raised, "head", SIDE, SIDE)
+
+
+# ---- What sampling is held to
+
+
+def test_what_is_nearly_the_pseudo_video_becomes_it():
+    pseudo = torch.randn(2, 4, 32, 32)
+    finished = pseudo + 0.1
+    finished[:, :, :8, :8] = pseudo[:, :, :8, :8] + 1.5  # something else, which networks made
+    where = torch.ones(2, 1, 32, 32)
+    where[:, :, -3:] = 0
+    restored = finished.clone()
+    restore(restored, pseudo, where)
+    assert torch.equal(restored[:, :, :7, :7], finished[:, :, :7, :7])
+    assert torch.equal(restored[:, :, -3:], finished[:, :, -3:])
+    assert torch.allclose(restored[:, :, 10:-3, 10:], pseudo[:, :, 10:-3, 10:])
+    half = pseudo + sum(ALIKE) / 2
+    restore(half, pseudo, torch.ones(2, 1, 32, 32))
+    assert torch.allclose(half - pseudo, torch.tensor(sum(ALIKE) / 4), atol=1e-3)
+
+
+DOWN, OUTWARDS = standing((0.3, 0.75)), standing((0.05, 0.5))
+OLD, NEW = (
+    latent_points(p.body, 32, 32)[[3, 4]].mean(0).round().astype(int) for p in (DOWN, OUTWARDS)
+)
+
+
+def forearm(edit, step: int) -> tuple[float, float]:
+    """What is at its old and its new place after a step of a clip of -9, which the reference leads."""
+    latents = torch.full((2, 4, 32, 32), -9.0)
+    edit(latents, step)
+    assert (latents[0] == -9).all()
+    return tuple(latents[1, 0, y, x].item() for x, y in (OLD, NEW))
+
+
+def trajectory(noise: float) -> list[torch.Tensor]:
+    """Of 4 steps, at 751 to 1: an image of ones, and the same noise everywhere."""
+    levels = ALPHAS_CUMPROD[[1, 251, 501, 751]].tolist()
+    noisy = [torch.full((1, 4, 32, 32), a**0.5 + noise * (1 - a) ** 0.5) for a in levels]
+    return [torch.ones(1, 4, 32, 32), *noisy]
+
+
+def test_without_a_pseudo_video_the_body_moves_once():
+    steps = [torch.full((1, 4, 32, 32), float(i)) for i in range(5)]
+    edit, edited = between_steps(steps, [OUTWARDS], DOWN, "body", 2)
+    assert forearm(edit, 1) == (-9, -9) and not edited
+    assert forearm(edit, 2) == (-9, pytest.approx(3)) and edited["right_forearm"] == 1
+    assert forearm(edit, 3) == forearm(edit, 5) == (-9, -9)
+
+
+def test_sampling_is_held_to_the_pseudo_video_and_the_references_noise():
+    pseudo = torch.full((1, 4, 32, 32), 20.0)
+    known = torch.ones(1, 32, 32, dtype=torch.bool)
+    edit, edited = between_steps(
+        trajectory(0.5), [OUTWARDS], DOWN, "body", 2, (pseudo, known), seed=3
+    )
+    assert edited["right_forearm"] == 1
+    assert forearm(edit, 1) == (-9, -9)
+    for step, timestep in ((2, 501), (3, 251)):
+        background, arrived = forearm(edit, step)
+        a = ALPHAS_CUMPROD[timestep].item()
+        assert arrived == pytest.approx(20 * a**0.5 + 0.5 * (1 - a) ** 0.5, abs=1e-3)
+        assert abs(background - 20 * a**0.5) < 4 * (1 - a) ** 0.5
+        assert forearm(edit, step) == (background, arrived), "the same noise each time"
+    assert forearm(edit, 4) == (-9, -9), "the last steps are the networks' own"
+    assert forearm(edit, 5) == (-9, -9), "finished, it is nothing like the pseudo video"
+    pseudo.fill_(-9.1)
+    assert forearm(edit, 5) == (pytest.approx(-9.1), pytest.approx(-9.1)), (
+        "or nearly, and becomes it"
+    )
+
+
+def test_a_limb_that_no_map_moves_is_left_to_the_networks():
+    lost = deepcopy(DOWN)
+    lost.body[4] = 0  # the reference shows no wrist
+    pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
+    edit, edited = between_steps(trajectory(0.5), [OUTWARDS], lost, "body", 2, (pseudo, known))
+    assert not edited["right_forearm"] and edited["torso"] == 1
+    assert forearm(edit, 2)[1] == -9
+
+
+def test_bodies_are_edited_after_a_fifth_of_the_steps():
+    assert [best_edit_step("body", steps) for steps in (1, 10, 50)] == [1, 3, 11]
+    assert best_edit_step("face,hands", 50) == 1
