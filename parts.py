@@ -41,13 +41,14 @@ def fit_rotation(source: np.ndarray, target: np.ndarray, scale: float) -> np.nda
     """The rotation and shift, with this scale, that takes `source` (K, 2) nearest to `target`: A (2, 3).
 
     None for points that no rotation takes there, such as the mirrored ones of somebody seen from behind: where
-    the two, both about their means, correlate by less than 0.7.
+    the two, both about their means, correlate by less than 0.7. Or for an area that changes by more than a factor
+    of 4.
     """
     middles = source.mean(axis=0), target.mean(axis=0)
     a, b = source - middles[0], target - middles[1]
     cosine, sine = (a * b).sum(), (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()
     length = np.hypot(cosine, sine)
-    if length <= 0.7 * np.sqrt((a**2).sum() * (b**2).sum()):
+    if length <= 0.7 * np.sqrt((a**2).sum() * (b**2).sum()) or not 1 / 2 <= scale <= 2:
         return None
     linear = np.array([[cosine, -sine], [sine, cosine]]) * scale / length
     return np.column_stack([linear, middles[1] - linear @ middles[0]])
@@ -168,11 +169,11 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
     """
     here, there = (latent_points(p.body, height, width) for p in (pose, other))
     seen = is_seen(pose.body) & is_seen(other.body)
-    if not seen[SHOULDERS].all():
-        yield from face_and_hands(pose, other, height, width)
-        return
     shoulders, torso = shoulders_and_torso(here, seen)
     unit, unit_there = body_unit(shoulders, torso), body_unit(*shoulders_and_torso(there, seen))
+    if not seen[SHOULDERS].all() or unit == 0:
+        yield from face_and_hands(pose, other, height, width)
+        return
 
     def part(name: str, outline, reach: float, to_other: np.ndarray | None) -> Iterator[Part]:
         if to_other is not None:

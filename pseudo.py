@@ -127,19 +127,18 @@ def cut_out(image: Tensor, behind: Tensor, known: Tensor, pose: Pose) -> Tensor:
     difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
     low, high = DIFFERENCE
     differs = ((difference - low) / (high - low)).clamp(0, 1)
-    body = (
-        part for part in body_parts(pose, pose, height, width) if part.name != "hair"
-    )  # that is wide
-    outside = torch.from_numpy(~where(body, height, width)).float()[None]
+    parts = body_parts(pose, pose, height, width)
+    body = where((part for part in parts if part.name != "hair"), height, width)  # hair's is wide
+    outside = torch.from_numpy(~body).float()[None]
     rim = max(height, width) // 32
     inside = 1 - F.max_pool2d(outside, 2 * rim + 1, 1, rim)
 
     bins = (image * 15.99).long()
     bins = (bins[0] * 16 + bins[1]) * 16 + bins[2]
 
-    def frequency(where: Tensor) -> Tensor:
-        """Of each pixel's colour, and the like, among those of some pixels: (H, W)."""
-        counts = torch.bincount(bins[where[0]], minlength=16**3).float().view(1, 1, 16, 16, 16)
+    def frequency(chosen: Tensor) -> Tensor:
+        """Of each pixel's colour, and the like, among those of the chosen pixels, (1, H, W): (H, W)."""
+        counts = torch.bincount(bins[chosen[0]], minlength=16**3).float().view(1, 1, 16, 16, 16)
         return F.avg_pool3d(counts / counts.sum().clamp(min=1), 3, 1, 1).view(-1)[bins]
 
     persons, grounds = frequency(inside > 0.5), frequency(known & (differs == 0))
@@ -160,11 +159,11 @@ def hidden(pose: Pose, lent: str, height: int, width: int) -> float:
     """The share of lent parts' pixels where other parts of the body are, and of their landmarks that lie outside
     the frame; 1 where they are not seen.
     """
-    names, landmarks, joined = LENT[lent]
+    names, told_by, joined = LENT[lent]
     parts = list(body_parts(pose, pose, height, width))
     own = where((part for part in parts if part.name in names), height, width)
     others = where((part for part in parts if part.name not in names + joined), height, width)
-    landmarks = getattr(pose, landmarks)
+    landmarks = getattr(pose, told_by)
     points = landmarks[is_seen(landmarks), :2]
     if not (own.any() and len(points)):
         return 1.0
@@ -172,9 +171,8 @@ def hidden(pose: Pose, lent: str, height: int, width: int) -> float:
 
 
 def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int) -> float:
-    """How far one set of landmarks (K, 3) is from another after the best affine map, as a share of its size.
-
-    Each landmark that only the first has counts as one of its size away. Infinite where there is no map.
+    """How far one set of landmarks (K, 3) is from another after the best affine map, as a share of its size, and
+    the share of them that the other lacks. Infinite where there is no map.
     """
     both = is_seen(landmarks) & is_seen(other)
     here, there = (latent_points(each[both], height, width) for each in (landmarks, other))
@@ -193,8 +191,9 @@ def pseudo_video(
     targets: Sequence[Pose],
     behind: np.ndarray,
     known: Tensor,
-) -> np.ndarray:
-    """The person of the training frames, uint8 (N, H, W, 3), in M target poses: uint8 (M, H, W, 3).
+) -> tuple[np.ndarray, Tensor]:
+    """The person of the training frames, uint8 (N, H, W, 3), in M target poses: uint8 (M, H, W, 3); and where that
+    shows the person or the background, and not what is guessed, booleans (M, 1, h, w).
 
     All parts are the `reference` frame's, but for head and hands: each is taken from the frame where its landmarks
     are most like the target's, and nothing hides it. So a mouth that is open in one training frame can open, and
@@ -203,6 +202,7 @@ def pseudo_video(
     """
     height, width = behind.shape[:2]
     images, background = image_tensor(frames), image_tensor(behind)[0]
+    latent_size, shown = known.shape[1:], known.repeat(len(targets), 1, 1, 1)
     known = F.interpolate(known[None].float().cpu(), (height, width))[0] > 0
 
     @cache
@@ -219,22 +219,22 @@ def pseudo_video(
     unseen = {lent: [hidden(pose, lent, height, width) for pose in poses] for lent in LENT}
 
     def lender(lent: str, target: Pose) -> int:
-        _, landmarks, _ = LENT[lent]
-        wanted = getattr(target, landmarks)
+        _, told_by, _ = LENT[lent]
+        wanted = getattr(target, told_by)
         costs = [
-            unlikeness(wanted, getattr(pose, landmarks), height, width) + cost
+            unlikeness(wanted, getattr(pose, told_by), height, width) + cost
             for pose, cost in zip(poses, unseen[lent])
         ]
         return int(np.argmin(costs)) if np.isfinite(costs).any() else reference
 
     video = np.empty((len(targets), height, width, 3), np.uint8)
-    for result, target in zip(video, tqdm(targets, desc="moving parts", leave=False)):
+    for i, target in enumerate(tqdm(targets, desc="moving parts", leave=False)):
         frame_of = {name: lender(lent, target) for lent in LENT for name in LENT[lent][0]}
         moved = {
             frame: list(body_parts(target, poses[frame], height, width))
             for frame in {reference, *frame_of.values()}
         }
-        image = background.clone()
+        image, painted = background.clone(), torch.zeros(1, height, width)
         far_to_near = dict.fromkeys(p.name for p in body_parts(target, target, height, width))
         for name in far_to_near:
             frame = frame_of.get(name, reference)
@@ -242,19 +242,23 @@ def pseudo_video(
             for part in moved[frame]:
                 if part.name == name:
                     move(image, images[frame], part, opacity)
-        result[:] = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    return video
+                    move(painted, torch.ones_like(painted), part, opacity)
+        video[i] = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        shown[i] |= (F.adaptive_max_pool2d(painted, latent_size) > 0.5).to(shown)
+    return video, shown
 
 
 # ---- What sampling is held to -------------------------------------------------------------------
 
-HELD_UNTIL = (
-    100  # the timestep of the last step before which latents are held: the last close the seams
-)
+# The timestep of the last step before which latents are held: the last steps close the seams.
+HELD_UNTIL = 100
+# The same beside hair, where the pseudo video shows but a guess of the background: long enough for networks not to
+# put the reference's hair there.
+GUESS_HELD_UNTIL = 500
 
 # How far finished latents are from those they were held to, where their own variance is about 1: nearer than the
 # first they are nothing else, further than the second something else.
-ALIKE = 0.2, 0.35
+ALIKE = 0.3, 0.5
 
 
 def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
@@ -284,7 +288,7 @@ def between_steps(
     reference_pose: Pose,
     parts: str,
     edit_step: int,
-    held: tuple[Tensor, Tensor] | None = None,
+    held: tuple[Tensor, Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
     """What `posecrafter.sample` calls between its steps to edit latents, and the count of frames that each part is
@@ -292,10 +296,10 @@ def between_steps(
 
     trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
     are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With `held`, a pseudo
-    video's latents (M, C, h, w) and where the background is known, booleans (1, h, w), latents become those, as
-    noisy, before each step from there down to HELD_UNTIL, where a part was moved to or the background is to be
-    seen (`uncovered`). Once is not enough: all frames look at the reference, whose limbs are elsewhere. After the
-    last step comes `restore`.
+    video's latents (M, C, h, w), where it is no guess, booleans (M, 1, h, w), and where the background is known,
+    (1, h, w), latents become those, as noisy, before each step from there down to HELD_UNTIL, where a part was
+    moved to or the background is to be seen (`uncovered`). Once is not enough: all frames look at the reference,
+    whose limbs are elsewhere. After the last step comes `restore`.
     """
     timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
     # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
@@ -309,18 +313,18 @@ def between_steps(
     if held is None:
         return edit_once, edited
 
-    pseudo, known = held
+    pseudo, shown, known = held
     # The noise that inversion found in the reference goes with its parts: networks that see another in a shirt
     # make a pattern of it.
     a = alpha_cumprod(timesteps[edit_step - 1])
     own_noise = (reference_latent - math.sqrt(a) * trajectory[0][0]) / math.sqrt(1 - a)
-    noise = torch.randn(own_noise.shape, generator=torch.Generator().manual_seed(seed)).to(
-        own_noise
-    )
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.randn(own_noise.shape, generator=random).to(own_noise)
     noise = noise.repeat(len(poses), 1, 1, 1)
     edit_latents(noise, own_noise, poses, reference_pose, parts)
     body = torch.zeros_like(pseudo[:, :1])
     edited.update(edit_latents(body, torch.ones_like(body[0]), poses, reference_pose, parts))
+    sure = body * shown
     seen = uncovered(poses, reference_pose, known).to(body)
     outside = np.stack([1 - covered(pose, *body.shape[-2:]) for pose in poses])[:, None]
     outside = F.max_pool2d(torch.from_numpy(outside).to(body), 5, 1, 2)  # and two pixels in
@@ -328,8 +332,9 @@ def between_steps(
     def hold(latents: Tensor, step: int) -> None:
         targets = latents[-len(poses) :]
         if step > len(timesteps):
-            restore(targets, pseudo, body.maximum(outside * known))
-        elif step >= edit_step and timesteps[step - 1] >= HELD_UNTIL:
-            targets.lerp_(add_noise(pseudo, noise, timesteps[step - 1]), body.maximum(seen))
+            restore(targets, pseudo, sure.maximum(outside * known))
+        elif step >= edit_step and (timestep := timesteps[step - 1]) >= HELD_UNTIL:
+            moved = body if timestep >= GUESS_HELD_UNTIL else sure
+            targets.lerp_(add_noise(pseudo, noise, timestep), moved.maximum(seen))
 
     return hold, edited

@@ -375,8 +375,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         encoded = encode_frames(model, run.frames)
         behind, known = without_people(encoded, run.poses)
         (background,) = decode_latents(model, behind[None])
-        moved = pseudo_video(run.frames, run.poses, k, targets, background, known)
-        held, reference = (encode_frames(model, moved), known), encoded[k : k + 1]
+        moved, shown = pseudo_video(run.frames, run.poses, k, targets, background, known)
+        held, reference = (encode_frames(model, moved), shown, known), encoded[k : k + 1]
     else:
         held, reference = None, encode_frames(model, run.frames[k : k + 1])
 

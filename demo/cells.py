@@ -204,11 +204,13 @@ def nearest(latent: Tensor, points: np.ndarray) -> Tensor:
     return sample_bilinear(latent, points.round())
 
 
-def moved_person(model: Model, scene: Scene, k: int) -> tuple[np.ndarray, Tensor]:
-    """The pseudo video, uint8 (F, 128, 128, 3), and where its background is known, as `sample.py` makes them."""
+def moved_person(model: Model, scene: Scene, k: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    """The pseudo video, uint8 (F, 128, 128, 3), where it is no guess, and where the background is known, as
+    `sample.py` makes them.
+    """
     behind, known = without_people(encode_frames(model, scene.frames), scene.poses)
     (background,) = decode_latents(model, behind[None])
-    return pseudo_video(scene.frames, scene.poses, k, scene.targets, background, known), known
+    return *pseudo_video(scene.frames, scene.poses, k, scene.targets, background, known), known
 
 
 def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
@@ -245,8 +247,8 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         places = targets, scene.poses[k], cell.edit
         held = None
         if cell.hold:
-            moved, known = moved_person(model, scene, k)
-            held = encode_frames(model, moved), known
+            moved, shown, known = moved_person(model, scene, k)
+            held = encode_frames(model, moved), shown, known
         edit, _ = between_steps(trajectory, *places, cell.edit_step, held, cell.seed)
 
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)

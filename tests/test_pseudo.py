@@ -152,13 +152,18 @@ def test_a_person_moved_part_by_part_is_nearly_the_true_one():
     bend = {"shoulder": (1.2, 1.9), "elbow": (0.3, 0.5), "neck": 0.15, "root": 0.1}
     truth, target, person = scene(**bend)
     room = empty_room()
-    moved, still = pseudo_video(image[None], [pose], 0, [target, pose], room, EVERYWHERE)
+    (moved, still), _ = pseudo_video(image[None], [pose], 0, [target, pose], room, EVERYWHERE)
     assert psnr(still[None], image[None]) > 35, "where nothing moves it is the frame itself"
     whole, before = (psnr(each[None], truth[None], person[None]) for each in (moved, image))
     assert whole > 19 and whole > before + 6
     away = ~person & ~scene()[2]
     assert psnr(moved[None], truth[None], away[None]) > 35
-    assert np.array_equal(pseudo_video(image[None], [pose], 0, [Pose()], room, EVERYWHERE)[0], room)
+    (nobody,), shown = pseudo_video(image[None], [pose], 0, [Pose()], room, ~EVERYWHERE)
+    assert np.array_equal(nobody, room) and not shown.any()
+    _, shown = pseudo_video(image[None], [pose], 0, [pose], room, ~EVERYWHERE)
+    mask = person.reshape(SIDE // 4, 4, SIDE // 4, 4)
+    assert shown[0, 0].numpy()[mask.all((1, 3))].mean() > 0.99, "all that covers the person is"
+    assert shown[0, 0].numpy()[~mask.any((1, 3))].mean() < 0.15
 
 
 def test_head_and_hands_come_from_the_frame_where_they_look_most_alike():
@@ -166,10 +171,10 @@ def test_head_and_hands_come_from_the_frame_where_they_look_most_alike():
     gaping, open_pose, _ = scene(mouth=1.0, curl=((0.1,) * 5,) * 2)
     truth, target, _ = scene(mouth=0.9, curl=((0.15,) * 5,) * 2, root=0.08)
     room = empty_room()
-    both = pseudo_video(
+    both, _ = pseudo_video(
         np.stack([shut, gaping]), [shut_pose, open_pose], 0, [target], room, EVERYWHERE
     )
-    one = pseudo_video(shut[None], [shut_pose], 0, [target], room, EVERYWHERE)
+    one, _ = pseudo_video(shut[None], [shut_pose], 0, [target], room, EVERYWHERE)
     for name in ("face", "left_hand", "right_hand"):
         x, y = latent_points(getattr(target, name), SIDE, SIDE).round().astype(int).T
         box = np.zeros((1, SIDE, SIDE), bool)
@@ -259,7 +264,7 @@ def test_sampling_is_held_to_the_pseudo_video_and_the_references_noise():
     pseudo = torch.full((1, 4, 32, 32), 20.0)
     known = torch.ones(1, 32, 32, dtype=torch.bool)
     edit, edited = between_steps(
-        trajectory(0.5), [OUTWARDS], DOWN, "body", 2, (pseudo, known), seed=3
+        trajectory(0.5), [OUTWARDS], DOWN, "body", 2, (pseudo, known[None], known), seed=3
     )
     assert edited["right_forearm"] == 1
     assert forearm(edit, 1) == (-9, -9)
@@ -281,9 +286,21 @@ def test_a_limb_that_no_map_moves_is_left_to_the_networks():
     lost = deepcopy(DOWN)
     lost.body[4] = 0  # the reference shows no wrist
     pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    edit, edited = between_steps(trajectory(0.5), [OUTWARDS], lost, "body", 2, (pseudo, known))
+    edit, edited = between_steps(
+        trajectory(0.5), [OUTWARDS], lost, "body", 2, (pseudo, known[None], known)
+    )
     assert not edited["right_forearm"] and edited["torso"] == 1
     assert forearm(edit, 2)[1] == -9
+
+
+def test_a_guess_is_held_through_the_first_steps_only():
+    pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
+    guess = pseudo, ~known[None], ~known
+    edit, _ = between_steps(trajectory(0.5), [OUTWARDS], DOWN, "body", 2, guess)
+    assert forearm(edit, 2)[1] > 0, "at 501"
+    assert forearm(edit, 3)[1] == -9, "at 251"
+    pseudo.fill_(-9.1)
+    assert forearm(edit, 5) == (-9, -9), "nor restored"
 
 
 def test_bodies_are_edited_after_a_fifth_of_the_steps():
