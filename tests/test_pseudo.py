@@ -161,7 +161,7 @@ def test_a_person_moved_part_by_part_is_nearly_the_true_one():
     (nobody,), shown = pseudo_video(image[None], [pose], 0, [Pose()], room, ~EVERYWHERE)
     assert np.array_equal(nobody, room) and not shown.any()
     _, shown = pseudo_video(image[None], [pose], 0, [pose], room, ~EVERYWHERE)
-    mask = person.reshape(SIDE // 4, 4, SIDE // 4, 4)
+    mask = scene()[2].reshape(SIDE // 4, 4, SIDE // 4, 4)
     assert shown[0, 0].numpy()[mask.all((1, 3))].mean() > 0.99, "all that covers the person is"
     assert shown[0, 0].numpy()[~mask.any((1, 3))].mean() < 0.15
 
