@@ -4,8 +4,9 @@ The paper starts from a video that repeats one training frame, in the hope that 
 Here its parts are moved first. The person is cut out of the training frames, which a still camera makes easy, and
 put before their background as each target pose has it: limb by limb, finger by finger (`pseudo_video`). Cut paper
 has no folds and tears at the joints. So it is not the result, but what sampling is held to (`between_steps`):
-before each step but the last few the latents become the moved ones, with the reference's own noise moved along.
-What no part covers is the networks', and in the end so is all that they made differently (`restore`).
+from a fifth of the steps on, before each but the last few, latents become the moved ones, with the reference's own
+noise moved along. What is neither part nor background is the networks', and in the end so is all that they made
+differently (`restore`).
 """
 
 import math
@@ -156,8 +157,8 @@ def where(parts: Iterable[Part], height: int, width: int) -> np.ndarray:
 
 
 def hidden(pose: Pose, lent: str, height: int, width: int) -> float:
-    """The share of lent parts' pixels where other parts of the body are, and of their landmarks that lie outside
-    the frame; 1 where they are not seen.
+    """The share of lent parts' pixels where other parts of the body are, plus that of their landmarks that lie
+    outside the frame; 1 where they are not seen.
     """
     names, told_by, joined = LENT[lent]
     parts = list(body_parts(pose, pose, height, width))
@@ -196,7 +197,7 @@ def pseudo_video(
     shows the person or the background, and not what is guessed, booleans (M, 1, h, w).
 
     All parts are the `reference` frame's, but for head and hands: each is taken from the frame where its landmarks
-    are most like the target's, and nothing hides it. So a mouth that is open in one training frame can open, and
+    are most like the target's, and least hides it. So a mouth that is open in one training frame can open, and
     a hand before a shirt be one that was seen before the wall. behind: the background, uint8 (H, W, 3); known:
     where it is, rather than guessed, booleans (1, h, w), of latent pixels.
     """
@@ -237,12 +238,14 @@ def pseudo_video(
         image, painted = background.clone(), torch.zeros(1, height, width)
         far_to_near = dict.fromkeys(p.name for p in body_parts(target, target, height, width))
         for name in far_to_near:
-            frame = frame_of.get(name, reference)
+            # The lender, unless no map takes this part from there.
+            frames_to_try = frame_of.get(name, reference), reference
+            found = ((f, [part for part in moved[f] if part.name == name]) for f in frames_to_try)
+            frame, parts = next((pair for pair in found if pair[1]), (reference, []))
             opacity = (head if name in ("hair", "head") else person)(frame)
-            for part in moved[frame]:
-                if part.name == name:
-                    move(image, images[frame], part, opacity)
-                    move(painted, torch.ones_like(painted), part, opacity)
+            for part in parts:
+                move(image, images[frame], part, opacity)
+                move(painted, torch.ones_like(painted), part, opacity)
         video[i] = (image * 255).round().byte().permute(1, 2, 0).numpy()
         shown[i] |= (F.adaptive_max_pool2d(painted, latent_size) > 0.5).to(shown)
     return video, shown
@@ -310,7 +313,7 @@ def between_steps(
             targets = latents[-len(poses) :]
             edited.update(edit_latents(targets, reference_latent, poses, reference_pose, parts))
 
-    if held is None:
+    if held is None or timesteps[edit_step - 1] < HELD_UNTIL:
         return edit_once, edited
 
     pseudo, shown, known = held

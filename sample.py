@@ -41,6 +41,7 @@ from posecrafter import (
     select_reference,
 )
 from pseudo import (
+    HELD_UNTIL,
     STILL,
     background_change,
     best_edit_step,
@@ -349,6 +350,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     # A prompt of one's own wants something else than the training frames show, and a start from noise draws it.
     holding = args.edit == "body" and args.start == "inversion" and not own_prompt
     holding = holding and not args.no_hold
+    holding = holding and ddim_timesteps(args.ddim_steps)[args.edit_step - 1] >= HELD_UNTIL
     if args.plan:
         encoded = len(run.frames) + len(targets) if holding else 1
         plan(args, run, encoded, len(targets) + (not args.no_insert))

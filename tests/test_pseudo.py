@@ -182,6 +182,16 @@ def test_head_and_hands_come_from_the_frame_where_they_look_most_alike():
         assert psnr(both, truth[None], box) > psnr(one, truth[None], box) + 1, name
 
 
+def test_what_no_map_takes_from_the_lender_is_the_references():
+    image, pose, person = scene()
+    shoulderless = deepcopy(pose)
+    shoulderless.body[2] = 0  # its face and hands alone could be moved
+    frames, room = np.stack([image, image]), empty_room()
+    for k, poses in enumerate(([pose, shoulderless], [shoulderless, pose])):
+        (moved,), _ = pseudo_video(frames, poses, k, [pose], room, EVERYWHERE)
+        assert psnr(moved[None], image[None], person[None]) > 30
+
+
 def test_landmarks_are_compared_by_their_shape():
     _, pose, _ = scene()
     elsewhere = place_pose(pose, 0.5, 0.5, 0.3, 0.1)
@@ -301,6 +311,15 @@ def test_a_guess_is_held_through_the_first_steps_only():
     assert forearm(edit, 3)[1] == -9, "at 251"
     pseudo.fill_(-9.1)
     assert forearm(edit, 5) == (-9, -9), "nor restored"
+
+
+def test_what_would_never_be_held_is_moved_once():
+    pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
+    edit, edited = between_steps(
+        trajectory(0.5), [OUTWARDS], DOWN, "body", 4, (pseudo, known[None], known)
+    )
+    assert forearm(edit, 4)[1] == pytest.approx(trajectory(0.5)[1][0, 0, 0, 0].item(), abs=1e-3)
+    assert edited["right_forearm"] == 1 and forearm(edit, 5) == (-9, -9)
 
 
 def test_bodies_are_edited_after_a_fifth_of_the_steps():
