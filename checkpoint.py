@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +55,8 @@ class Model:
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     size: int = 512  # pixels of the shorter side that the model was trained for
-    learning_rate: float = 0.003  # for fine-tuning on a clip; the paper's
+    learning_rate: float = 1e-4  # not the paper's 0.003: docs/LEARNING_RATE.md says why
+    method: str = "paper"  # one of `pseudo.METHODS`, by default; it alone is measured on this model
     guidance_until: int = 0  # the last timestep where a guidance scale counts; 0: all do
 
 
@@ -488,7 +490,8 @@ def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
     return tokenizer
 
 
-SETTINGS = ("size", "learning_rate", "guidance_until")
+METHOD_NAMES = ("paper", "body", "held")  # see `pseudo.METHODS`, which this file cannot import
+SETTINGS = ("size", "learning_rate", "method", "guidance_until")
 
 
 def read_settings(sources: dict[str, Path]) -> dict:
@@ -499,7 +502,9 @@ def read_settings(sources: dict[str, Path]) -> dict:
     if unknown := settings.keys() - set(SETTINGS):
         raise ValueError(f"{sources['settings']}: unknown setting {min(unknown)}")
     for name, value in settings.items():
-        if type(value) not in (int, type(getattr(Model, name))) or value < 0:
+        default = getattr(Model, name)
+        kinds = (str,) if isinstance(default, str) else (int, type(default))
+        if type(value) not in kinds or (value not in METHOD_NAMES if name == "method" else value < 0):
             raise ValueError(f"{sources['settings']}: {value!r} given as {name}")
     return settings
 
@@ -979,16 +984,32 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and the precision of the networks there.
 
-    On a graphics card, float16 to sample and bfloat16 to train, whose gradients cannot vanish in a
-    small range; on a CPU, bfloat16 where that is the faster, else float32.
+    On a graphics card float16 to sample. To train bfloat16, whose gradients cannot vanish in a small range; but
+    float16 on cards before Ampere (compute capability 8), which have no bfloat16: `train.train` then scales
+    gradients. On a CPU bfloat16 where that is the faster, else float32.
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
         torch.backends.cudnn.allow_tf32 = True
         # Of cuDNN's attention some gradients are not numbers (pytorch/pytorch#196678); torch has others.
         torch.backends.cuda.enable_cudnn_sdp(not training)
-        return torch.device("cuda", 0), torch.bfloat16 if training else torch.float16
+        ampere = torch.cuda.get_device_capability(0) >= (8, 0)
+        dtype = torch.bfloat16 if training and ampere else torch.float16
+        return torch.device("cuda", 0), dtype
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        print(
+            "this machine has an NVIDIA card, but this PyTorch was built without CUDA: computing on the CPU; "
+            "install the CUDA build of torch to use the card"
+        )
     return torch.device("cpu"), torch.bfloat16 if has_fast_bfloat16() else torch.float32
+
+
+def describe(model: Model) -> str:
+    """Where a model computes, and how precisely, in words: "the CPU, bfloat16"."""
+    weight = model.unet.conv_in.weight
+    cuda = weight.device.type == "cuda"
+    name = torch.cuda.get_device_name(weight.device) if cuda else f"the {weight.device.type.upper()}"
+    return f"{name}, {str(weight.dtype).removeprefix('torch.')}"
 
 
 @cache

@@ -1,7 +1,6 @@
 """The method: PoseCrafter (Zhong et al., ECCV 2024), from encoded frames and poses to new frames.
 
-The paper's new clip is made by calling these one after another (`sample.py --edit face,hands`; by default what
-happens to the latents is that of `pseudo.py`, between the steps of `sample`):
+`generate` is the whole pipeline. These are its steps, and the order in which they stand below:
 
     context = encode_prompt(model, "a person")
     k = select_reference(training_poses, target_poses)         # the training frame to start from
@@ -12,7 +11,7 @@ happens to the latents is that of `pseudo.py`, between the steps of `sample`):
     edit_latents(noise[1:], noise[0], poses[1:], poses[0])     # with face and hands moved in place
     hints = embed_hints(model, poses, height, width)           # what the ControlNet makes of the poses
     latents = sample(model, noise, hints, context)
-    frames = decode_latents(model, latents)
+    frames = decode_latents(model, latents[1:])
 
 `model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
 Latents are float32 (F, 4, H, W) throughout (the demo model's have 8 channels) and times the VAE's scale; the
@@ -23,7 +22,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,28 +67,49 @@ def image_tensor(frames: np.ndarray) -> Tensor:
     return torch.tensor(frames).permute(0, 3, 1, 2).float() / 255
 
 
+def check_finite(x: Tensor, made_by: str) -> None:
+    """Raises FloatingPointError for numbers that no frame can be made of."""
+    if not x.isfinite().all():
+        raise FloatingPointError(f"{made_by} gave values that are not finite")
+
+
+def through_vae(vae, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`half(x)`, the VAE's encoder or decoder, in its own precision; float32.
+
+    Some public VAEs overflow in float16: then this one goes on in float32.
+    """
+    dtype = next(vae.parameters()).dtype
+    y = half(x.to(dtype)).float()
+    if dtype == torch.float16 and not y.isfinite().all():
+        tqdm.write("the VAE overflowed in float16; it goes on in float32")
+        vae.float()
+        y = half(x.float())
+    check_finite(y, "the VAE")
+    return y
+
+
 @torch.inference_mode()
 def encode_frames(model, frames: np.ndarray) -> Tensor:
     """Frames uint8 (F, H, W, 3) -> latents float32 (F, C, H/s, W/s): the VAE's mean times its scale.
 
     The mean rather than a sample, so that a frame has one latent.
     """
-    latents = []
-    with visiting(model.vae, network_inputs(model)["device"]) as vae:
+    latents, device = [], network_inputs(model)["device"]
+    with visiting(model.vae, device) as vae:
         # One at a time: full-resolution feature maps are the VAE's whole memory.
         for frame in frames:
-            image = image_tensor(frame[None]).to(**network_inputs(model)) * 2 - 1
-            mean, _ = vae.encode(image)
-            latents.append(mean.float() * vae.config.scale)
+            image = image_tensor(frame[None]).to(device, next(vae.parameters()).dtype) * 2 - 1
+            latents.append(through_vae(vae, lambda x: vae.encode(x)[0], image) * vae.config.scale)
     return torch.cat(latents)
 
 
 @torch.inference_mode()
 def decode_latents(model, latents: Tensor, slice_size: int = 2) -> Iterator[np.ndarray]:
     """Latents (F, C, h, w) -> frames uint8 (H, W, 3), one after another, decoded a few at a time."""
-    with visiting(model.vae, network_inputs(model)["device"]) as vae:
+    device = network_inputs(model)["device"]
+    with visiting(model.vae, device) as vae:
         for part in latents.split(slice_size):
-            images = vae.decode((part / vae.config.scale).to(**network_inputs(model))).float()
+            images = through_vae(vae, vae.decode, (part / vae.config.scale).to(device))
             images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
             yield from images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -255,7 +277,9 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
 
 
 @torch.inference_mode()
-def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50) -> list[Tensor]:
+def invert(
+    model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50, fixed_point: int = 0
+) -> list[Tensor]:
     """DDIM inversion of the reference frame: its way from image to noise.
 
     latent: (1, C, h, w), encoded; hint: its own control image (1, 3, H, W), or what `embed_hints` made of
@@ -266,14 +290,21 @@ def invert(model, latent: Tensor, hint: Tensor, context: Tensor, steps: int = 50
     equal on the way: they share the key frame, attention over equal tokens gives one of them, and equal
     frames have one frame's norm statistics. So one frame is inverted, and the noise repeated.
     A clip (F, C, h, w) is inverted as a clip.
+
+    fixed_point: beyond the paper. DDIM inversion predicts a step's noise from the latent that the step starts
+    from, sampling from the latent that it leads to. Each further iteration predicts it there, so that the step
+    comes closer to being the exact inverse (as in Pan et al., 2023, "Effective Real Image Editing with
+    Accelerated Iterative Diffusion Inversion").
     """
     trajectory, context = [latent], Context(context)
     timesteps = ddim_timesteps(steps)
     stride = TRAIN_STEPS // steps
     for timestep in tqdm(timesteps[::-1], desc="inverting", leave=False):
-        # The noise is wanted at the level of the *next* timestep but predicted from this one's latents.
-        noise = predict_noise(model, trajectory[-1], timestep, context, hint)
-        trajectory.append(ddim_step(trajectory[-1], noise, timestep - stride, timestep))
+        start = noisier = trajectory[-1]
+        for _ in range(1 + fixed_point):
+            noise = predict_noise(model, noisier, timestep, context, hint)
+            noisier = ddim_step(start, noise, timestep - stride, timestep)
+        trajectory.append(noisier)
     return trajectory
 
 
@@ -360,7 +391,7 @@ def sample(
     steps: int = 50,
     guidance: float = 1.0,
     empty_context: Tensor | None = None,
-    edit: Callable[[Tensor, int], None] | None = None,
+    before_step: Callable[[Tensor, int], None] | None = None,
     slicing: Sequence[Slicing] | None = None,
     guidance_until: int = 0,
 ) -> Tensor:
@@ -370,8 +401,7 @@ def sample(
     context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
     prompt's, and doubles the cost of the steps it counts for: all, as in the paper, or those down to the timestep
     `guidance_until`, after which the scale is 1 (Kynkäänniemi et al., 2024, guide in such an interval).
-    `edit(latents, step)` is called before each step, counted from 1, and once more after the last, with the next
-    number, and may change the latents in place.
+    `before_step(latents, step)` is called before each step, counted from 1, and may change the latents in place.
     `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
     """
     latents = latents.clone()
@@ -396,12 +426,10 @@ def sample(
     timesteps = ddim_timesteps(steps)
     stride = TRAIN_STEPS // steps
     for step, timestep in enumerate(tqdm(timesteps, desc="sampling"), start=1):
-        if edit is not None:
-            edit(latents, step)
+        if before_step is not None:
+            before_step(latents, step)
         noise = frugally(lambda timestep=timestep: predict(timestep), slicing)
         latents = ddim_step(latents, noise, timestep, timestep - stride)
-    if edit is not None:
-        edit(latents, steps + 1)
     return latents
 
 
@@ -409,3 +437,201 @@ def finest_map(model, latents: Tensor) -> tuple[int, int, int, int]:
     """The shape of a clip's feature maps at the UNet's finest level."""
     frames, _, height, width = latents.shape
     return frames, model.unet.config.widths[0], height, width
+
+
+# ---- The whole pipeline -------------------------------------------------------------------------
+
+
+class TrainingFrames(Protocol):
+    """What `generate` needs of a run: the training frames on canvas, uint8 (N, H, W, 3), and their poses."""
+
+    frames: np.ndarray
+    poses: Sequence[Pose]
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What happens to the target frames' latents (M, C, h, w) while they are sampled, in place."""
+
+    before_step: Callable[
+        [Tensor, int], None
+    ]  # the latents, and the step that follows, counted from 1
+    finish: Callable[[Tensor], None]  # after the last step
+    regions: dict[str, int]  # in how many frames each part is edited
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an editor plans its edits from."""
+
+    model: object
+    run: TrainingFrames
+    reference: int  # which training frame was inverted
+    targets: Sequence[Pose]
+    trajectory: Sequence[Tensor]  # the reference's, from image to noise; see `invert`
+    parts: str  # what is moved, a key of `parts.PARTS`
+    edit_step: int  # before which sampling step, counted from 1
+    seed: int
+
+
+def edit_once(scene: Scene) -> Edits:
+    """The paper's editor: parts of the reference are moved into place before one step.
+
+    They come from the latent of its trajectory that is as noisy as the step's input: the noise itself for step 1.
+    """
+    reference_latent = scene.trajectory[len(scene.trajectory) - scene.edit_step][0]
+    places = scene.targets, scene.run.poses[scene.reference], scene.parts
+    touched = torch.zeros(len(scene.targets), 1, *reference_latent.shape[1:])
+    regions = edit_latents(touched, torch.ones_like(touched[0]), *places)
+
+    def before_step(latents: Tensor, step: int) -> None:
+        if step == scene.edit_step:
+            edit_latents(latents, reference_latent, *places)
+
+    return Edits(before_step, lambda latents: None, regions)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to sample, as data. `PAPER` is PoseCrafter's; ablations change its fields one at a time."""
+
+    name: str
+    parts: str | None = (
+        "face,hands"  # what latent editing moves, a key of `parts.PARTS`; None: nothing
+    )
+    edit_step: int | None = 1  # before which sampling step; None: after a fifth of the steps
+    editor: Callable[[Scene], Edits] = edit_once
+    insert: bool = True  # the reference leads the clip, as its key frame
+    start: str = "inversion"  # or "noise", as ControlVideo must without true frames
+    # Beyond the paper: the key frame is not sampled, but goes the way back that inversion came.
+    replay: bool = False
+    fixed_point: int = 0  # further iterations of each inversion step; see `invert`
+
+    def edits_before(self, steps: int) -> int:
+        """The number of the step, of `steps`, that editing comes before."""
+        return 1 + steps // 5 if self.edit_step is None else self.edit_step
+
+    @property
+    def needs_inversion(self) -> bool:
+        return self.start == "inversion" or self.parts is not None or self.replay
+
+
+PAPER = Method("paper")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A new clip."""
+
+    latents: Tensor  # (M, C, h, w), clean: one frame for each target pose
+    # (1, C, h, w), the reference as sampling gives it back; None if nothing was inserted.
+    reconstruction: Tensor | None
+    regions: dict[str, int]  # in how many frames each part was edited
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    run: TrainingFrames,
+    targets: Sequence[Pose],
+    method: Method = PAPER,
+    reference: int | None = None,
+    steps: int = 50,
+    source: str = "a person",
+    prompt: str | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    frames_per_slice: int | None = None,
+    offload: str = "auto",
+) -> Generated:
+    """The person of the training frames in M target poses: PoseCrafter's Algorithm, whole.
+
+    model: fine-tuned on the run's frames; targets: on the run's canvas, with a person in each. reference: which
+    training frame to start from (default: the one that `select_reference` finds). source: the training prompt;
+    prompt: the target's (default: the same). seed: of fresh noise, where a method wants some. frames_per_slice,
+    offload: see `slicing.plans`; they do not change the result.
+
+    Where float16 overflows, all is done again in a wider precision. Raises FloatingPointError where that does not
+    help, and MemoryError where the clip does not fit.
+    """
+    height, width = run.frames.shape[1:3]
+    k = select_reference(run.poses, targets) if reference is None else reference
+    context = encode_prompt(model, source)
+    target_context = context if prompt in (None, source) else encode_prompt(model, prompt)
+    empty_context = encode_prompt(model, "") if guidance != 1 else None
+    latent = encode_frames(model, run.frames[k : k + 1])
+    poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
+
+    def attempt() -> Generated:
+        texts = (
+            context,
+            target_context,
+            empty_context,
+        )  # in the networks' precision, also if that has changed
+        source_text, text, empty = (
+            t if t is None else t.to(**network_inputs(model)) for t in texts
+        )
+        hint = embed_hints(model, [run.poses[k]], height, width)
+        trajectory = [latent]
+        if method.needs_inversion:
+            trajectory = invert(model, latent, hint, source_text, steps, method.fixed_point)
+            check_finite(trajectory[-1], "inversion")
+        if method.start == "inversion":
+            noise = trajectory[-1].expand(len(poses), -1, -1, -1)
+        else:
+            random = torch.Generator().manual_seed(seed)
+            noise = torch.randn(len(poses), *latent.shape[1:], generator=random).to(latent)
+        edits = Edits(lambda latents, step: None, lambda latents: None, {})
+        if method.parts:
+            edit_step = method.edits_before(steps)
+            given = model, run, k, targets, trajectory, method.parts, edit_step, seed
+            edits = method.editor(Scene(*given))
+        replayed = method.replay and method.insert
+
+        def before_step(latents: Tensor, step: int) -> None:
+            check_finite(latents, f"step {step - 1} of sampling")
+            if replayed:
+                latents[0] = trajectory[steps - step + 1][0]
+            edits.before_step(latents[-len(targets) :], step)
+
+        latents = sample(
+            model,
+            noise,
+            embed_hints(model, poses, height, width),
+            text,
+            steps,
+            guidance,
+            empty,
+            before_step,
+            plans(
+                *network_inputs(model).values(), finest_map(model, noise), frames_per_slice, offload
+            ),
+            getattr(model, "guidance_until", 0),
+        )
+        check_finite(latents, f"step {steps} of sampling")
+        edits.finish(latents[-len(targets) :])
+        key_frame = latents[:1] if method.insert else None
+        if replayed:  # which says nothing of the model: sampled alone, the reference does
+            key_frame = sample(model, trajectory[-1], hint, source_text, steps)
+        return Generated(latents[-len(targets) :], key_frame, edits.regions)
+
+    try:
+        return attempt()
+    except FloatingPointError as error:
+        if network_inputs(model)["dtype"] != torch.float16:
+            raise
+        tqdm.write(f"{error}: float16 overflowed; starting again in {widen(model)}")
+        return attempt()
+
+
+def widen(model) -> str:
+    """Gives UNet and ControlNet a precision whose range is float32's; says which.
+
+    bfloat16 where the hardware has it, as from compute capability 8 on, else float32.
+    """
+    device = network_inputs(model)["device"]
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    dtype = torch.float32 if old else torch.bfloat16
+    for network in (model.unet, model.controlnet):
+        network.to(dtype)
+    return str(dtype).removeprefix("torch.")

@@ -3,15 +3,14 @@
 The paper starts from a video that repeats one training frame, in the hope that the networks move what is in it.
 Here its parts are moved first. The person is cut out of the training frames, which a still camera makes easy, and
 put before their background as each target pose has it: limb by limb, finger by finger (`pseudo_video`). Cut paper
-has no folds and tears at the joints. So it is not the result, but what sampling is held to (`between_steps`):
-from a fifth of the steps on, before each but the last few, latents become the moved ones, with the reference's own
-noise moved along. What is neither part nor background is the networks', and in the end so is all that they made
-differently (`restore`).
+has no folds and tears at the joints. So it is not the result, but what sampling is held to
+(`hold_to_pseudo_video`): from a fifth of the steps on, before each but the last few, latents become the moved
+ones, with the reference's own noise moved along. What is neither part nor background is the networks', and in the
+end so is all that they made differently (`restore`).
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -23,10 +22,18 @@ from tqdm import tqdm
 from parts import Part, body_parts, covered, fit_affine, latent_points, may_cover
 from pose import Pose, is_seen
 from posecrafter import (
+    PAPER,
+    Edits,
+    Method,
+    Scene,
+    TrainingFrames,
     add_noise,
     alpha_cumprod,
     ddim_timesteps,
+    decode_latents,
     edit_latents,
+    edit_once,
+    encode_frames,
     image_tensor,
     move,
 )
@@ -251,6 +258,19 @@ def pseudo_video(
     return video, shown
 
 
+def moved_person(
+    model, run: TrainingFrames, reference: int, targets: Sequence[Pose]
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """`pseudo_video` before the background that the training frames show.
+
+    Returns the video, uint8 (M, H, W, 3); where it is no guess, booleans (M, 1, h, w); and where the background is
+    known, booleans (1, h, w), both of latent pixels.
+    """
+    behind, known = without_people(encode_frames(model, run.frames), run.poses)
+    (background,) = decode_latents(model, behind[None])
+    return *pseudo_video(run.frames, run.poses, reference, targets, background, known), known
+
+
 # ---- What sampling is held to -------------------------------------------------------------------
 
 # The timestep of the last step before which latents are held: the last steps close the seams.
@@ -277,67 +297,51 @@ def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
     latents.lerp_(pseudo, ((far - distance) / (far - near)).clamp(0, 1) * share)
 
 
-def best_edit_step(parts: str, steps: int) -> int:
-    """Before which of `steps` DDIM steps to edit, counted from 1.
+def hold_to_pseudo_video(scene: Scene) -> Edits:
+    """The editor of HELD: target frames are held to a pseudo video that moves, made of the training frames.
 
-    The first, as in the paper; whole bodies after a fifth of the steps, which scores best on puppets.
+    From the edit step on, before each step down to HELD_UNTIL, latents become the pseudo video's, as noisy, where
+    a part was moved to or the background is to be seen (`uncovered`). Once is not enough: all frames look at the
+    reference, whose limbs are elsewhere. After the last step comes `restore`. Where the edit step comes too late
+    for that, parts are moved once.
     """
-    return 1 + steps // 5 if parts == "body" else 1
+    timesteps = ddim_timesteps(len(scene.trajectory) - 1)
+    if timesteps[scene.edit_step - 1] < HELD_UNTIL:
+        return edit_once(scene)
+    reference_pose = scene.run.poses[scene.reference]
+    places = scene.targets, reference_pose, scene.parts
+    video, shown, known = moved_person(scene.model, scene.run, scene.reference, scene.targets)
+    pseudo = encode_frames(scene.model, video)
 
-
-def between_steps(
-    trajectory: Sequence[Tensor],
-    poses: Sequence[Pose],
-    reference_pose: Pose,
-    parts: str,
-    edit_step: int,
-    held: tuple[Tensor, Tensor, Tensor] | None = None,
-    seed: int = 0,
-) -> tuple[Callable[[Tensor, int], None], Counter[str]]:
-    """What `posecrafter.sample` calls between its steps to edit latents, and the count of frames that each part is
-    edited in.
-
-    trajectory: the reference's, of as many steps, see `invert`; poses: of the last frames of the clip, those that
-    are edited; parts: see `edit_latents`, which happens before `edit_step`, counted from 1. With `held`, a pseudo
-    video's latents (M, C, h, w), where it is no guess, booleans (M, 1, h, w), and where the background is known,
-    (1, h, w), latents become those, as noisy, before each step from there down to HELD_UNTIL, where a part was
-    moved to or the background is to be seen (`uncovered`). Once is not enough: all frames look at the reference,
-    whose limbs are elsewhere. After the last step comes `restore`.
-    """
-    timesteps, edited = ddim_timesteps(len(trajectory) - 1), Counter()
-    # From trajectory[0], the image, to trajectory[-1], the noise: the one as noisy as the step's input.
-    reference_latent = trajectory[len(timesteps) - edit_step + 1][0]
-
-    def edit_once(latents: Tensor, step: int) -> None:
-        if step == edit_step:
-            targets = latents[-len(poses) :]
-            edited.update(edit_latents(targets, reference_latent, poses, reference_pose, parts))
-
-    if held is None or timesteps[edit_step - 1] < HELD_UNTIL:
-        return edit_once, edited
-
-    pseudo, shown, known = held
     # The noise that inversion found in the reference goes with its parts: networks that see another in a shirt
     # make a pattern of it.
-    a = alpha_cumprod(timesteps[edit_step - 1])
-    own_noise = (reference_latent - math.sqrt(a) * trajectory[0][0]) / math.sqrt(1 - a)
-    random = torch.Generator().manual_seed(seed)
+    a = alpha_cumprod(timesteps[scene.edit_step - 1])
+    reference_latent = scene.trajectory[len(scene.trajectory) - scene.edit_step][0]
+    own_noise = (reference_latent - math.sqrt(a) * scene.trajectory[0][0]) / math.sqrt(1 - a)
+    random = torch.Generator().manual_seed(scene.seed)
     noise = torch.randn(own_noise.shape, generator=random).to(own_noise)
-    noise = noise.repeat(len(poses), 1, 1, 1)
-    edit_latents(noise, own_noise, poses, reference_pose, parts)
+    noise = noise.repeat(len(scene.targets), 1, 1, 1)
+    edit_latents(noise, own_noise, *places)
     body = torch.zeros_like(pseudo[:, :1])
-    edited.update(edit_latents(body, torch.ones_like(body[0]), poses, reference_pose, parts))
+    regions = edit_latents(body, torch.ones_like(body[0]), *places)
     sure = body * shown
-    seen = uncovered(poses, reference_pose, known).to(body)
-    outside = np.stack([1 - covered(pose, *body.shape[-2:]) for pose in poses])[:, None]
-    outside = F.max_pool2d(torch.from_numpy(outside).to(body), 5, 1, 2)  # and two pixels in
+    seen = uncovered(scene.targets, reference_pose, known).to(body)
+    outside = [1 - covered(pose, *body.shape[-2:]) for pose in scene.targets]
+    outside = torch.from_numpy(np.stack(outside)[:, None]).to(body)
+    outside = F.max_pool2d(outside, 5, 1, 2)  # and two pixels in
 
-    def hold(latents: Tensor, step: int) -> None:
-        targets = latents[-len(poses) :]
-        if step > len(timesteps):
-            restore(targets, pseudo, sure.maximum(outside * known))
-        elif step >= edit_step and (timestep := timesteps[step - 1]) >= HELD_UNTIL:
+    def before_step(latents: Tensor, step: int) -> None:
+        if step >= scene.edit_step and (timestep := timesteps[step - 1]) >= HELD_UNTIL:
             moved = body if timestep >= GUESS_HELD_UNTIL else sure
-            targets.lerp_(add_noise(pseudo, noise, timestep), moved.maximum(seen))
+            latents.lerp_(add_noise(pseudo, noise, timestep), moved.maximum(seen))
 
-    return hold, edited
+    def finish(latents: Tensor) -> None:
+        restore(latents, pseudo, sure.maximum(outside * known))
+
+    return Edits(before_step, finish, regions)
+
+
+# The body's parts moved once, after a fifth of the steps, which scores best on puppets.
+BODY = Method("body", parts="body", edit_step=None)
+HELD = Method("held", parts="body", edit_step=None, editor=hold_to_pseudo_video)
+METHODS = {method.name: method for method in (PAPER, BODY, HELD)}

@@ -7,6 +7,8 @@ settings with what happened.
 import argparse
 import json
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
+    Model,
     compute_device,
+    describe,
     keep_freed_memory,
     load_model,
     locate_parts,
@@ -25,32 +29,19 @@ from checkpoint import (
 from driver import Driver, read_driver
 from evaluate import psnr
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
-from parts import PARTS
 from pose import Pose, absences, draw_pose, place_pose, save_poses
 from posecrafter import (
     TRAIN_STEPS,
+    Generated,
+    Method,
     ddim_timesteps,
     decode_latents,
-    embed_hints,
-    encode_frames,
-    encode_prompt,
-    finest_map,
-    insert_reference,
-    invert,
-    sample,
+    edit_once,
+    generate,
     select_reference,
 )
-from pseudo import (
-    HELD_UNTIL,
-    STILL,
-    background_change,
-    best_edit_step,
-    between_steps,
-    pseudo_video,
-    without_people,
-)
+from pseudo import METHODS, STILL, background_change, hold_to_pseudo_video
 from retarget import proportions, retarget
-from slicing import plans
 from train import (
     Run,
     add_pose_arguments,
@@ -71,6 +62,8 @@ from video import (
     replacing,
     save_image,
 )
+
+# ---- What is asked for --------------------------------------------------------------------------
 
 
 def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
@@ -182,16 +175,21 @@ def parse_arguments(
     )
     parser.add_argument("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
     parser.add_argument(
-        "--edit",
-        choices=(*PARTS, "none"),
-        help="what latent editing moves into place; face,hands: as in the paper "
-        "(default: body, and none with --start noise)",
+        "--method",
+        choices=METHODS,
+        help="paper: face and hands edited at step 1; body: all parts of the body; held: sampling held to a "
+        "pseudo video that moves (default: the model's; paper for public checkpoints)",
     )
     parser.add_argument(
-        "--edit-step",
+        "--replay",
+        action=argparse.BooleanOptionalAction,
+        help="beyond the paper: the key frame goes the way back that inversion came (default: the method's)",
+    )
+    parser.add_argument(
+        "--fixed-point",
         type=int,
-        help="before which step it does (default: after a fifth of the steps; 1 for face,hands, "
-        "and with a --prompt of its own, whose new looks later steps would undo)",
+        metavar="N",
+        help="beyond the paper: further iterations of each inversion step (default: the method's)",
     )
     parser.add_argument(
         "--reference",
@@ -199,21 +197,7 @@ def parse_arguments(
         help="number of the training frame to start from (default: auto)",
     )
     parser.add_argument(
-        "--no-insert", action="store_true", help="do not put the reference in front as key frame"
-    )
-    parser.add_argument(
-        "--start",
-        choices=("inversion", "noise"),
-        default="inversion",
-        help="where sampling starts from",
-    )
-    parser.add_argument(
-        "--no-hold",
-        action="store_true",
-        help="let --edit body move the body's noise once, and leave the rest, the background too, to the model",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of --start noise, and of the background's (default: 0)"
+        "--seed", type=int, default=0, help="of fresh noise, as --start noise has it (default: 0)"
     )
     parser.add_argument(
         "--slice",
@@ -242,14 +226,74 @@ def parse_arguments(
     parser.add_argument(
         "--out", type=Path, help="the video to write (default: in the run's samples/)"
     )
+    knobs = parser.add_argument_group("the paper's ablations, one part of the method at a time")
+    knobs.add_argument(
+        "--no-insert", action="store_true", help="do not put the reference in front as key frame"
+    )
+    knobs.add_argument(
+        "--start",
+        choices=("inversion", "noise"),
+        default="inversion",
+        help="where sampling starts from (default: inversion); noise is not edited, unless by --edit-step",
+    )
+    knobs.add_argument("--no-edit", action="store_true", help="leave the latents unedited")
+    knobs.add_argument(
+        "--edit-step",
+        type=int,
+        metavar="N",
+        help="edit before this step (default: the method's; 1 with a --prompt of its own, whose new looks "
+        "later steps would undo)",
+    )
     return parser, parser.parse_args(command)
 
 
-def plan(args: argparse.Namespace, run: Run, encoded: int, frames: int) -> None:
-    """Prints the size of the task and what it takes, without weights or a graphics card.
+def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
+    """The method that the options make, and whose choice its name is.
 
-    encoded: how many training frames; frames: how many are sampled, with the reference.
+    A prompt of one's own wants something else than the training frames show. So nothing is held to them then, and
+    the key frame, which all frames take their looks from, is not replayed unless that is asked for.
+    Raises ValueError for options that do not go together.
     """
+    sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
+    name, chosen_by = args.method, "--method"
+    if name is None:
+        name, chosen_by = read_settings(sources).get("method", Model.method), "the model's default"
+    method, own_prompt = METHODS[name], prompt != settings["prompt"]
+    if own_prompt:
+        method = replace(method, editor=edit_once, edit_step=1, replay=False)
+    if args.edit_step is not None:
+        method = replace(method, edit_step=args.edit_step)
+    if args.start == "noise":
+        parts = None if args.edit_step is None else method.parts
+        method = replace(method, start="noise", editor=edit_once, parts=parts)
+    if args.no_edit:
+        method = replace(method, parts=None)
+    method = replace(method, insert=not args.no_insert)
+    if args.replay is not None:
+        method = replace(method, replay=args.replay)
+    if args.fixed_point is not None:
+        method = replace(method, fixed_point=args.fixed_point)
+
+    if not 1 <= method.edits_before(args.ddim_steps) <= args.ddim_steps:
+        raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
+    if method.start == "noise" and method.parts and method.edits_before(args.ddim_steps) == 1:
+        raise ValueError(
+            "--start noise --edit-step 1: at the first step that noise has nothing of the reference to be moved; "
+            "give an --edit-step above 1"
+        )
+    if args.fixed_point is not None and not 0 <= args.fixed_point <= 20:
+        raise ValueError(f"--fixed-point {args.fixed_point}: give a number from 0 to 20")
+    if args.replay and args.no_insert:
+        raise ValueError("--replay: replays the key frame, which --no-insert leaves out")
+    return method, chosen_by
+
+
+def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> None:
+    """Prints the size of the task and what it takes, without weights or a graphics card."""
+    # The pseudo video is encoded, and so are the training frames that it is made of.
+    holds = method.editor is hold_to_pseudo_video
+    encoded = 1 + len(run.frames) + targets if holds else 1
+    frames = targets + method.insert
     settings = run.settings
     sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
     model = SimpleNamespace(**networks_without_weights(sources))
@@ -259,13 +303,13 @@ def plan(args: argparse.Namespace, run: Run, encoded: int, frames: int) -> None:
     until = read_settings(sources).get("guidance_until", 0) if args.guidance != 1 else TRAIN_STEPS
     # A guided step predicts the noise twice.
     passes = args.ddim_steps + sum(t >= until for t in ddim_timesteps(args.ddim_steps))
-    inversion = args.start == "inversion" or args.edit != "none"
+    inversions = 1 + method.fixed_point if method.needs_inversion else 0
     print(
         f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
     )
     work = {
         "encoding": encoding * encoded,
-        "inversion": step * args.ddim_steps if inversion else 0,
+        "inversion": step * args.ddim_steps * inversions,
         "sampling": step * passes * frames,
         "decoding": decoding * frames,
     }
@@ -298,40 +342,29 @@ def plan(args: argparse.Namespace, run: Run, encoded: int, frames: int) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> np.ndarray | None:
-    """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
-    run = load_run(args.run or newest_run())
-    settings = run.settings
-    height, width = run.frames.shape[1:3]
-    ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
-    args.edit = args.edit or ("body" if args.start == "inversion" else "none")
-    prompt = settings["prompt"] if args.prompt is None else args.prompt
-    own_prompt = prompt != settings["prompt"]
-    if args.edit_step is None:
-        args.edit_step = 1 if own_prompt else best_edit_step(args.edit, args.ddim_steps)
-    if not 1 <= args.edit_step <= args.ddim_steps:
-        raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
-    if args.start == "noise" and args.edit != "none" and args.edit_step == 1:
-        raise ValueError(
-            f"--start noise --edit {args.edit}: at the first step that noise has nothing of the reference to "
-            "be moved; give an --edit-step above 1"
-        )
+# ---- What is done -------------------------------------------------------------------------------
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for a number that makes no sense."""
+    ddim_timesteps(args.ddim_steps)
     if args.fps is not None and not 0 < args.fps < math.inf:
         raise ValueError(f"--fps {args.fps:g}: give a number above 0")
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance:g}: give a number such as 1 or 3")
-    out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
-    check_out(
-        out, [args.poses, *(Path(settings[name]) for name in ("clip", "poses") if settings[name])]
-    )
     if args.slice is not None and args.slice < 1:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
 
+
+def read_targets(
+    args: argparse.Namespace, run: Run
+) -> tuple[Driver, list[Pose], dict[str, float] | None]:
+    """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so."""
     driver = read_driver(
         args.poses,
         args.poses_are,
         args.range,
-        settings["model"],
+        run.settings["model"],
         run.folder / "poses",
         args.person,
         args.smooth,
@@ -339,137 +372,167 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     )
     if args.canvas and driver.fps:
         raise ValueError(f"{args.poses}: --canvas is for JSON; footage has a size of its own")
-    targets, ratios = place_targets(driver, args.poses, run), None
-    if args.retarget or (args.retarget is None and not is_training_clip(args.poses, settings)):
-        try:
-            ratios = proportions(targets, run.poses, width / height)
-        except ValueError as error:
-            raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
-        targets = retarget(targets, run.poses, width / height)
-    k = choose_reference(args.reference, run, targets)
-    # A prompt of one's own wants something else than the training frames show, and a start from noise draws it.
-    holding = args.edit == "body" and args.start == "inversion" and not own_prompt
-    holding = holding and not args.no_hold
-    holding = holding and ddim_timesteps(args.ddim_steps)[args.edit_step - 1] >= HELD_UNTIL
-    if args.plan:
-        encoded = len(run.frames) + len(targets) if holding else 1
-        plan(args, run, encoded, len(targets) + (not args.no_insert))
-        return None
+    targets = place_targets(driver, args.poses, run)
+    own = is_training_clip(args.poses, run.settings)
+    if args.retarget is False or (args.retarget is None and own):
+        return driver, targets, None
+    height, width = run.frames.shape[1:3]
+    try:
+        ratios = proportions(targets, run.poses, width / height)
+    except ValueError as error:
+        raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
+    return driver, retarget(targets, run.poses, width / height), ratios
 
+
+def load_tuned(run: Run) -> Model:
+    """The model with the run's weights, on the device that is there."""
     keep_freed_memory()
     device, dtype = compute_device()
+    settings = run.settings
     model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
     load_trained(model, run.folder / "trained.safetensors")
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
+    return model
 
-    if holding and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
-        print(
-            "the training frames show no still background: the body is moved once, the rest left to the model"
-        )
-        holding = False
 
-    poses = targets if args.no_insert else insert_reference(run.poses[k], targets)
-    hints = embed_hints(model, poses, height, width)
-    source = encode_prompt(model, settings["prompt"])
-    target = encode_prompt(model, prompt) if own_prompt else source
-    if holding:
-        encoded = encode_frames(model, run.frames)
-        behind, known = without_people(encoded, run.poses)
-        (background,) = decode_latents(model, behind[None])
-        moved, shown = pseudo_video(run.frames, run.poses, k, targets, background, known)
-        held, reference = (encode_frames(model, moved), shown, known), encoded[k : k + 1]
-    else:
-        held, reference = None, encode_frames(model, run.frames[k : k + 1])
-
-    edit, edited = None, {}
-    if args.start == "inversion" or args.edit != "none":
-        reference_hint = embed_hints(model, [run.poses[k]], height, width)
-        trajectory = invert(model, reference, reference_hint, source, args.ddim_steps)
-    if args.edit != "none":
-        places = targets, run.poses[k], args.edit
-        edit, edited = between_steps(trajectory, *places, args.edit_step, held, args.seed)
-    if args.start == "inversion":
-        noise = trajectory[-1].expand(len(poses), -1, -1, -1)
-    else:
-        random = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(len(poses), *reference.shape[1:], generator=random).to(device)
-
-    try:
-        latents = sample(
-            model,
-            noise,
-            hints,
-            target,
-            args.ddim_steps,
-            args.guidance,
-            encode_prompt(model, ""),
-            edit,
-            plans(device, dtype, finest_map(model, noise), args.slice, args.offload),
-            model.guidance_until,
-        )
-    except MemoryError as error:
-        offload = "never" if args.offload == "never" else "always"
-        size, least = noise.shape[-2:], (args.guidance, args.slice or 1, offload)
-        need = sampling_peak(model, len(poses), *size, dtype, *least) / 1e9
-        raise MemoryError(f"{error}; {len(poses)} frames need about {need:.1f} GB") from None
-
+def write_result(
+    args: argparse.Namespace,
+    out: Path,
+    run: Run,
+    driver: Driver,
+    targets: Sequence[Pose],
+    frames: Iterable[np.ndarray],
+    report: dict,
+) -> np.ndarray:
+    """Writes video, contact sheet, poses and report, which gets what is known only now; returns the frames."""
+    height, width = run.frames.shape[1:3]
     out.parent.mkdir(parents=True, exist_ok=True)
-    frames = []
-    decoded = decode_latents(model, latents)
-    faithfulness = None if args.no_insert else psnr(next(decoded)[None], run.frames[k : k + 1])
-    fps = args.fps or driver.fps or settings["fps"]
+    fps, written = args.fps or driver.fps or run.settings["fps"], []
     with open_video(out, fps, height, width) as write:
-        for frame in tqdm(decoded, desc="decoding", total=len(targets)):
+        for frame in tqdm(frames, desc="decoding", total=len(targets)):
             write(frame)
-            frames.append(frame)
+            written.append(frame)
     # At another speed the sound would run away from the movements.
     sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
     if sound:
         try:
-            add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
+            add_sound(out, args.poses, driver.within.start / fps, len(written) / fps)
         except OSError as error:  # which is no reason to leave the rest unwritten
             sound = False
             print(f"{out}: without sound: {error}")
     # As they were followed: in this person's proportions and on this canvas.
     save_poses(out.with_suffix(".poses.json"), targets, width, height)
     drawn = [draw_pose(pose, height, width) for pose in targets]
-    save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
+    save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": written}))
+    report = {"frames": len(written), "fps": fps, "sound": sound} | report
+    with replacing(out.with_suffix(".json")) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    return np.stack(written)
+
+
+def main(args: argparse.Namespace) -> np.ndarray | None:
+    """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
+    check_numbers(args)
+    run = load_run(args.run or newest_run())
+    settings = run.settings
+    prompt = settings["prompt"] if args.prompt is None else args.prompt
+    method, chosen_by = choose_method(args, settings, prompt)
+    out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
+    inputs = [Path(settings[name]) for name in ("clip", "poses") if settings[name]]
+    check_out(out, [args.poses, *inputs])
+    driver, targets, ratios = read_targets(args, run)
+    k = choose_reference(args.reference, run, targets)
+    if args.plan:
+        plan(args, run, method, len(targets))
+        return None
+
+    model = load_tuned(run)
+    holds = method.parts and method.editor is hold_to_pseudo_video
+    if holds and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
+        print(
+            "the training frames show no still background: parts are moved once, the rest is left to the model"
+        )
+        method = replace(method, name="body", editor=edit_once)
+    print(f"method {method.name} ({chosen_by}), {args.ddim_steps} steps, on {describe(model)}")
+    made = generate_or_explain(args, run, targets, method, k, model, prompt)
+    faithfulness = None
+    if made.reconstruction is not None:
+        (reconstructed,) = decode_latents(model, made.reconstruction)
+        faithfulness = psnr(reconstructed[None], run.frames[k : k + 1])
     report = {
         "run": str(run.folder),
         "poses": str(args.poses),
-        "frames": len(frames),
-        "fps": fps,
-        "sound": sound,
         "retargeted": ratios is not None,
         "proportions": ratios,  # the subject's to the driver's
         "prompt": prompt,
         "guidance": args.guidance,
         "guidance_until": model.guidance_until,
         "ddim_steps": args.ddim_steps,
-        "edit": args.edit,
-        "edit_step": args.edit_step,
-        "held": holding,
-        "start": args.start,
+        "method": method.name,
+        "method_from": chosen_by,
+        "learning_rate": settings.get("learning_rate"),
+        "learning_rate_from": settings.get("learning_rate_from"),
+        "edit": method.parts,
+        "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
+        "start": method.start,
         "seed": args.seed,
-        "inserted": not args.no_insert,
+        "inserted": method.insert,
+        "replay": method.replay,
+        "fixed_point": method.fixed_point,
         "reference": settings["frames"][k],
+        # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
         "reference_psnr": faithfulness,
-        "edited_regions": edited,
+        "edited_regions": made.regions,
     }
-    with replacing(out.with_suffix(".json")) as unfinished:
-        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    frames = write_result(
+        args, out, run, driver, targets, decode_latents(model, made.latents), report
+    )
     print(
         f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png"
     )
-    return np.stack(frames)
+    return frames
+
+
+def generate_or_explain(
+    args: argparse.Namespace,
+    run: Run,
+    targets: list[Pose],
+    method: Method,
+    k: int,
+    model: Model,
+    prompt: str,
+) -> Generated:
+    """`generate` as the command line says. Raises MemoryError with how much would do."""
+    try:
+        return generate(
+            model,
+            run,
+            targets,
+            method,
+            k,
+            args.ddim_steps,
+            run.settings["prompt"],
+            prompt,
+            args.guidance,
+            args.seed,
+            args.slice,
+            args.offload,
+        )
+    except MemoryError as error:
+        frames = len(targets) + method.insert
+        size = (side // model.vae.config.factor for side in run.frames.shape[1:3])
+        dtype = model.unet.conv_in.weight.dtype
+        offload = "never" if args.offload == "never" else "always"
+        peak = sampling_peak(model, frames, *size, dtype, args.guidance, args.slice or 1, offload)
+        raise MemoryError(f"{error}; {frames} frames need about {peak / 1e9:.1f} GB") from None
 
 
 if __name__ == "__main__":
     parser, args = parse_arguments()
     try:
         main(args)
-    except (MemoryError, OSError, ValueError) as error:
+    except (ArithmeticError, MemoryError, OSError, ValueError) as error:
         parser.exit(2, f"sample.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "sample.py: stopped\n")

@@ -43,7 +43,7 @@ from demo.puppet import random_puppet
 from evaluate import FAINT, INK, LINE, PAPER
 from pose import draw_pose
 from posecrafter import ddim_timesteps, training_steps
-from pseudo import best_edit_step
+from pseudo import METHODS
 from video import contact_sheet, replacing, save_image
 
 # ---- What is run --------------------------------------------------------------------------------
@@ -53,7 +53,18 @@ ALPHA_STEPS = 50  # DDIM steps of the sweep over the edit step, as in the paper
 ALPHAS = (1, 5, 10, 20, 30, 40, 50)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DDIM_STEPS = (10, 20, 50)
-PARTS = ("main", "harder", "attributes", "alpha", "frames", "rate", "interpolation", "steps")
+PARTS = (
+    "main",
+    "harder",
+    "replay",
+    "hard replay",
+    "attributes",
+    "alpha",
+    "frames",
+    "rate",
+    "interpolation",
+    "steps",
+)
 SETTINGS = read_settings(locate("demo"))
 
 
@@ -70,6 +81,8 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         edit="face,hands",
         edit_step=1,
         hold=False,
+        replay=False,
+        fixed_point=0,
         interpolation="bilinear",
         dance="facing",
         driver="own",
@@ -124,7 +137,7 @@ def ablation(full: Cell) -> dict[str, Cell]:
     undrawn = replace(untrained, ddim_steps=0, insert=False, edit="none", edit_step=0)
     unedited = replace(full, edit="none", edit_step=0)
     uninserted = replace(unedited, insert=False)
-    body = replace(full, edit="body", edit_step=best_edit_step("body", full.ddim_steps))
+    body = replace(full, edit="body", edit_step=METHODS["body"].edits_before(full.ddim_steps))
     return {
         COPY: replace(undrawn, source="copy"),
         WARP: replace(undrawn, source="warp"),
@@ -152,6 +165,48 @@ def harder(full: Cell) -> dict[str, Cell]:
         f"{kind}: {'full' if way == FULL else way}": ablation(cell)[way]
         for kind, cell in kinds.items()
         for way in ways
+    }
+
+
+AS_IT_IS, BOTH = "as it is", "both"
+KEY_FRAME = {  # how the key frame gets back from noise, beyond the paper: replay, iterations of inversion
+    AS_IT_IS: (False, 0),
+    "replay": (True, 0),
+    "fixed point": (False, 2),
+    BOTH: (True, 2),
+}
+METHOD_ROWS = {"paper": FULL, "body": BODY, "held": HELD}
+
+
+def key_frames(full: Cell, ways: Iterable[str] = KEY_FRAME) -> dict[str, Cell]:
+    """Each method, with its key frame sampled as the paper does or in one of the other ways."""
+    rows = ablation(full)
+    return {
+        f"{method}: {way}": replace(
+            rows[row], replay=KEY_FRAME[way][0], fixed_point=KEY_FRAME[way][1]
+        )
+        for method, row in METHOD_ROWS.items()
+        for way in ways
+    }
+
+
+def replaying(full: Cell) -> dict[str, Cell]:
+    """All ways of all methods, in 10, 20 and 50 steps."""
+    return {
+        f"{steps} steps, {name}": cell
+        for steps in DDIM_STEPS
+        for name, cell in key_frames(replace(full, ddim_steps=steps)).items()
+    }
+
+
+def hard_replaying(full: Cell) -> dict[str, Cell]:
+    """The same with poses unlike any of the training clip's, in 10 steps."""
+    return {
+        f"{dance}, {name}": cell
+        for dance in ("turning", "crossed")
+        for name, cell in key_frames(
+            replace(full, dance=dance, ddim_steps=10), (AS_IT_IS, BOTH)
+        ).items()
     }
 
 
@@ -202,6 +257,8 @@ def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
     parts = {
         "main": [ablation(full_method(*subject, args)) for subject in subjects],
         "harder": [harder(full) for full in moved],
+        "replay": [replaying(full) for full in moved],
+        "hard replay": [hard_replaying(full) for full in moved],
         "attributes": [repainting(full) for full in haired],
     }
     parts |= {part: [points(full) for full in swept] for part, points in sweeps.items()}

@@ -54,20 +54,20 @@ from openpose import OpenPose
 from parts import covered
 from pose import Pose, video_sim
 from posecrafter import (
+    Method,
     decode_latents,
     edit_latents,
+    edit_once,
     embed_hints,
     encode_frames,
     encode_prompt,
-    insert_reference,
-    invert,
+    generate,
     network_inputs,
-    sample,
     sample_bilinear,
     select_reference,
     trainable_parameters,
 )
-from pseudo import between_steps, pseudo_video, without_people
+from pseudo import hold_to_pseudo_video, moved_person, without_people
 from retarget import retarget
 from train import train
 from video import replacing, save_image
@@ -92,7 +92,9 @@ class Cell:
     insert: bool
     edit: str  # what latent editing moves: "face,hands", "body" or "none"
     edit_step: int  # 0: never
-    hold: bool  # see `pseudo.between_steps`
+    hold: bool  # to the pseudo video that moves; see `pseudo.hold_to_pseudo_video`
+    replay: bool  # the key frame goes the way back that inversion came
+    fixed_point: int  # further iterations of each inversion step
     interpolation: str  # of latent editing: "bilinear" or "nearest"
     dance: str  # that is followed, one of `puppet.DANCES`; the training clip's is always the first
     driver: str  # whose poses: "own", or another puppet's, "literal" or "retargeted"
@@ -204,15 +206,6 @@ def nearest(latent: Tensor, points: np.ndarray) -> Tensor:
     return sample_bilinear(latent, points.round())
 
 
-def moved_person(model: Model, scene: Scene, k: int) -> tuple[np.ndarray, Tensor, Tensor]:
-    """The pseudo video, uint8 (F, 128, 128, 3), where it is no guess, and where the background is known, as
-    `sample.py` makes them.
-    """
-    behind, known = without_people(encode_frames(model, scene.frames), scene.poses)
-    (background,) = decode_latents(model, behind[None])
-    return *pseudo_video(scene.frames, scene.poses, k, scene.targets, background, known), known
-
-
 def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
     """The cell's frames, uint8 (F, 128, 128, 3), of a model that holds its weights; as `sample.py` does."""
     k = select_reference(scene.poses, scene.targets)
@@ -224,47 +217,33 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
         warped = [warp_body(latents[k], scene.poses[k], p, background) for p in scene.targets]
         return np.stack(list(decode_latents(model, torch.stack(warped))))
     if cell.source == "moved":
-        return moved_person(model, scene, k)[0]
+        return moved_person(model, scene, k, scene.targets)[0]
 
-    targets = scene.targets
-    poses = insert_reference(scene.poses[k], targets) if cell.insert else targets
-    hints = embed_hints(model, poses, SIZE, SIZE)
-    context = encode_prompt(model, PROMPT)
-    target = context
-    if cell.guidance:
-        target = encode_prompt(model, f"{PROMPT}, {repaint(cell)[1]}")
-    reference = encode_frames(model, scene.frames[k : k + 1])
-    if cell.source == "noise":
-        random = torch.Generator().manual_seed(cell.seed)
-        noise = torch.randn(len(poses), *reference.shape[1:], generator=random).to(reference.device)
-    else:
-        hint = embed_hints(model, [scene.poses[k]], SIZE, SIZE)
-        trajectory = invert(model, reference, hint, context, cell.ddim_steps)
-        noise = trajectory[-1].expand(len(poses), -1, -1, -1)
-
-    edit = None
-    if cell.edit != "none":
-        places = targets, scene.poses[k], cell.edit
-        held = None
-        if cell.hold:
-            moved, shown, known = moved_person(model, scene, k)
-            held = encode_frames(model, moved), shown, known
-        edit, _ = between_steps(trajectory, *places, cell.edit_step, held, cell.seed)
-
+    method = Method(
+        "cell",
+        parts=None if cell.edit == "none" else cell.edit,
+        edit_step=cell.edit_step,
+        editor=hold_to_pseudo_video if cell.hold else edit_once,
+        insert=cell.insert,
+        start=cell.source,
+        replay=cell.replay,
+        fixed_point=cell.fixed_point,
+    )
     by_nearest = mock.patch("posecrafter.sample_bilinear", nearest)
     with by_nearest if cell.interpolation == "nearest" else nullcontext():
-        latents = sample(
-            model,
-            noise,
-            hints,
-            target,
+        made = generate(
+            replace(model, guidance_until=cell.guidance_until),
+            scene,
+            scene.targets,
+            method,
+            k,
             cell.ddim_steps,
+            PROMPT,
+            f"{PROMPT}, {repaint(cell)[1]}" if cell.guidance else PROMPT,
             cell.guidance or 1.0,
-            encode_prompt(model, ""),
-            edit,
-            guidance_until=cell.guidance_until,
+            cell.seed,
         )
-    return np.stack(list(decode_latents(model, latents[-len(targets) :])))
+    return np.stack(list(decode_latents(model, made.latents)))
 
 
 # ---- Figures ------------------------------------------------------------------------------------
