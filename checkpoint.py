@@ -504,7 +504,9 @@ def read_settings(sources: dict[str, Path]) -> dict:
     for name, value in settings.items():
         default = getattr(Model, name)
         kinds = (str,) if isinstance(default, str) else (int, type(default))
-        if type(value) not in kinds or (value not in METHOD_NAMES if name == "method" else value < 0):
+        if type(value) not in kinds or (
+            value not in METHOD_NAMES if name == "method" else value < 0
+        ):
             raise ValueError(f"{sources['settings']}: {value!r} given as {name}")
     return settings
 
@@ -1008,7 +1010,9 @@ def describe(model: Model) -> str:
     """Where a model computes, and how precisely, in words: "the CPU, bfloat16"."""
     weight = model.unet.conv_in.weight
     cuda = weight.device.type == "cuda"
-    name = torch.cuda.get_device_name(weight.device) if cuda else f"the {weight.device.type.upper()}"
+    name = (
+        torch.cuda.get_device_name(weight.device) if cuda else f"the {weight.device.type.upper()}"
+    )
     return f"{name}, {str(weight.dtype).removeprefix('torch.')}"
 
 

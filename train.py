@@ -6,7 +6,8 @@ Leaves a run folder that `sample.py` makes new videos from:
     frames/               the training frames, on canvas
     frames.poses.json     their poses
     settings.json         everything needed to do it again
-    loss.csv              step, timestep, loss
+    loss.csv              step, timestep, loss; timestep "fixed": the loss on the same noises each time
+    training.json         those losses on fixed noises, and whether training made the model worse
     preview.png           the frames and their control images, to check that the poses fit
     poses/                what was found in pixels, to be found only once
 
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from checkpoint import Model, compute_device, keep_freed_memory, load_model
+from checkpoint import Model, compute_device, describe, keep_freed_memory, load_model
 from driver import KINDS, read_driver, uniform_frames
 from pose import Pose, draw_pose, has_person, load_poses, place_pose, save_poses
 from posecrafter import (
@@ -74,7 +75,9 @@ def load_run(folder: Path) -> Run:
     frames, _ = read_frames(folder / "frames")
     poses = load_poses(folder / "frames.poses.json")
     if not len(frames) == len(poses) == len(settings["frames"]):
-        counts = f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
+        counts = (
+            f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
+        )
         raise ValueError(f"{folder}: a damaged run: {counts}; delete it and train again")
     return Run(folder, settings, frames, poses)
 
@@ -84,7 +87,9 @@ def read_run_settings(folder: Path) -> dict:
     path = folder / "settings.json"
     try:
         settings = json.loads(path.read_text())
-        missing = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt"} - {*settings}
+        missing = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt"} - {
+            *settings
+        }
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete {folder} and train again") from None
     if missing:
@@ -199,6 +204,46 @@ def parse_canvas(text: str) -> tuple[int, int]:
 
 # ---- Training -----------------------------------------------------------------------------------
 
+FIRST_STEPS = 5  # after so many the loss tells whether the learning rate is far too high
+FIXED_TIMESTEPS = 125, 375, 625, 875
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What training made, and what it did to the loss."""
+
+    tensors: dict[str, Tensor]
+    # On the same noises each time, by steps trained: before the first, after FIRST_STEPS, after the last.
+    fixed_losses: dict[int, float]
+
+    @property
+    def worse(self) -> bool:
+        return self.fixed_losses[max(self.fixed_losses)] > self.fixed_losses[0]
+
+
+@torch.no_grad()
+def fixed_noise_loss(model: Model, latents: Tensor, hints: Tensor, context: Tensor) -> float:
+    """The training loss on up to BATCH frames, the mean over four timesteps, with the same noises at every call.
+
+    The loss of a training step depends mostly on its timestep, so a run's own losses hardly tell whether the model
+    has learned; this does.
+    """
+    losses, frames = [], uniform_frames(range(len(latents)), min(BATCH, len(latents)))
+    for timestep in FIXED_TIMESTEPS:
+        random = torch.Generator().manual_seed(timestep)
+        noise = torch.randn(latents[frames].shape, generator=random).to(latents)
+        losses.append(
+            autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
+        )
+    return torch.stack(losses).mean().item()
+
+
+def autocast_loss(model: Model, latents: Tensor, *rest) -> Tensor:
+    """`training_loss` in the precision of the frozen weights, though the trained ones are float32."""
+    dtype = model.unet.conv_in.weight.dtype
+    with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
+        return training_loss(model, latents, *rest)
+
 
 def train(
     model: Model,
@@ -210,58 +255,120 @@ def train(
     seed: int,
     checkpoint: Path,
     log: Path,
-) -> dict[str, Tensor]:
-    """The training loop: AdamW at a fixed rate on the loss at random timesteps. Returns the trained tensors.
+) -> Tuned:
+    """The training loop: AdamW at a fixed rate on the loss at random timesteps.
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
-    Frozen weights keep their precision; the trained ones and their optimizer state are float32. The noise
-    of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same run.
-    Raises ValueError for a damaged checkpoint.
+    Frozen weights keep their precision; the trained ones and their optimizer state are float32, and their
+    gradients are clipped to norm 1. Those of a float16 model are scaled, so that small ones do not vanish. The
+    noise of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same.
+    Raises ValueError for a damaged checkpoint, and FloatingPointError for a loss that is not finite.
     """
     parameters = trainable_parameters(model)
-    device, dtype = latents.device, model.unet.conv_in.weight.dtype
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     recompute_activations(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
-    start = 0
+    dtype = model.unet.conv_in.weight.dtype
+    scaler = torch.amp.GradScaler(latents.device.type, enabled=dtype == torch.float16)
+    start, fixed_losses = 0, {}
     if checkpoint.exists():
-        try:
-            state = torch.load(checkpoint, weights_only=True, map_location=device)
-            for name, parameter in parameters.items():
-                parameter.data.copy_(state["parameters"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a damaged pickle can raise anything
-            raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
-    rows = log.read_text().splitlines()[: 1 + start] if start else ["step,timestep,loss"]
-    log.write_text("\n".join(rows) + "\n")  # what was logged after the checkpoint comes again
+        start, fixed_losses = resume(checkpoint, parameters, optimizer, scaler)
+    rows = ["step,timestep,loss"]
+    if start:  # what was logged after the checkpoint comes again
+        rows += [row for row in log.read_text().splitlines()[1:] if int(row.split(",")[0]) <= start]
+    log.write_text("\n".join(rows) + "\n")
 
+    def note(step: int, timestep: int | str, loss: float) -> None:
+        with log.open("a") as file:
+            file.write(f"{step},{timestep},{loss:.6f}\n")
+
+    def note_fixed_loss(step: int) -> None:
+        fixed_losses[step] = fixed_noise_loss(model, latents, hints, context)
+        note(step, "fixed", fixed_losses[step])
+
+    if not fixed_losses:
+        note_fixed_loss(0)
     saved = time.monotonic()
     for step in (bar := trange(start, steps, initial=start, total=steps, desc="training")):
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         frames = torch.randperm(len(latents), generator=random)[:BATCH].sort().values
         timestep = torch.randint(0, 1000, (), generator=random).item()
-        noise = torch.randn(latents[frames].shape, generator=random).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = training_loss(model, latents[frames], hints[frames], context, timestep, noise)
+        noise = torch.randn(latents[frames].shape, generator=random).to(latents)
+        loss = autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is not finite; delete {checkpoint.parent} and train again with a "
+                f"lower rate: --lr {learning_rate / 10:g}"
+            )
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
 
-        with log.open("a") as file:
-            file.write(f"{step + 1},{timestep},{loss.item():.6f}\n")
+        note(step + 1, timestep, loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step + 1 in (FIRST_STEPS, steps):
+            note_fixed_loss(step + 1)
         if time.monotonic() - saved > SAVE_EVERY:
-            values = {name: parameter.data for name, parameter in parameters.items()}
-            state = {"step": step + 1, "parameters": values, "optimizer": optimizer.state_dict()}
+            state = {
+                "step": step + 1,
+                "parameters": {name: parameter.data for name, parameter in parameters.items()},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "fixed_losses": fixed_losses,
+            }
             with replacing(checkpoint) as unfinished:
                 torch.save(state, unfinished)
             saved = time.monotonic()
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    tensors = {
+        name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
+    }
+    return Tuned(tensors, fixed_losses)
+
+
+def resume(
+    checkpoint: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, dict[int, float]]:
+    """Goes back to a checkpoint of `train`: the steps done, and the losses on fixed noises so far.
+
+    Raises ValueError for a damaged one.
+    """
+    try:
+        # To the host: the optimizer takes its moments from there to the device. Its step counters stay: on the
+        # device each step would have to wait for them.
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return state["step"], state["fixed_losses"]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a damaged pickle can raise anything
+        raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
+
+
+def describe_losses(tuned: Tuned, learning_rate: float) -> str:
+    """What training did to the loss on fixed noises, and what to do if that was no good."""
+    (_, before), *rest = tuned.fixed_losses.items()
+    after = ", ".join(f"{loss:.4f} after {step} steps" for step, loss in rest)
+    text = f"loss on fixed noises: {before:.4f} before training, {after}"
+    if tuned.worse:
+        text += (
+            f"\nTRAINING MADE THE MODEL WORSE: the learning rate {learning_rate:g} is too high for it; train "
+            f"again, into another --run, with --lr {learning_rate / 10:g}"
+        )
+    return text
+
+
+# ---- The command line ---------------------------------------------------------------------------
 
 
 def add_pose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -308,9 +415,10 @@ def parse_arguments(
     parser.add_argument(
         "--steps", type=int, help="training steps (default: the paper's, 100 for 8 frames)"
     )
-    # The public ControlVideo code uses 3e-5; the paper states 0.003.
     parser.add_argument(
-        "--lr", type=float, help="learning rate (default: the model's; 0.003 for SD 1.5)"
+        "--lr",
+        type=float,
+        help="learning rate (default: the model's; 0.0001 for public checkpoints, the paper states 0.003)",
     )
     parser.add_argument(
         "--size", type=int, help="short side of the canvas (default: the model's; 512 for SD 1.5)"
@@ -376,10 +484,13 @@ def main(args: argparse.Namespace) -> None:
         "prompt": args.prompt,
         "steps": args.steps or training_steps(len(frames)),
         "learning_rate": args.lr or model.learning_rate,
+        "learning_rate_from": "--lr" if args.lr else "the model's default",
         "seed": args.seed,
         # Other frames, or poses that were corrected, make another run.
         "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
     }
+    rate, chosen_by = settings["learning_rate"], settings["learning_rate_from"]
+    print(f"learning rate {rate:g} ({chosen_by}), {settings['steps']} steps, on {describe(model)}")
     context = encode_prompt(model, args.prompt)
     latents = encode_frames(model, frames)
     hints = embed_hints(model, poses, height, width)
@@ -392,7 +503,9 @@ def main(args: argparse.Namespace) -> None:
                 "delete it"
             )
     (folder / "frames").mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "settings.json") as unfinished:  # first: what follows is of these settings
+    with replacing(
+        folder / "settings.json"
+    ) as unfinished:  # first: what follows is of these settings
         unfinished.write_text(json.dumps(settings, indent=1) + "\n")
     for index, frame in zip(indices, frames):
         save_image(folder / "frames" / f"{index:05d}.png", frame)
@@ -400,20 +513,24 @@ def main(args: argparse.Namespace) -> None:
     drawn = [draw_pose(pose, height, width) for pose in poses]
     save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
 
-    trained = train(
+    tuned = train(
         model,
         latents.clone(),
         hints.to(device, copy=True),
         context.clone(),
         settings["steps"],
-        settings["learning_rate"],
+        rate,
         args.seed,
         folder / "training_state.pt",
         folder / "loss.csv",
     )
+    with replacing(folder / "training.json") as unfinished:
+        outcome = {"fixed_losses": tuned.fixed_losses, "worse": tuned.worse}
+        unfinished.write_text(json.dumps(outcome, indent=1) + "\n")
     with replacing(folder / "trained.safetensors") as unfinished:
-        unfinished.write_bytes(save(trained))
+        unfinished.write_bytes(save(tuned.tensors))
     (folder / "training_state.pt").unlink(missing_ok=True)
+    tqdm.write(describe_losses(tuned, rate))
     tqdm.write(
         f"{folder}: trained on {len(frames)} frames of {width}x{height} in {settings['steps']} steps"
     )
@@ -424,9 +541,11 @@ if __name__ == "__main__":
     parser, args = parse_arguments()
     try:
         main(args)
-    except (OSError, ValueError) as error:
+    except (ArithmeticError, OSError, ValueError) as error:
         parser.exit(2, f"train.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "train.py: stopped; the same command goes on from the last checkpoint\n")
     except torch.OutOfMemoryError:
-        parser.exit(2, "train.py: out of graphics memory: give fewer --frames or a smaller --size\n")
+        parser.exit(
+            2, "train.py: out of graphics memory: give fewer --frames or a smaller --size\n"
+        )

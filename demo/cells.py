@@ -184,7 +184,7 @@ def fine_tune(model: Model, base: dict[str, Tensor], cell: Cell, scene: Scene, w
     path = work / "trained" / f"{tuning_name(cell)}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        trained = train(
+        tuned = train(
             model,
             encode_frames(model, scene.frames).clone(),
             embed_hints(model, scene.poses, SIZE, SIZE).to(**network_inputs(model), copy=True),
@@ -196,7 +196,7 @@ def fine_tune(model: Model, base: dict[str, Tensor], cell: Cell, scene: Scene, w
             path.with_suffix(".csv"),
         )
         with replacing(path) as unfinished:
-            save_file(trained, unfinished)
+            save_file(tuned.tensors, unfinished)
         path.with_suffix(".pt").unlink(missing_ok=True)
     put(model, load_file(path))
 

@@ -136,7 +136,7 @@ def model(tokenizer) -> Model:
         shapes = {f"{part}.{n}": tensor.shape for n, tensor in network.state_dict().items()}
         tensors = {n.removeprefix(f"{part}."): tensor for n, tensor in fill(shapes).items()}
         network.load_state_dict(tensors)
-    settings = {"size": 256, "learning_rate": 1e-4, "guidance_until": 700}
+    settings = {"size": 256, "learning_rate": 1e-3, "method": "held", "guidance_until": 700}
     return Model(**networks, tokenizer=tokenizer, **settings)
 
 
@@ -179,7 +179,8 @@ def test_a_saved_model_comes_back(model, saved):
         assert ours.config == theirs.config and same(weights(ours), weights(theirs))
     assert loaded.tokenizer.vocab == model.tokenizer.vocab
     assert loaded.tokenizer.merges == model.tokenizer.merges
-    assert (loaded.size, loaded.learning_rate, loaded.guidance_until) == (256, 1e-4, 700)
+    assert (loaded.size, loaded.learning_rate, loaded.guidance_until) == (256, 1e-3, 700)
+    assert loaded.method == "held"
 
 
 def test_temporal_layers_start_from_key_frame_attention_and_at_zero(saved):
@@ -302,7 +303,7 @@ def test_a_folder_that_diffusers_and_transformers_wrote_is_read(model, saved, tm
     for part in checkpoint.PARTS:
         assert same(weights(getattr(loaded, part)), weights(getattr(model, part)))
     assert loaded.tokenizer("a red hat").tolist() == model.tokenizer("a red hat").tolist()
-    assert (loaded.size, loaded.learning_rate) == (512, 0.003)  # it does not say
+    assert (loaded.size, loaded.learning_rate, loaded.method) == (512, 1e-4, "paper")  # it does not say
 
 
 def test_half_precision_files_are_preferred_in_half_precision_only(saved, tmp_path):
@@ -633,6 +634,7 @@ def test_folders_of_other_models_are_told_by_their_config(saved, tmp_path, key, 
         ("text_encoder/config.json", "hidden_size", None),
         ("posecrafter.json", "size", "big"),
         ("posecrafter.json", "learning_rate", None),
+        ("posecrafter.json", "method", "magic"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named_with_its_file(saved, tmp_path, file, key, value):
@@ -878,7 +880,7 @@ def test_sd15_is_downloaded_once(hub, small, model):
     loaded = load_model("sd15")
     for part in checkpoint.PARTS:
         assert same(weights(getattr(loaded, part)), weights(getattr(model, part)))
-    assert (loaded.size, loaded.learning_rate) == (512, 0.003)
+    assert (loaded.size, loaded.learning_rate, loaded.method) == (512, 1e-4, "paper")
     assert len(hub.fetched()) == 6 and not any("Annotators" in name for name in hub.fetched())
     hub.stop()
     hub.requests.clear()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import runpy
 import shutil
@@ -19,13 +20,13 @@ from safetensors.torch import load_file
 import driver
 import sample
 import train
-from checkpoint import Model, save_model
+from checkpoint import Model, compute_device, save_model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import clip
 from demo.vocabulary import learn_merges
 from pose import Pose, load_poses, save_poses
-from posecrafter import training_loss
+from posecrafter import PAPER, Method, edit_once, training_loss
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from video import add_sound, has_sound, read_frames, save_image, write_video
@@ -46,7 +47,7 @@ def workplace(tmp_path_factory) -> Path:
     text = TextConfig(len(tokenizer.vocab), width=16, heads=2, layers=1, mlp_width=32, length=8)
     vae = VAEConfig(widths=(8, 8, 8), layers_per_block=1, norm_groups=4)
     networks = UNet(unet), ControlNet(unet, (4, 4, 4)), VAE(vae), TextEncoder(text)
-    model = Model(*networks, tokenizer, size=SIZE, learning_rate=1e-3)
+    model = Model(*networks, tokenizer, size=SIZE, learning_rate=1e-3, method="held")
     save_model(model, folder / "model", torch.float32)
 
     frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=12, size=SIZE)
@@ -90,10 +91,16 @@ def trained(workplace) -> Path:
 
 def test_training_leaves_a_complete_run_folder(trained):
     left = {path.name for path in trained.iterdir()}
-    wanted = "trained.safetensors frames frames.poses.json settings.json loss.csv preview.png"
+    wanted = "trained.safetensors frames frames.poses.json settings.json loss.csv preview.png "
+    wanted += "training.json"
     assert left == set(wanted.split())
     assert len(list((trained / "frames").iterdir())) == 4
-    assert len((trained / "loss.csv").read_text().splitlines()) == 1 + 3
+    rows = [row.split(",")[:2] for row in (trained / "loss.csv").read_text().splitlines()]
+    assert rows[:2] == [["step", "timestep"], ["0", "fixed"]] and rows[-1] == ["3", "fixed"]
+    assert [step for step, timestep in rows if timestep.isdecimal()] == ["1", "2", "3"]
+    outcome = json.loads((trained / "training.json").read_text())
+    assert outcome["fixed_losses"].keys() == {"0", "3"}
+    assert outcome["worse"] == (outcome["fixed_losses"]["3"] > outcome["fixed_losses"]["0"])
     settings = json.loads((trained / "settings.json").read_text())
     assert settings["frames"] == [0, 4, 7, 11]
     assert settings["learning_rate"] == 1e-3
@@ -142,10 +149,12 @@ def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     asked = load_poses(workplace / "clip.json")[2:7]  # the training clip's own: as they are
     assert len(followed) == 5
     assert all(np.allclose(a.body, b.body, atol=1e-4) for a, b in zip(followed, asked))
-    main(workplace, *SAMPLE, "--run", "runs/first", "--out", "paper.mp4", "--edit", "face,hands")
+    main(workplace, *SAMPLE, "--run", "runs/first", "--out", "paper.mp4", "--method", "paper")
     report = json.loads((workplace / "paper.json").read_text())
     assert report["edited_regions"] == dict.fromkeys(("face", "left_hand", "right_hand"), 5)
     assert report["edit_step"] == 1
+    assert (report["method"], report["method_from"]) == ("paper", "--method")
+    assert (report["learning_rate"], report["learning_rate_from"]) == (1e-3, "the model's default")
 
 
 def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained):
@@ -153,18 +162,23 @@ def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained
         main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)
         return read_frames(workplace / f"{name}.mp4")[0]
 
+    SAMPLE = ("sample.py", "--poses", "clip.json", "--range", "2:4", "--ddim-steps", 3)
     plain = sampled("a")
     assert np.array_equal(plain, sampled("b"))
     assert not np.array_equal(plain, sampled("c", "--no-insert"))
-    assert not np.array_equal(plain, sampled("d", "--edit", "none"))
-    assert not np.array_equal(plain, sampled("j", "--edit", "face,hands"))
-    assert not np.array_equal(plain, sampled("l", "--no-hold"))
+    assert not np.array_equal(plain, sampled("d", "--no-edit"))
+    assert not np.array_equal(plain, sampled("j", "--method", "paper"))
+    assert not np.array_equal(plain, sampled("l", "--method", "body"))
+    assert not np.array_equal(
+        sampled("m", "--replay", "--no-edit"), sampled("n", "--no-replay", "--no-edit")
+    )
+    assert not np.array_equal(sampled("o", "--fixed-point", 0), sampled("p", "--fixed-point", 3))
     assert not np.array_equal(plain, sampled("e", "--edit-step", 2))
     assert not np.array_equal(plain, sampled("f", "--reference", 0))
     assert not np.array_equal(plain, sampled("g", "--prompt", "red hair", "--guidance", 3))
     noise = sampled("h", "--start", "noise")
     assert not np.array_equal(plain, noise)
-    assert np.array_equal(noise, sampled("k", "--start", "noise", "--edit", "none"))
+    assert np.array_equal(noise, sampled("k", "--start", "noise", "--no-edit"))
     assert not np.array_equal(noise, sampled("i", "--start", "noise", "--seed", 1))
 
 
@@ -180,19 +194,102 @@ def test_bodies_move_after_a_fifth_of_the_steps_unless_they_are_to_look_differen
 def test_sampling_is_held_to_the_training_frames_where_that_is_possible_and_wanted(
     workplace, trained, monkeypatch, capsys
 ):
-    def held(*options: object) -> bool:
+    def used(*options: object) -> str:
         main(workplace, *SAMPLE, "--run", "runs/first", "--out", "held.mp4", *options)
-        return json.loads((workplace / "held.json").read_text())["held"]
+        return json.loads((workplace / "held.json").read_text())["method"]
 
-    assert held() and held("--edit-step", 1, "--no-insert")
-    assert not held("--no-hold")
-    assert not held("--edit", "face,hands")
-    assert not held("--prompt", "red hair")
-    assert not held("--start", "noise", "--edit", "body", "--edit-step", 2)
+    assert used() == used("--edit-step", 1, "--no-insert") == "held"
+    assert used("--method", "body") == "body"
     assert "still" not in capsys.readouterr().out
     monkeypatch.setattr(sample, "background_change", lambda *_: 2 * sample.STILL)
-    assert not held()
-    assert "no still background" in capsys.readouterr().out
+    assert used() == "body"
+    printed = capsys.readouterr().out
+    assert "no still background" in printed and "method body" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), {"name": "held", "parts": "body", "edit_step": None}),
+        (("--method", "paper"), {"parts": "face,hands", "edit_step": 1, "replay": False}),
+        (("--method", "paper", "--replay", "--fixed-point", 2), {"replay": True, "fixed_point": 2}),
+        (("--prompt", "red hair"), {"edit_step": 1, "editor": edit_once, "replay": False}),
+        (("--prompt", "red hair", "--replay"), {"replay": True}),
+        (("--start", "noise"), {"start": "noise", "parts": None}),
+        (("--start", "noise", "--edit-step", 2), {"parts": "body", "editor": edit_once}),
+        (("--no-insert", "--no-edit"), {"insert": False, "parts": None}),
+    ],
+)
+def test_options_make_the_method(workplace, trained, options, expected):
+    _, args = sample.parse_arguments(["--poses", "clip.json", *map(str, options)])
+    settings = json.loads((trained / "settings.json").read_text())
+    settings["model"] = str(workplace / "model")
+    method, chosen_by = sample.choose_method(args, settings, args.prompt or settings["prompt"])
+    assert {name: getattr(method, name) for name in expected} == expected
+    assert chosen_by == ("--method" if args.method else "the model's default")
+
+
+def test_public_checkpoints_are_sampled_as_the_paper_says(trained):
+    _, args = sample.parse_arguments(["--poses", "clip.json"])
+    settings = json.loads((trained / "settings.json").read_text()) | {"model": "sd15"}
+    assert sample.choose_method(args, settings, "a person") == (PAPER, "the model's default")
+    assert PAPER == Method("paper", "face,hands", 1, edit_once, True, "inversion", False, 0)
+
+
+def test_a_rate_that_ruins_the_model_is_not_called_a_success(workplace, trained, capsys):
+    options = ("--model", "demo", "--size", SIZE, "--frames", 4, "--steps", 6, "--lr", 0.9)
+    main(workplace, *TRAIN, "--run", "runs/ruined", *options)
+    printed = capsys.readouterr()
+    assert "TRAINING MADE THE MODEL WORSE" in printed.out + printed.err
+    assert "--lr 0.09" in printed.out + printed.err
+    outcome = json.loads((workplace / "runs" / "ruined" / "training.json").read_text())
+    assert outcome["worse"] and outcome["fixed_losses"].keys() == {"0", "5", "6"}
+    assert "learning rate 0.9 (--lr), 6 steps, on the CPU" in printed.out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
+    def lost(*inputs):
+        return training_loss(*inputs) * math.nan
+
+    monkeypatch.setattr(train, "training_loss", lost)
+    with pytest.raises(FloatingPointError, match=r"loss of step 1 is not finite.*--lr 0.0001"):
+        main(workplace, *TRAIN, "--run", "runs/lost", "--frames", 4)
+    assert not (workplace / "runs" / "lost" / "trained.safetensors").exists()
+
+
+def test_a_card_without_bfloat16_trains_in_float16_with_scaled_gradients(
+    workplace, trained, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert compute_device(training=True) == (torch.device("cuda", 0), dtype)
+        assert compute_device() == (torch.device("cuda", 0), torch.float16)
+    monkeypatch.undo()
+    cpu = torch.device("cpu"), torch.float16
+    monkeypatch.setattr(train, "compute_device", lambda training: cpu)
+    scales = []
+    step = torch.amp.GradScaler.step
+    monkeypatch.setattr(
+        torch.amp.GradScaler,
+        "step",
+        lambda scaler, optimizer: (scales.append(scaler.get_scale()), step(scaler, optimizer)),
+    )
+    main(workplace, *TRAIN, "--run", "runs/half", "--frames", 4)
+    assert scales == [65536.0] * 3
+    half, whole = (
+        load_file(workplace / "runs" / name / "trained.safetensors") for name in ("half", "first")
+    )
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.conv_temp.weight"
+    assert torch.nn.functional.cosine_similarity(half[name], whole[name], dim=0).mean() > 0.9
+
+
+def test_a_torch_without_cuda_beside_a_card_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compute_device()[0].type == "cpu"
+    assert "built without CUDA" in capsys.readouterr().out
 
 
 def test_neither_slices_nor_offloading_change_the_video(workplace, trained, monkeypatch):
@@ -224,7 +321,7 @@ def test_out_of_memory_says_how_much_would_do(workplace, trained, monkeypatch):
     def refuse(*_):
         raise MemoryError("out of graphics memory")
 
-    monkeypatch.setattr(sample, "sample", refuse)
+    monkeypatch.setattr(sample, "generate", refuse)
     with pytest.raises(MemoryError, match=r"out of graphics memory; 6 frames need about \d"):
         main(workplace, *SAMPLE, "--run", "runs/first")
 
@@ -295,7 +392,8 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     resumed = load_file(workplace / "runs" / "interrupted" / "trained.safetensors")
     straight = load_file(trained / "trained.safetensors")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert len((workplace / "runs" / "interrupted" / "loss.csv").read_text().splitlines()) == 4
+    logs = ((workplace / "runs" / run / "loss.csv").read_text() for run in ("interrupted", "first"))
+    assert len(set(logs)) == 1
 
 
 def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, trained, monkeypatch):
@@ -479,7 +577,9 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--ddim-steps", 0), "0 DDIM steps"),
         (("--slice", 0), "--slice 0"),
         (("--fps", 0), "--fps 0"),
-        (("--start", "noise", "--edit", "body", "--edit-step", 1), "an --edit-step above 1"),
+        (("--start", "noise", "--edit-step", 1), "an --edit-step above 1"),
+        (("--fixed-point", -1), "--fixed-point -1"),
+        (("--replay", "--no-insert"), "which --no-insert leaves out"),
         (("--out", "result.gif"), "must end in .mp4"),
         (("--fps", "inf"), "--fps inf"),
         (("--guidance", "nan"), "--guidance nan"),

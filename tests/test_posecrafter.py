@@ -162,6 +162,19 @@ def test_inverting_then_sampling_gives_the_frame_back_the_better_the_more_steps(
     assert errors[2] < 0.05
 
 
+def test_a_fixed_point_makes_inversion_nearly_exact(model):
+    """In 10 steps, on random weights: each step asks for the noise at the latent that it leads to."""
+    gentle = SimpleNamespace(unet=gentle_copy(model.unet), controlnet=model.controlnet)
+    latents, hints, context = a_clip(1)
+    errors = []
+    for iterations in (0, 1, 2):
+        noise = invert(gentle, latents, hints, context, 10, iterations)[-1]
+        errors.append((sample(gentle, noise, hints, context, 10) - latents).abs().mean().item())
+    print("mean error of a frame with 0, 1 and 2 iterations:", errors)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < errors[0] / 3
+
+
 def gentle_copy(unet: UNet) -> UNet:
     """With a weaker output: random weights predict noise that changes wildly along the way."""
     copy = UNet(CONFIG)
@@ -183,7 +196,7 @@ def test_frames_follow_the_key_frame_and_not_their_order(model):
     assert worst(straight[other_key], moved) > 1e-2
 
 
-def test_edit_is_called_between_all_steps_and_changes_the_result(model):
+def test_latents_may_be_changed_before_each_step(model):
     latents, hints, context = a_clip(2)
     calls = []
 
@@ -192,15 +205,9 @@ def test_edit_is_called_between_all_steps_and_changes_the_result(model):
         if step == 2:
             latents.zero_()
 
-    edited = sample(model, latents, hints, context, 3, edit=edit)
-    assert calls == [1, 2, 3, 4]
+    edited = sample(model, latents, hints, context, 3, before_step=edit)
+    assert calls == [1, 2, 3]
     assert worst(edited, sample(model, latents, hints, context, 3)) > 1e-2
-
-    def finish(latents: torch.Tensor, step: int) -> None:
-        if step == 4:
-            latents.fill_(7)
-
-    assert (sample(model, latents, hints, context, 3, edit=finish) == 7).all()
 
 
 def test_guidance_counts_down_to_its_timestep(model):
@@ -216,7 +223,7 @@ def test_guidance_counts_down_to_its_timestep(model):
         if step == 3:
             latents.copy_(seen[3])
 
-    expected = sample(model, latents, hints, context, 4, edit=recall)
+    expected = sample(model, latents, hints, context, 4, before_step=recall)
     until = ddim_timesteps(4)[1]
     guided = sample(model, latents, hints, context, 4, 3.0, empty, guidance_until=until)
     assert worst(guided, expected) < 1e-6
@@ -226,7 +233,7 @@ def test_guidance_counts_down_to_its_timestep(model):
 def test_sampling_leaves_the_noise_it_was_given_alone(model):
     latents, hints, context = a_clip(2)
     before = latents.clone()
-    sample(model, latents, hints, context, 2, edit=lambda latents, step: latents.zero_())
+    sample(model, latents, hints, context, 2, before_step=lambda latents, step: latents.zero_())
     assert torch.equal(latents, before)
 
 

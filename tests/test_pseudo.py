@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +14,15 @@ from demo.puppet import clip, motion, pose_of, random_puppet, render
 from evaluate import psnr
 from parts import covered, latent_points, may_cover
 from pose import Pose, place_pose
-from posecrafter import ALPHAS_CUMPROD, image_tensor
+from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor
 from pseudo import (
     ALIKE,
     STILL,
     background_change,
-    best_edit_step,
-    between_steps,
     cut_out,
     empty_places,
     hidden,
+    hold_to_pseudo_video,
     pseudo_video,
     restore,
     uncovered,
@@ -247,12 +247,14 @@ OLD, NEW = (
 )
 
 
-def forearm(edit, step: int) -> tuple[float, float]:
-    """What is at its old and its new place after a step of a clip of -9, which the reference leads."""
-    latents = torch.full((2, 4, 32, 32), -9.0)
-    edit(latents, step)
-    assert (latents[0] == -9).all()
-    return tuple(latents[1, 0, y, x].item() for x, y in (OLD, NEW))
+def forearm(edits, step: int | None) -> tuple[float, float]:
+    """What is at its old and its new place before a step of a clip of -9; None: after the last."""
+    latents = torch.full((1, 4, 32, 32), -9.0)
+    if step is None:
+        edits.finish(latents)
+    else:
+        edits.before_step(latents, step)
+    return tuple(latents[0, 0, y, x].item() for x, y in (OLD, NEW))
 
 
 def trajectory(noise: float) -> list[torch.Tensor]:
@@ -262,66 +264,63 @@ def trajectory(noise: float) -> list[torch.Tensor]:
     return [torch.ones(1, 4, 32, 32), *noisy]
 
 
+def a_scene(reference_pose: Pose = DOWN, edit_step: int = 2, steps=None) -> Scene:
+    run = SimpleNamespace(frames=None, poses=[reference_pose])
+    return Scene(None, run, 0, [OUTWARDS], steps or trajectory(0.5), "body", edit_step, 3)
+
+
+def held(monkeypatch, scene: Scene, pseudo: torch.Tensor, known: bool = True) -> Edits:
+    """The edits that hold sampling to a pseudo video of these latents, (1, 4, 32, 32)."""
+    where = torch.full((1, 32, 32), known)
+    monkeypatch.setattr("pseudo.moved_person", lambda *_: (None, where[None], where))
+    monkeypatch.setattr("pseudo.encode_frames", lambda *_: pseudo)
+    return hold_to_pseudo_video(scene)
+
+
 def test_without_a_pseudo_video_the_body_moves_once():
     steps = [torch.full((1, 4, 32, 32), float(i)) for i in range(5)]
-    edit, edited = between_steps(steps, [OUTWARDS], DOWN, "body", 2)
-    assert forearm(edit, 1) == (-9, -9) and not edited
-    assert forearm(edit, 2) == (-9, pytest.approx(3)) and edited["right_forearm"] == 1
-    assert forearm(edit, 3) == forearm(edit, 5) == (-9, -9)
+    edits = edit_once(a_scene(steps=steps))
+    assert edits.regions["right_forearm"] == 1
+    assert forearm(edits, 1) == (-9, -9)
+    assert forearm(edits, 2) == (-9, pytest.approx(3))
+    assert forearm(edits, 3) == forearm(edits, None) == (-9, -9)
 
 
-def test_sampling_is_held_to_the_pseudo_video_and_the_references_noise():
+def test_sampling_is_held_to_the_pseudo_video_and_the_references_noise(monkeypatch):
     pseudo = torch.full((1, 4, 32, 32), 20.0)
-    known = torch.ones(1, 32, 32, dtype=torch.bool)
-    edit, edited = between_steps(
-        trajectory(0.5), [OUTWARDS], DOWN, "body", 2, (pseudo, known[None], known), seed=3
-    )
-    assert edited["right_forearm"] == 1
-    assert forearm(edit, 1) == (-9, -9)
+    edits = held(monkeypatch, a_scene(), pseudo)
+    assert edits.regions["right_forearm"] == 1
+    assert forearm(edits, 1) == (-9, -9)
     for step, timestep in ((2, 501), (3, 251)):
-        background, arrived = forearm(edit, step)
+        background, arrived = forearm(edits, step)
         a = ALPHAS_CUMPROD[timestep].item()
         assert arrived == pytest.approx(20 * a**0.5 + 0.5 * (1 - a) ** 0.5, abs=1e-3)
         assert abs(background - 20 * a**0.5) < 4 * (1 - a) ** 0.5
-        assert forearm(edit, step) == (background, arrived), "the same noise each time"
-    assert forearm(edit, 4) == (-9, -9), "the last steps are the networks' own"
-    assert forearm(edit, 5) == (-9, -9), "finished, it is nothing like the pseudo video"
+        assert forearm(edits, step) == (background, arrived), "the same noise each time"
+    assert forearm(edits, 4) == (-9, -9), "the last steps are the networks' own"
+    assert forearm(edits, None) == (-9, -9), "finished, it is nothing like the pseudo video"
     pseudo.fill_(-9.1)
-    assert forearm(edit, 5) == (pytest.approx(-9.1), pytest.approx(-9.1)), (
-        "or nearly, and becomes it"
-    )
+    assert forearm(edits, None) == (pytest.approx(-9.1),) * 2, "or nearly, and becomes it"
 
 
-def test_a_limb_that_no_map_moves_is_left_to_the_networks():
+def test_a_limb_that_no_map_moves_is_left_to_the_networks(monkeypatch):
     lost = deepcopy(DOWN)
     lost.body[4] = 0  # the reference shows no wrist
-    pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    edit, edited = between_steps(
-        trajectory(0.5), [OUTWARDS], lost, "body", 2, (pseudo, known[None], known)
-    )
-    assert not edited["right_forearm"] and edited["torso"] == 1
-    assert forearm(edit, 2)[1] == -9
+    edits = held(monkeypatch, a_scene(lost), torch.full((1, 4, 32, 32), 20.0))
+    assert "right_forearm" not in edits.regions and edits.regions["torso"] == 1
+    assert forearm(edits, 2)[1] == -9
 
 
-def test_a_guess_is_held_through_the_first_steps_only():
-    pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    guess = pseudo, ~known[None], ~known
-    edit, _ = between_steps(trajectory(0.5), [OUTWARDS], DOWN, "body", 2, guess)
-    assert forearm(edit, 2)[1] > 0, "at 501"
-    assert forearm(edit, 3)[1] == -9, "at 251"
+def test_a_guess_is_held_through_the_first_steps_only(monkeypatch):
+    pseudo = torch.full((1, 4, 32, 32), 20.0)
+    edits = held(monkeypatch, a_scene(), pseudo, known=False)
+    assert forearm(edits, 2)[1] > 0, "at 501"
+    assert forearm(edits, 3)[1] == -9, "at 251"
     pseudo.fill_(-9.1)
-    assert forearm(edit, 5) == (-9, -9), "nor restored"
+    assert forearm(edits, None) == (-9, -9), "nor restored"
 
 
-def test_what_would_never_be_held_is_moved_once():
-    pseudo, known = torch.full((1, 4, 32, 32), 20.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    edit, edited = between_steps(
-        trajectory(0.5), [OUTWARDS], DOWN, "body", 4, (pseudo, known[None], known)
-    )
-    assert forearm(edit, 4)[1] == pytest.approx(trajectory(0.5)[1][0, 0, 0, 0].item(), abs=1e-3)
-    assert edited["right_forearm"] == 1 and forearm(edit, 5) == (-9, -9)
-
-
-def test_bodies_are_edited_after_a_fifth_of_the_steps():
-    assert [best_edit_step("body", steps) for steps in (1, 10, 50)] == [1, 3, 11]
-    assert best_edit_step("face,hands", 50) == 1
+def test_what_would_never_be_held_is_moved_once(monkeypatch):
+    edits = held(monkeypatch, a_scene(edit_step=4), torch.full((1, 4, 32, 32), 20.0))
+    assert forearm(edits, 4)[1] == pytest.approx(trajectory(0.5)[1][0, 0, 0, 0].item(), abs=1e-3)
+    assert edits.regions["right_forearm"] == 1 and forearm(edits, None) == (-9, -9)
