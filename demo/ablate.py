@@ -57,7 +57,7 @@ PARTS = (
     "main",
     "harder",
     "replay",
-    "hard replay",
+    "hard-replay",
     "attributes",
     "alpha",
     "frames",
@@ -113,7 +113,7 @@ ROWS = {
     INSERTION: "and the reference in front, as key frame",
     FULL: "and face and hands moved in the first latent: the paper's full method",
     BODY: "beyond the paper: all parts of the body moved, after a fifth of the steps",
-    HELD: "and from there on held to the pseudo video: as `sample.py` does by default",
+    HELD: "and from there on held to the pseudo video: `--method held`, the demo model's default",
 }
 PAIRS = (
     (INVERSION, NOISE),
@@ -174,6 +174,10 @@ KEY_FRAME = {  # how the key frame gets back from noise, beyond the paper: repla
     "replay": (True, 0),
     "fixed point": (False, 2),
     BOTH: (True, 2),
+}
+KEY_FRAME_FIGURES = {
+    name: FIGURES[name]
+    for name in ("psnr", "psnr_person", "psnr_face", "psnr_hands", "psnr_background", "ssim")
 }
 METHOD_ROWS = {"paper": FULL, "body": BODY, "held": HELD}
 
@@ -258,7 +262,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
         "main": [ablation(full_method(*subject, args)) for subject in subjects],
         "harder": [harder(full) for full in moved],
         "replay": [replaying(full) for full in moved],
-        "hard replay": [hard_replaying(full) for full in moved],
+        "hard-replay": [hard_replaying(full) for full in moved],
         "attributes": [repainting(full) for full in haired],
     }
     parts |= {part: [points(full) for full in swept] for part, points in sweeps.items()}
@@ -312,6 +316,17 @@ def pairs(values: Values) -> Values:
         }
         for a, b in PAIRS
     }
+
+
+def gained(values: Values) -> Values:
+    """What each way of KEY_FRAME adds to its method as it is, puppet by puppet."""
+    gains = {}
+    for name, row in values.items():
+        method, _, way = name.partition(": ")
+        if way != AS_IT_IS:
+            before = values[f"{method}: {AS_IT_IS}"]
+            gains[f"{method}: {way}"] = {f: row[f] - before[f] for f in KEY_FRAME_FIGURES}
+    return gains
 
 
 def markdown_table(values: Values, first: str, figures: dict, signed: bool = False) -> str:
@@ -414,6 +429,10 @@ HARDER = (
     "chest; and the poses of another puppet, of 100 held-out ones the one whose build differs most. It does "
     "the same dance, so the truth is the puppet's own; PCK asks for the poses that were followed."
 )
+REPLAY = (
+    "The key frame is sampled like the others (as it is); replayed: at every step it is the latent that inversion "
+    "passed; fixed point: each inversion step has two further iterations; or both."
+)
 ATTRIBUTES = (
     "The prompt names another colour, with several guidance scales, which count down to timestep "
     f"{SETTINGS['guidance_until']}, or to the end. The truth is the puppet as it is, and repainted."
@@ -452,7 +471,7 @@ def command(args: argparse.Namespace, parts: Sequence[str]) -> str:
     """The command that computes what is reported."""
     options = ["target_frames", "ddim_steps"]
     options += ["training_steps"] if args.training_steps else []
-    swept = set(parts) - {"main", "harder"}
+    swept = set(parts) - {"main", "harder", "replay", "hard-replay"}
     options += ["identities"] if set(parts) - swept else []
     options += ["seeds"] if "main" in parts else []
     options += ["sweep_identities"] if swept else []
@@ -506,6 +525,18 @@ def report(args: argparse.Namespace) -> None:
         }
         text += ["## Harder poses", HARDER, describe(done), markdown_table(values, "", FIGURES)]
         text += ["Paired differences:", markdown_table(gains, "", FIGURES, signed=True)]
+    for part, heading in (("replay", "Replay"), ("hard-replay", "Replay with harder poses")):
+        if part not in gathered:
+            continue
+        values, done = gathered[part]
+        text += [
+            f"## {heading}",
+            REPLAY,
+            describe(done),
+            markdown_table(values, "", KEY_FRAME_FIGURES),
+        ]
+        gains = markdown_table(gained(values), "", KEY_FRAME_FIGURES, signed=True)
+        text += ["Paired differences from the same method as it is:", gains]
     if "attributes" in gathered:
         values, done = gathered["attributes"]
         text += ["## Words", ATTRIBUTES, describe(done), explain(REPAINTING)]
