@@ -10,17 +10,11 @@ left out, left over or bent into shape: the first that does not fit is an error 
 """
 
 import argparse
-import ctypes
 import json
 import os
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,12 +22,10 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip import END, START, TextConfig, TextEncoder, Tokenizer
+from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
-from openpose import OpenPose
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -42,7 +34,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 DEMO = Path(__file__).resolve().parent / "demo" / "weights"
 PARTS = ("unet", "controlnet", "vae", "text_encoder")
-OPENPOSE_PARTS = ("body", "hand", "face")
 
 
 @dataclass(frozen=True)
@@ -252,23 +243,6 @@ def model_path(name: str | Path) -> Path:
     return path
 
 
-def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu") -> OpenPose:
-    """The networks that find people, in float32: a model folder's own, if it has an `openpose/`,
-    else the public ones. Raises as `load_model` does.
-    """
-    folder = model_path(name) / "openpose"
-    sizes = read_config(folder, read_openpose_config) or {}
-    if folder.is_dir():
-        files = {part: folder / f"{part}.safetensors" for part in OPENPOSE_PARTS}
-    else:
-        files = public_files(OPENPOSE_PARTS, half=False)
-    with torch.device("meta"):
-        openpose = OpenPose(**sizes)
-    for part, path in files.items():
-        fill(openpose.get_submodule(part), part, path, device, torch.float32)
-    return openpose.eval()
-
-
 WEIGHT_FILES = [
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
@@ -459,15 +433,6 @@ def read_text_config(config: dict) -> TextConfig:
         mlp_width=config["intermediate_size"],
         length=config["max_position_embeddings"],
     )
-
-
-def read_openpose_config(config: dict) -> dict:
-    return {
-        "width": float(config["width"]),
-        "stages": [int(stages) for stages in config["stages"]],
-        "hand_sizes": [int(side) for side in config["hand_sizes"]],
-        "face_size": int(config["face_size"]),
-    }
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
@@ -824,234 +789,6 @@ def check_shape(file: TensorFile, name: str, expected: tuple[int, ...], part: st
         f"{file.path}: {name} is {sizes[0]}, expected {sizes[1]}; {what}needed is the "
         f"{TITLES[part]}"
     )
-
-
-# ---- Saving a model -----------------------------------------------------------------------------
-
-
-def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a model as a folder in the diffusers layout, which `load_model` and diffusers read.
-
-    The temporal layers are left out, as in a public model: loading starts them anew. Everything is
-    written beside the folder first, so that a full disk leaves what was there before. A part's weights
-    of other names and precisions, which would be older ones, are removed.
-    """
-    folder = Path(folder)
-    parts = {
-        "unet": (model.unet, "diffusion_pytorch_model", unet_config_json(model.unet)),
-        "controlnet": (
-            model.controlnet,
-            "diffusion_pytorch_model",
-            controlnet_config_json(model.controlnet),
-        ),
-        "vae": (model.vae, "diffusion_pytorch_model", vae_config_json(model.vae)),
-        "text_encoder": (
-            model.text_encoder,
-            "model",
-            text_config_json(model.text_encoder, model.tokenizer),
-        ),
-    }
-    with replaced_folder(folder) as new:
-        for part, (network, stem, config) in parts.items():
-            write_json(new / part / "config.json", config)
-            write_tensors(new / part / f"{stem}.safetensors", network, dtype)
-        save_tokenizer(model.tokenizer, new / "tokenizer")
-        settings = {name: getattr(model, name) for name in SETTINGS}
-        write_json(new / "posecrafter.json", settings)
-    known = {name for each in WEIGHT_FILES for name in variants(each)}
-    for part, (_, stem, _) in parts.items():
-        for name in known - {f"{stem}.safetensors"}:
-            (folder / part / name).unlink(missing_ok=True)
-
-
-def save_openpose(
-    openpose: OpenPose, folder: str | Path, dtype: torch.dtype = torch.float16
-) -> None:
-    """Writes the `openpose/` of a model's folder, and as safely."""
-    with replaced_folder(Path(folder)) as new:
-        write_openpose(openpose, new, dtype)
-
-
-def write_openpose(openpose: OpenPose, folder: Path, dtype: torch.dtype) -> None:
-    write_json(folder / "config.json", openpose.config)
-    for part in OPENPOSE_PARTS:
-        write_tensors(folder / f"{part}.safetensors", openpose.get_submodule(part), dtype)
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder whose files, once all are written, replace those of the same names in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary)
-        yield new
-        for path in sorted(new.rglob("*")):
-            target = folder / path.relative_to(new)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_tensors(path: Path, network: nn.Module, dtype: torch.dtype) -> None:
-    tensors = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in network.state_dict().items()
-        if not TEMPORAL.match(name)
-    }
-    try:
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error})") from None
-
-
-def unet_config_json(unet: UNet | ControlNet) -> dict:
-    config = unet.config
-    down_types, up_types = level_types(len(config.widths))
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": config.widths,
-        "down_block_types": down_types,
-        "up_block_types": up_types,
-        "layers_per_block": config.layers_per_block,
-        "cross_attention_dim": config.context_dim,
-        "attention_head_dim": config.heads,  # diffusers' name for the number of heads
-        "norm_num_groups": config.norm_groups,
-    }
-
-
-def controlnet_config_json(controlnet: ControlNet) -> dict:
-    config = unet_config_json(controlnet)
-    for key in ("out_channels", "up_block_types"):
-        del config[key]
-    return config | {
-        "_class_name": "ControlNetModel",
-        "conditioning_embedding_out_channels": controlnet.controlnet_cond_embedding.widths,
-    }
-
-
-def vae_config_json(vae: VAE) -> dict:
-    config, levels = vae.config, len(vae.config.widths)
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": config.widths,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.norm_groups,
-        "scaling_factor": config.scale,
-    }
-
-
-def text_config_json(text_encoder: TextEncoder, tokenizer: Tokenizer) -> dict:
-    config = text_encoder.config
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers,
-        "max_position_embeddings": config.length,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": tokenizer.vocab[START],
-        "eos_token_id": tokenizer.vocab[END],
-        "pad_token_id": tokenizer.vocab[END],
-    }
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    tokenizer.save(folder)
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length}
-    write_json(folder / "tokenizer_config.json", special | settings)
-
-
-# ---- Memory -------------------------------------------------------------------------------------
-
-
-def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and the precision of the networks there.
-
-    On a graphics card float16 to sample. To train bfloat16, whose gradients cannot vanish in a small range; but
-    float16 on cards before Ampere (compute capability 8), which have no bfloat16: `train.train` then scales
-    gradients. On a CPU bfloat16 where that is the faster, else float32.
-    """
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-        torch.backends.cudnn.allow_tf32 = True
-        # Of cuDNN's attention some gradients are not numbers (pytorch/pytorch#196678); torch has others.
-        torch.backends.cuda.enable_cudnn_sdp(not training)
-        ampere = torch.cuda.get_device_capability(0) >= (8, 0)
-        dtype = torch.bfloat16 if training and ampere else torch.float16
-        return torch.device("cuda", 0), dtype
-    if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        print(
-            "this machine has an NVIDIA card, but this PyTorch was built without CUDA: computing on the CPU; "
-            "install the CUDA build of torch to use the card"
-        )
-    return torch.device("cpu"), torch.bfloat16 if has_fast_bfloat16() else torch.float32
-
-
-def describe(model: Model) -> str:
-    """Where a model computes, and how precisely, in words: "the CPU, bfloat16"."""
-    weight = model.unet.conv_in.weight
-    cuda = weight.device.type == "cuda"
-    name = (
-        torch.cuda.get_device_name(weight.device) if cuda else f"the {weight.device.type.upper()}"
-    )
-    return f"{name}, {str(weight.dtype).removeprefix('torch.')}"
-
-
-@cache
-def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones: has the instructions
-    for it, and was seen to use them."""
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next buffer instead of giving it back to the system.
-
-    A network's buffers are freed and asked for again hundreds of times a second. On a CPU, mapping
-    them anew costs more than the arithmetic: a training step of the demo model takes a quarter of
-    the time with this. Those of 32 MB and more are given back all the same, or the gaps between
-    them would add up, but are mapped in huge pages, which costs little. To be called before the
-    first buffers are made. Does nothing where the C library is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # malloc.h
-    mallopt(mmap_threshold, 32 * 2**20)  # the highest there is
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 256 * 2**20)
-    mallopt(arena_max, 1)
 
 
 # ---- The command line ---------------------------------------------------------------------------

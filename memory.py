@@ -125,7 +125,9 @@ def without_data(device: torch.device) -> Iterator[LiveMemory]:
     """Within it, tensors have no data, and attention is the kind that makes no full matrix, as on a card."""
     attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
     stand_ins = nullcontext() if torch.backends.cuda.is_built() else WithoutCUDA()
-    one_stream = patch("slicing.copying", return_value=None)  # others cannot be waited for without data
+    one_stream = patch(
+        "slicing.copying", return_value=None
+    )  # others cannot be waited for without data
     with FakeTensorMode(), attention, LiveMemory(device) as memory, stand_ins, one_stream:
         yield memory
 
@@ -219,7 +221,9 @@ def sampling_peak(
     frame = config.widths[0], height, width
     way = plans(device, dtype, (frames, *frame), frames_per_slice, offload)[0]
     if dtype == torch.bfloat16:
-        dtype = torch.float16  # as large, and its attention never looks at the numbers, which are not there
+        dtype = (
+            torch.float16
+        )  # as large, and its attention never looks at the numbers, which are not there
 
     def peak(frames: int) -> int:
         with without_data(device) as memory:

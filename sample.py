@@ -16,20 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    Model,
-    compute_device,
-    describe,
-    keep_freed_memory,
-    load_model,
-    locate_parts,
-    networks_without_weights,
-    read_settings,
-)
-from driver import Driver, read_driver
-from evaluate import psnr
+from beyond.pseudo import METHODS, STILL, background_change, hold_to_pseudo_video
+from checkpoint import Model, load_model, locate_parts, networks_without_weights, read_settings
+from device import compute_device, describe, keep_freed_memory
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
-from pose import Pose, absences, draw_pose, place_pose, save_poses
+from metrics.figures import psnr
 from posecrafter import (
     TRAIN_STEPS,
     Generated,
@@ -40,9 +31,10 @@ from posecrafter import (
     generate,
     select_reference,
 )
-from pseudo import METHODS, STILL, background_change, hold_to_pseudo_video
-from retarget import proportions, retarget
-from train import (
+from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
+from poses.retarget import proportions, retarget
+from poses.source import Driver, read_driver
+from run import (
     Run,
     add_pose_arguments,
     load_run,

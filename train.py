@@ -25,14 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from checkpoint import Model, compute_device, describe, keep_freed_memory, load_model
-from driver import KINDS, read_driver, uniform_frames
-from pose import Pose, draw_pose, has_person, load_poses, place_pose, save_poses
+from checkpoint import Model, load_model
+from device import compute_device, describe, keep_freed_memory
 from posecrafter import (
     embed_hints,
     encode_frames,
@@ -42,98 +40,16 @@ from posecrafter import (
     training_loss,
     training_steps,
 )
+from poses.pose import Pose, draw_pose, has_person, place_pose, save_poses
+from poses.source import read_driver, uniform_frames
+from run import add_pose_arguments, name_of, parse_range, read_run_settings
 from video import contact_sheet, count_frames, fit, fit_frame, read_frames, replacing, save_image
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
 
 
-# ---- The run folder -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as `sample.py` needs it."""
-
-    folder: Path
-    settings: dict
-    frames: np.ndarray  # (N, H, W, 3) uint8, on canvas
-    poses: list[Pose]
-
-
-def load_run(folder: Path) -> Run:
-    """Reads a run folder. Raises FileNotFoundError when there is none, or it is not finished, and ValueError
-    for a damaged one.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such run; make one with: python train.py CLIP")
-    if not (folder / "trained.safetensors").exists():
-        raise FileNotFoundError(
-            f"{folder}: training has not finished; give its command again to go on"
-        )
-    settings = read_run_settings(folder)
-    frames, _ = read_frames(folder / "frames")
-    poses = load_poses(folder / "frames.poses.json")
-    if not len(frames) == len(poses) == len(settings["frames"]):
-        counts = (
-            f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
-        )
-        raise ValueError(f"{folder}: a damaged run: {counts}; delete it and train again")
-    return Run(folder, settings, frames, poses)
-
-
-def read_run_settings(folder: Path) -> dict:
-    """What a run was asked for. Raises ValueError, naming the file, when it is damaged."""
-    path = folder / "settings.json"
-    try:
-        settings = json.loads(path.read_text())
-        missing = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt"} - {
-            *settings
-        }
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete {folder} and train again") from None
-    if missing:
-        lacks = ", ".join(sorted(missing))
-        raise ValueError(f"{path}: lacks {lacks}; delete {folder} and train again")
-    return settings
-
-
-def newest_run(runs: Path = Path("runs")) -> Path:
-    """The finished run that was made last. Raises FileNotFoundError when there is none."""
-    finished = sorted(runs.glob("*/trained.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise FileNotFoundError(f"{runs}/: no finished run; make one with: python train.py CLIP")
-    return finished[-1].parent
-
-
-def load_trained(model: Model, path: Path) -> None:
-    """Copies a run's trained tensors into a model.
-
-    Raises ValueError for a damaged file, and naming a tensor that does not fit.
-    """
-    try:
-        trained = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error}); train again") from None
-    parameters = trainable_parameters(model)
-    for name in sorted(trained.keys() ^ parameters.keys()):
-        raise ValueError(
-            f"{path}: {name} is only in the {'file' if name in trained else 'model'}: another model?"
-        )
-    for name, parameter in parameters.items():
-        if trained[name].shape != parameter.shape:
-            shapes = f"{tuple(trained[name].shape)} instead of {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: {name} is {shapes}: trained with another model?")
-        parameter.data.copy_(trained[name])
-
-
 # ---- What goes in -------------------------------------------------------------------------------
-
-
-def name_of(source: Path) -> str:
-    """What is made of a video, file or folder is called by this, without an extension."""
-    source = source.resolve()
-    return source.name if source.is_dir() else source.stem
 
 
 def read_training_frames(
@@ -181,25 +97,6 @@ def read_training_frames(
             f"but {clip} has frames of {width}x{height}: another clip's?"
         )
     return images, poses, indices, fps
-
-
-def parse_range(text: str) -> range:
-    """ "0:36" -> range(0, 36)."""
-    try:
-        start, stop = map(int, text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 0:36") from None
-    if not 0 <= start < stop:
-        raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
-    return range(start, stop)
-
-
-def parse_canvas(text: str) -> tuple[int, int]:
-    """ "1920x1080" -> (1080, 1920), height and width."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1920x1080")
-    return int(sides[1]), int(sides[0])
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -369,17 +266,6 @@ def describe_losses(tuned: Tuned, learning_rate: float) -> str:
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
-
-def add_pose_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `read_driver` that both command lines have."""
-    parser.add_argument("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
-    parser.add_argument(
-        "--person",
-        type=int,
-        default=1,
-        help="whom to follow in footage, 1 being the most prominent (default)",
-    )
 
 
 def parse_arguments(

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import compute_device, keep_freed_memory, load_model  # noqa: E402
-from controlnet import ControlNet  # noqa: E402
-from memory import sampling_peak, training_peak  # noqa: E402
-from posecrafter import encode_prompt, sample  # noqa: E402
-from unet import UNet, UNetConfig  # noqa: E402
+from checkpoint import load_model
+from controlnet import ControlNet
+from device import compute_device, keep_freed_memory
+from memory import sampling_peak, training_peak
+from posecrafter import encode_prompt, sample
+from unet import UNet, UNetConfig
 
 PREDICTED = (8, 100, 300, 1000)
 PAPER = 100, 19.28  # frames, GB: what the paper says its own code takes

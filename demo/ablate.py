@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from beyond.pseudo import METHODS
 from checkpoint import locate, read_settings
 from demo.cells import (
     FIGURES,
@@ -40,10 +41,9 @@ from demo.cells import (
 )
 from demo.dance import HELD_OUT, TRAINING_FRAMES
 from demo.puppet import random_puppet
-from evaluate import FAINT, INK, LINE, PAPER
-from pose import draw_pose
+from metrics.pictures import FAINT, INK, LINE, PAPER
 from posecrafter import ddim_timesteps, training_steps
-from pseudo import METHODS
+from poses.pose import draw_pose
 from video import contact_sheet, replacing, save_image
 
 # ---- What is run --------------------------------------------------------------------------------

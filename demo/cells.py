@@ -22,14 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    DEMO,
-    Model,
-    compute_device,
-    keep_freed_memory,
-    load_model,
-    load_openpose,
-)
+from beyond.pseudo import hold_to_pseudo_video, moved_person, without_people
+from checkpoint import DEMO, Model, load_model
 from demo.drive import unlike
 from demo.puppet import (
     CLOTH_COLOURS,
@@ -43,16 +37,9 @@ from demo.puppet import (
     random_puppet,
     render,
 )
-from driver import uniform_frames
-from evaluate import (
-    find_and_compare,
-    frame_l1,
-    frame_psnr,
-    frame_ssim,
-)
-from openpose import OpenPose
-from parts import covered
-from pose import Pose, video_sim
+from device import compute_device, keep_freed_memory
+from metrics.figures import find_and_compare, frame_l1, frame_psnr, frame_ssim
+from openpose import OpenPose, load_openpose
 from posecrafter import (
     Method,
     decode_latents,
@@ -67,8 +54,10 @@ from posecrafter import (
     select_reference,
     trainable_parameters,
 )
-from pseudo import hold_to_pseudo_video, moved_person, without_people
-from retarget import retarget
+from poses.parts import covered
+from poses.pose import Pose, video_sim
+from poses.retarget import retarget
+from poses.source import uniform_frames
 from train import train
 from video import replacing, save_image
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample
 import train
 from demo.puppet import clip
-from driver import read_driver
-from evaluate import psnr, ssim
-from pose import draw_pose, save_poses
+from metrics.figures import psnr, ssim
+from poses.pose import draw_pose, save_poses
+from poses.source import read_driver
 from video import contact_sheet, save_image, write_video
 
 HEIGHT, WIDTH, FPS = 192, 256, 12

@@ -18,9 +18,9 @@ import sample
 import train
 from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew
 from demo.puppet import Puppet, clip, motion, random_puppet, render
-from evaluate import psnr
-from pose import Pose, draw_pose, is_seen, save_poses
-from retarget import retarget
+from metrics.figures import psnr
+from poses.pose import Pose, draw_pose, is_seen, save_poses
+from poses.retarget import retarget
 from video import contact_sheet, save_image, write_video
 
 SIZE = 192  # pixels: whole bodies in square frames, since legs have proportions too
@@ -54,7 +54,7 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
     states = motion(2 * driver + 1, TARGET_FRAMES)
     truth, true_poses, person = zip(*(render(random_puppet(subject), s, SIZE) for s in states))
     truth, person = np.stack(truth), np.stack(person)
-    save_poses(run / "driver.poses.json", driver_poses, SIZE, SIZE)
+    save_poses(run / "poses.source.poses.json", driver_poses, SIZE, SIZE)
     save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
     for i, frame in enumerate(frames):  # as PNG, which loses nothing
         save_image(run / "clip" / f"{i:04d}.png", frame)
@@ -68,7 +68,7 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
     results = {}
     for way, followed in (("literal", driver_poses), ("retargeted", retargeted_poses)):
         option = "--retarget" if way == "retargeted" else "--no-retarget"
-        command = ["--poses", run / "driver.poses.json", "--run", run, "--fps", FPS, option]
+        command = ["--poses", run / "poses.source.poses.json", "--run", run, "--fps", FPS, option]
         command += ["--ddim-steps", 20, "--out", run / f"{way}.mp4", *sample_options]
         results[way] = sample.main(sample.parse_arguments(list(map(str, command)))[1])
         metrics[way] = {

@@ -55,14 +55,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import (
-    Model,
-    compute_device,
-    keep_freed_memory,
-    load_model,
-    model_path,
-    save_model,
-)
+from checkpoint import Model, load_model, model_path
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import (
@@ -76,9 +69,10 @@ from demo.puppet import (
     random_puppet,
     render,
 )
+from demo.save import save_model
 from demo.scenery import disguise
 from demo.vocabulary import learn_merges
-from pose import Pose, draw_pose, place_pose
+from device import compute_device, keep_freed_memory
 from posecrafter import (
     ALPHAS_CUMPROD,
     TRAIN_STEPS,
@@ -89,6 +83,7 @@ from posecrafter import (
     image_tensor,
     invert,
 )
+from poses.pose import Pose, draw_pose, place_pose
 from slicing import Slicing, slices
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig

@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import DEMO, keep_freed_memory, load_openpose, save_openpose
+from checkpoint import DEMO
 from demo.pretrain import ROUNDS, SIZE, optimise, render_pool
 from demo.puppet import motion, random_puppet, render
+from demo.save import save_openpose
+from device import keep_freed_memory
 from openpose import (
     LEAST_SIDE,
     LIMB_MAPS,
@@ -43,8 +45,9 @@ from openpose import (
     face_input,
     hand_boxes,
     hand_input,
+    load_openpose,
 )
-from pose import Pose, is_seen
+from poses.pose import Pose, is_seen
 from video import replacing
 
 # A crop of a hand in a frame of 128 pixels has 20 to 25 of them, and one of a face 30: they need no

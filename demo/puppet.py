@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pose import Pose
+from poses.pose import Pose
 
 RGB = tuple[int, int, int]
 Pair = tuple[float, float]  # (right, left)

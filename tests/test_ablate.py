@@ -10,8 +10,8 @@ from test_parts import standing
 
 from demo import ablate, cells
 from demo.puppet import clip
-from parts import latent_points
-from pose import Pose, is_seen
+from poses.parts import latent_points
+from poses.pose import Pose, is_seen
 
 SIDE = 32  # of the demo model's latents
 

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from weights import fill
 
 import checkpoint
-from checkpoint import Model, load_model, load_openpose, save_model, save_openpose
+from checkpoint import Model, load_model
 from clip import BYTE_SYMBOLS, END, START, WORD_END, TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
-from openpose import OpenPose
+from demo.save import save_model, save_openpose
+from openpose import OpenPose, load_openpose
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -303,7 +304,11 @@ def test_a_folder_that_diffusers_and_transformers_wrote_is_read(model, saved, tm
     for part in checkpoint.PARTS:
         assert same(weights(getattr(loaded, part)), weights(getattr(model, part)))
     assert loaded.tokenizer("a red hat").tolist() == model.tokenizer("a red hat").tolist()
-    assert (loaded.size, loaded.learning_rate, loaded.method) == (512, 1e-4, "paper")  # it does not say
+    assert (loaded.size, loaded.learning_rate, loaded.method) == (
+        512,
+        1e-4,
+        "paper",
+    )  # it does not say
 
 
 def test_half_precision_files_are_preferred_in_half_precision_only(saved, tmp_path):

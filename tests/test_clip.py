@@ -25,7 +25,7 @@ from clip import (
     prepare_images,
 )
 from demo.vocabulary import learn_merges
-from evaluate import clip_embeddings, clip_i, clip_t
+from metrics.figures import clip_embeddings, clip_i, clip_t
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = TextConfig(vocab_size=600, width=32, heads=4, layers=3, mlp_width=80, length=20)

@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import driver
 import sample
 import train
-from checkpoint import Model, compute_device, save_model
+from checkpoint import Model
 from clip import TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from demo.puppet import clip
+from demo.save import save_model
 from demo.vocabulary import learn_merges
-from pose import Pose, load_poses, save_poses
+from device import compute_device
 from posecrafter import PAPER, Method, edit_once, training_loss
+from poses import source as driver
+from poses.pose import Pose, load_poses, save_poses
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from video import add_sound, has_sound, read_frames, save_image, write_video
@@ -335,7 +337,7 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
 @pytest.mark.parametrize(
     ("script", "arguments", "busy_with"),
     [
-        ("train.py", ["clip.mp4", "--poses", "clip.json"], "driver.read_driver"),
+        ("train.py", ["clip.mp4", "--poses", "clip.json"], "poses.source.read_driver"),
         ("sample.py", ["--poses", "clip.json", "--run", "runs/any"], "train.load_run"),
         ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
         ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),

@@ -9,9 +9,9 @@ import train
 from checkpoint import DEMO, load_model
 from demo.dance import dance, make_anew
 from demo.puppet import clip
-from evaluate import psnr
-from pose import save_poses
+from metrics.figures import psnr
 from posecrafter import decode_latents, draw_hints, encode_frames, encode_prompt, invert
+from poses.pose import save_poses
 from video import save_image
 
 

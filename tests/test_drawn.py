@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from demo.puppet import clip
-from drawn import is_drawn, read_drawn
-from pose import Pose, draw_pose, has_person, is_seen, load_poses, place_pose
+from poses.drawn import is_drawn, read_drawn
+from poses.pose import Pose, draw_pose, has_person, is_seen, load_poses, place_pose
 from video import read_frames, write_video
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"

@@ -6,10 +6,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-import driver
 from demo.puppet import clip
-from driver import read_driver, uniform_frames
-from pose import Pose, draw_pose, save_poses
+from poses import source as driver
+from poses.pose import Pose, draw_pose, save_poses
+from poses.source import read_driver, uniform_frames
 from video import add_sound, count_frames, has_sound, read_frames, save_image, write_video
 
 SIZE = 128

@@ -9,8 +9,10 @@ import pytest
 import evaluate
 from clip import ImageConfig, ImageEncoder
 from demo.puppet import clip
-from evaluate import METRICS, frame_l1, frame_psnr, plot, pose_fidelity, psnr, ssim, worst_frames
-from pose import Pose, load_poses, place_pose, save_poses, video_sim
+from evaluate import METRICS
+from metrics.figures import frame_l1, frame_psnr, pose_fidelity, psnr, ssim
+from metrics.pictures import plot, worst_frames
+from poses.pose import Pose, load_poses, place_pose, save_poses, video_sim
 from video import save_image
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import posecrafter
+from beyond.pseudo import BODY, HELD, METHODS
 from checkpoint import load_model
 from demo.puppet import clip
 from posecrafter import (
@@ -21,7 +22,6 @@ from posecrafter import (
     predict_noise,
     through_vae,
 )
-from pseudo import BODY, HELD, METHODS
 
 SIZE, STEPS = 64, 4
 

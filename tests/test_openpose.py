@@ -12,7 +12,6 @@ from weights import fill
 import checkpoint
 import openpose
 from openpose import (
-    INTERPOLATED,
     LIMBS,
     OpenPose,
     body_input,
@@ -21,13 +20,11 @@ from openpose import (
     decode_hands,
     detect,
     face_boxes,
-    fill_gaps,
     find_poses,
-    follow_people,
     hand_boxes,
-    smooth_poses,
 )
-from pose import Pose, absences, has_person, is_seen, load_poses
+from poses.people import INTERPOLATED, fill_gaps, follow_people, smooth_poses
+from poses.pose import Pose, absences, has_person, is_seen, load_poses
 from video import read_frames, save_image, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from demo.puppet import clip, motion, pose_of, random_puppet
-from parts import body_parts, far_arm, fit_affine, fit_rotation, may_cover, near_hull
-from pose import Pose, place_pose
+from poses.parts import body_parts, far_arm, fit_affine, fit_rotation, may_cover, near_hull
+from poses.pose import Pose, place_pose
 
 SIDE = 64  # latent pixels
 ARM = ("upper_arm", "forearm", "hand", "fingers")

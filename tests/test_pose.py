@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pose import (
+from poses.pose import (
     Pose,
     draw_pose,
     has_person,

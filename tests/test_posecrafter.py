@@ -13,8 +13,6 @@ from weights import fill
 import posecrafter
 from controlnet import ControlNet
 from demo.puppet import clip
-from parts import latent_points, near_hull
-from pose import Pose, place_pose
 from posecrafter import (
     add_noise,
     ddim_step,
@@ -29,6 +27,8 @@ from posecrafter import (
     training_loss,
     training_steps,
 )
+from poses.parts import latent_points, near_hull
+from poses.pose import Pose, place_pose
 from unet import UNet, UNetConfig
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracle" / "controlvideo.safetensors"

@@ -17,8 +17,8 @@ from checkpoint import load_model
 from clip import Tokenizer
 from demo import pretrain
 from demo.puppet import caption, random_puppet
-from pose import draw_pose
 from posecrafter import ALPHAS_CUMPROD, ddim_timesteps, edit_latents
+from poses.pose import draw_pose
 
 ROUND = replace(pretrain.ROUNDS[3], disguised=0.0)
 CLIPS, FRAMES = 24, 3

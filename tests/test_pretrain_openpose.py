@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import DEMO, load_openpose
+from checkpoint import DEMO
 from demo.pretrain_openpose import (
     PARTS,
     SIZES,
@@ -25,9 +25,10 @@ from openpose import (
     face_boxes,
     find_faces,
     hand_boxes,
+    load_openpose,
     separable,
 )
-from pose import is_seen
+from poses.pose import is_seen
 
 
 @pytest.fixture

@@ -10,12 +10,7 @@ import pytest
 import torch
 from test_parts import standing
 
-from demo.puppet import clip, motion, pose_of, random_puppet, render
-from evaluate import psnr
-from parts import covered, latent_points, may_cover
-from pose import Pose, place_pose
-from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor
-from pseudo import (
+from beyond.pseudo import (
     ALIKE,
     STILL,
     background_change,
@@ -29,6 +24,11 @@ from pseudo import (
     unlikeness,
     without_people,
 )
+from demo.puppet import clip, motion, pose_of, random_puppet, render
+from metrics.figures import psnr
+from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor
+from poses.parts import covered, latent_points, may_cover
+from poses.pose import Pose, place_pose
 
 # ---- What is behind the person
 
@@ -272,8 +272,8 @@ def a_scene(reference_pose: Pose = DOWN, edit_step: int = 2, steps=None) -> Scen
 def held(monkeypatch, scene: Scene, pseudo: torch.Tensor, known: bool = True) -> Edits:
     """The edits that hold sampling to a pseudo video of these latents, (1, 4, 32, 32)."""
     where = torch.full((1, 32, 32), known)
-    monkeypatch.setattr("pseudo.moved_person", lambda *_: (None, where[None], where))
-    monkeypatch.setattr("pseudo.encode_frames", lambda *_: pseudo)
+    monkeypatch.setattr("beyond.pseudo.moved_person", lambda *_: (None, where[None], where))
+    monkeypatch.setattr("beyond.pseudo.encode_frames", lambda *_: pseudo)
     return hold_to_pseudo_video(scene)
 
 

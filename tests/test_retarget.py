@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from demo.puppet import Puppet, State, motion, random_puppet, render
-from pose import Pose, has_person, is_seen, place_pose
-from retarget import proportions, retarget
+from poses.pose import Pose, has_person, is_seen, place_pose
+from poses.retarget import proportions, retarget
 from sample import is_training_clip
 
 FRAMES, TRAINING = 16, 8

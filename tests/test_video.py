@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pose import Pose, place_pose
+from poses.pose import Pose, place_pose
 from video import (
     contact_sheet,
     count_frames,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pose import Pose, is_seen
+from poses.pose import Pose, is_seen
 
 # ---- Geometry -----------------------------------------------------------------------------------
 

@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from parts import Part, body_parts, covered, fit_affine, latent_points, may_cover
-from pose import Pose, is_seen
 from posecrafter import (
     PAPER,
     Edits,
@@ -37,6 +35,8 @@ from posecrafter import (
     image_tensor,
     move,
 )
+from poses.parts import Part, body_parts, covered, fit_affine, latent_points, may_cover
+from poses.pose import Pose, is_seen
 
 # ---- What is behind the person ------------------------------------------------------------------
 

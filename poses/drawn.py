@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pose import HAND_EDGES, LIMBS, Pose, is_seen
+from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen
 
 INFERRED = 0.5  # score of keypoints whose own mark is covered, where the marks around tell where
 NECK, EARS = 1, (16, 17)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pose import Pose, has_person, is_seen
+from poses.pose import Pose, has_person, is_seen
 
 # Keypoints of the body, and two joints of our own: the head's centre and the middle of the hips.
 NOSE, NECK, EYES, EARS = 0, 1, [14, 15], [16, 17]

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import keep_freed_memory, load_openpose
-from drawn import is_drawn, read_drawn
-from openpose import find_poses
-from pose import Pose, load_poses, read_canvas, save_poses
+from device import keep_freed_memory
+from openpose import find_poses, load_openpose
+from poses.drawn import is_drawn, read_drawn
+from poses.pose import Pose, load_poses, read_canvas, save_poses
 from video import count_frames, read_frames
 
 KINDS = ("json", "drawn", "video")

@@ -1,0 +1,1 @@
+"""The paper's metrics and the networks that some of them look through."""

@@ -1,0 +1,209 @@
+"""The paper's metrics, frame by frame, by features and by poses."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from clip import ImageEncoder, prepare_images
+from metrics.networks import I3D, LPIPS, Inception
+from openpose import OpenPose, find_poses
+from poses.people import INTERPOLATED
+from poses.pose import Pose, is_seen
+
+# ---- Frame by frame -----------------------------------------------------------------------------
+
+
+def check_shapes(result: np.ndarray, truth: np.ndarray) -> None:
+    if result.shape != truth.shape:
+        raise ValueError(f"cannot compare frames {result.shape} with {truth.shape}")
+
+
+def frame_l1(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of frames uint8 (F, H, W, 3), from 0 to 1, of each: (F,)."""
+    check_shapes(result, truth)
+    return np.array([np.abs(a.astype(np.float64) - b).mean() / 255 for a, b in zip(result, truth)])
+
+
+def frame_psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of frames uint8 (F, H, W, 3), of each: (F,), 100 for equal ones.
+
+    `mask`, booleans (F, H, W), limits it to some pixels; not a number for frames where it is empty.
+    """
+    check_shapes(result, truth)
+    values = []
+    for index, (a, b) in enumerate(zip(result, truth)):
+        # As floats: a difference of uint8 wraps around, and 1 - 2 would count as 255.
+        error = (a.astype(np.float64) - b) ** 2 / 255**2
+        error = error if mask is None else error[mask[index]]
+        values.append(-10 * np.log10(max(error.mean(), 1e-10)) if error.size else np.nan)
+    return np.array(values)
+
+
+def psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of frames uint8 (F, H, W, 3), per frame, then averaged.
+
+    `mask`, booleans (F, H, W), limits it to some pixels; frames where it is empty do not count.
+    Equal frames are given 100 dB. Raises ValueError for shapes that differ.
+    """
+    return float(np.nanmean(frame_psnr(result, truth, mask)))
+
+
+def frame_ssim(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Structural similarity of frames uint8 (F, H, W, 3), of each: (F,), up to 1 for equal ones.
+
+    Wang et al. 2004: a Gaussian window of 11x11 with deviation 1.5, on each colour channel in the
+    range [0, 1], where the window fits; averaged over channels and pixels. Raises ValueError for
+    shapes that differ or frames below 11 pixels.
+    """
+    check_shapes(result, truth)
+    if min(truth.shape[1:3]) < 11:
+        raise ValueError(
+            f"frames of {truth.shape[2]}x{truth.shape[1]} pixels are below SSIM's 11x11"
+        )
+    bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(x, window)
+
+    values = []
+    for a, b in zip(result, truth):  # channels as a batch: (3, 1, H, W)
+        a, b = (torch.tensor(x).permute(2, 0, 1)[:, None].double() / 255 for x in (a, b))
+        mean_a, mean_b = blur(a), blur(b)
+        var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+        covariance = blur(a * b) - mean_a * mean_b
+        c1, c2 = 0.01**2, 0.03**2
+        similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+        values.append(
+            (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean().item()
+        )
+    return np.array(values)
+
+
+def ssim(result: np.ndarray, truth: np.ndarray) -> float:
+    """Structural similarity of frames uint8 (F, H, W, 3), per frame, then averaged: `frame_ssim`."""
+    return float(frame_ssim(result, truth).mean())
+
+
+# ---- By features --------------------------------------------------------------------------------
+
+AT_ONCE = 8  # pictures that a network sees at a time
+CLIP_FRAMES, CLIP_STEP = 16, 4  # FVD's clips are 16 frames long; one begins at every 4th
+
+
+def pictures(frames: np.ndarray, network: torch.nn.Module) -> Tensor:
+    """Frames uint8 (..., H, W, 3) -> (..., 3, H, W) in [-1, 1], where the network is."""
+    device = next(network.parameters()).device
+    return torch.from_numpy(frames).to(device).movedim(-1, -3).float() / 127.5 - 1
+
+
+def batches(count: int, title: str) -> Iterator[slice]:
+    for start in tqdm(range(0, count, AT_ONCE), desc=title, leave=False):
+        yield slice(start, start + AT_ONCE)
+
+
+@torch.inference_mode()
+def frame_lpips(network: LPIPS, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """LPIPS of frames uint8 (F, H, W, 3), of each: (F,)."""
+    check_shapes(result, truth)
+    values = [
+        network(pictures(result[part], network), pictures(truth[part], network)).cpu()
+        for part in batches(len(result), "LPIPS")
+    ]
+    return torch.cat(values).double().numpy()
+
+
+@torch.inference_mode()
+def inception_features(network: Inception, frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (F, H, W, 3) -> (F, 2048)."""
+    parts = batches(len(frames), "FID")
+    return torch.cat([network(pictures(frames[part], network)).cpu() for part in parts]).numpy()
+
+
+@torch.inference_mode()
+def i3d_features(network: I3D, frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (F, H, W, 3) -> (clips, 400), of all clips of 16 frames that begin at a 4th one."""
+    starts = range(0, len(frames) - CLIP_FRAMES + 1, CLIP_STEP)
+    clips = (frames[start : start + CLIP_FRAMES] for start in tqdm(starts, "FVD", leave=False))
+    return torch.cat([network(pictures(clip[None], network)).cpu() for clip in clips]).numpy()
+
+
+@torch.inference_mode()
+def clip_embeddings(network: ImageEncoder, frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (F, H, W, 3) -> (F, 768), each of length 1."""
+    device, size = network.visual_projection.weight.device, network.config.size
+    parts = batches(len(frames), "CLIP")
+    found = [network(prepare_images(frames[part], size).to(device)).cpu() for part in parts]
+    return F.normalize(torch.cat(found).double(), dim=1).numpy()
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Between Gaussians fitted to features (N, D) and (M, D), which makes FID and FVD.
+
+    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) with the covariances A and B. As A is x'x for
+    the centred features x / (N - 1)^(1/2), and B likewise y'y, the root's trace is the sum of the
+    singular values of x y': the same number as by a root of the D x D matrix, without its rounding
+    errors where there are fewer features than D. Raises ValueError for fewer than 2 features.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError("a distance of distributions needs 2 features or more of each")
+    shift = a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)
+    x, y = ((f - f.mean(axis=0, dtype=np.float64)) / np.sqrt(len(f) - 1) for f in (a, b))
+    root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(shift @ shift + (x**2).sum() + (y**2).sum() - 2 * root)
+
+
+def clip_i(result: np.ndarray, training: np.ndarray) -> float:
+    """Faithfulness: the mean cosine of all pairs of a result's and a training frame's embedding."""
+    return float(result.mean(axis=0) @ training.mean(axis=0))
+
+
+def clip_t(result: np.ndarray) -> float:
+    """Consistency: the mean cosine of the embeddings of each frame and the next."""
+    return float((result[:-1] * result[1:]).sum(axis=1).mean())
+
+
+# ---- By poses -----------------------------------------------------------------------------------
+
+NEAR = 0.1  # of the longer side of the person's box: the usual PCK@0.1
+
+
+def pose_fidelity(
+    found: Sequence[Pose], asked: Sequence[Pose], height: int, width: int
+) -> tuple[float, float]:
+    """How well the poses found in frames of height x width follow those asked for: (PCK, error).
+
+    PCK is the share of the body keypoints asked for that were found within 0.1 of the longer side of
+    the asked body's box (Yang & Ramanan 2013); one not found is a miss, and so is one that was only
+    interpolated. The error is the mean distance of those found, in units of that side; not a number
+    when there are none.
+    """
+    hits, count, distances = 0, 0, []
+    for ours, theirs in zip(found, asked):
+        wanted = is_seen(theirs.body)
+        if not wanted.any():
+            continue
+        a, b = (pose.body[:, :2].astype(np.float64) * (width, height) for pose in (ours, theirs))
+        side = max(np.ptp(b[wanted], axis=0).max(), 1)  # one pixel, where the box is a point
+        both = wanted & (ours.body[:, 2] > INTERPOLATED)
+        distance = np.linalg.norm(a[both] - b[both], axis=1) / side
+        count += wanted.sum()
+        hits += (distance <= NEAR).sum()
+        distances += distance.tolist()
+    error = float(np.mean(distances)) if distances else float("nan")
+    return (float(hits / count) if count else float("nan")), error
+
+
+def find_and_compare(
+    nets: OpenPose, frames: np.ndarray, asked: Sequence[Pose]
+) -> tuple[float, float]:
+    """`pose_fidelity` of what OpenPose finds in frames uint8 (F, H, W, 3), which may be nobody."""
+    try:
+        found = find_poses(nets, frames, whole_bodies=[], progress=True)
+    except ValueError:
+        found = [Pose()] * len(frames)
+    return pose_fidelity(found, asked, *frames.shape[1:3])
