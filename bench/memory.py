@@ -153,7 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--widths", type=int, nargs=4, default=UNetConfig().widths)
     parser.add_argument("--demo-frames", type=int, nargs="+", default=[250, 500, 1000, 2000])
-    parser.add_argument("--plot", type=Path, default=ROOT / "bench" / "memory.png")
+    parser.add_argument("--plot", type=Path, default=Path(__file__).with_name("memory.png"))
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure-demo", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

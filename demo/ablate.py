@@ -91,6 +91,7 @@ def full_method(identity: int, seed: int, args: argparse.Namespace) -> Cell:
         guidance_until=0,
         ddim_steps=args.ddim_steps,
         target_frames=args.target_frames,
+        target_every=args.target_every,
     )
 
 
@@ -469,7 +470,7 @@ def describe(done: Sequence[dict[str, Cell]]) -> str:
 
 def command(args: argparse.Namespace, parts: Sequence[str]) -> str:
     """The command that computes what is reported."""
-    options = ["target_frames", "ddim_steps"]
+    options = ["target_frames", *(["target_every"] if args.target_every > 1 else []), "ddim_steps"]
     options += ["training_steps"] if args.training_steps else []
     swept = set(parts) - {"main", "harder", "replay", "hard-replay"}
     options += ["identities"] if set(parts) - swept else []
@@ -577,6 +578,12 @@ def parse_arguments(
     parser.add_argument("--seeds", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--sweep-identities", type=int, default=4, help="of sweeps (default: 4)")
     parser.add_argument("--target-frames", type=int, default=24, help="(default: 24)")
+    parser.add_argument(
+        "--target-every",
+        type=int,
+        default=1,
+        help="of the dance's frames, every so many (default: 1)",
+    )
     parser.add_argument("--ddim-steps", type=int, default=20, help="(default: 20)")
     parser.add_argument(
         "--training-steps", type=int, help="(default: the paper's, 100 for 8 frames)"
@@ -611,9 +618,12 @@ def main(args: argparse.Namespace) -> None:
     if (
         args.seeds < 1
         or args.target_frames < 2
+        or args.target_every < 1
         or (args.training_steps is not None and args.training_steps < 1)
     ):
-        raise ValueError("give 1 or more --seeds, --training-steps, and 2 or more --target-frames")
+        raise ValueError(
+            "give 1 or more --seeds, --training-steps, --target-every, and 2 or more --target-frames"
+        )
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     if not all(1 <= frames <= LONG_CLIP for frames in args.training_frames):
         raise ValueError(f"--training-frames: there are {LONG_CLIP} to choose from")

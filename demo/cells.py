@@ -92,6 +92,7 @@ class Cell:
     guidance_until: int  # timestep
     ddim_steps: int
     target_frames: int
+    target_every: int  # so many frames of the dance lie between two that are asked for
 
 
 # ---- What a cell sees ---------------------------------------------------------------------------
@@ -107,7 +108,7 @@ class Scene:
     truth: np.ndarray
     true_poses: list[Pose]  # the same as `targets` unless another puppet leads
     person: np.ndarray  # the true person's pixels, booleans (F, 128, 128)
-    motion: int  # the number of the dance
+    states: list  # what the true puppet does in each frame, `puppet.State`
 
 
 rendered = lru_cache(maxsize=4)(clip)  # the cells of a puppet follow one another
@@ -118,15 +119,18 @@ def set_scene(cell: Cell) -> Scene:
     frames, poses, _ = rendered(cell.identity, dance, cell.clip_frames, SIZE)
     chosen = uniform_frames(range(cell.clip_frames), cell.training_frames)
     poses = [poses[index] for index in chosen]
-    followed = dance + 1, cell.target_frames
+    every = cell.target_every
+    followed = dance + 1, every * (cell.target_frames - 1) + 1
     truth, true_poses, person = rendered(cell.identity, *followed, SIZE, cell.dance)
+    truth, true_poses, person = truth[::every], true_poses[::every], person[::every]
     targets = true_poses
+    states = motion(*followed)[::every]
     if cell.driver != "own":
         driver = random_puppet(unlike(cell.identity))
-        targets = [pose_of(driver, state) for state in motion(*followed)]
+        targets = [pose_of(driver, state) for state in states]
     if cell.driver == "retargeted":
         targets = retarget(targets, poses, 1.0)
-    return Scene(frames[chosen], poses, targets, truth, true_poses, person, dance + 1)
+    return Scene(frames[chosen], poses, targets, truth, true_poses, person, states)
 
 
 def repaint(cell: Cell) -> tuple[Puppet, str]:
@@ -319,7 +323,7 @@ def measure(openpose: OpenPose, result: np.ndarray, cell: Cell, scene: Scene) ->
     }
     figures = {name: float(np.nanmean(values)) for name, values in by_frame.items()}
     if cell.repainted:
-        puppet, states = repaint(cell)[0], motion(scene.motion, cell.target_frames)
+        puppet, states = repaint(cell)[0], scene.states
         wanted = np.stack([render(puppet, state, SIZE)[0] for state in states])
         part = (wanted != truth).any(axis=-1)
         off = result[part].mean(axis=0) - wanted[part].mean(axis=0)
