@@ -894,18 +894,18 @@ def test_sd15_is_downloaded_once(hub, small, model):
 
 
 def test_the_public_openpose_is_downloaded(hub, monkeypatch, tmp_path):
-    openpose = OpenPose(width=0.05)
-    monkeypatch.setattr(checkpoint, "OpenPose", lambda: OpenPose(width=0.05))
+    networks = OpenPose(width=0.05)
+    monkeypatch.setattr("openpose.OpenPose", lambda: OpenPose(width=0.05))
     for part, name in [
         ("body", "body_pose_model"),
         ("hand", "hand_pose_model"),
         ("face", "facenet"),
     ]:
         path = tmp_path / f"{name}.pth"  # as old as these files are
-        tensors = openpose.get_submodule(part).state_dict()
+        tensors = networks.get_submodule(part).state_dict()
         torch.save(tensors, path, _use_new_zipfile_serialization=False)
         hub.files[f"lllyasviel/Annotators/{name}.pth"] = path.read_bytes()
-    assert same(load_openpose().state_dict(), openpose.state_dict())
+    assert same(load_openpose().state_dict(), networks.state_dict())
     assert len(hub.fetched()) == 3
 
 
@@ -1148,37 +1148,3 @@ def test_loading_all_of_sd15_takes_little_more_memory_than_its_weights(
     assert sum(p.numel() for network in networks for p in network.parameters()) == 1_481_296_827
     print(f"{size / 1e9:.2f} GB of weights in {took:.1f} s, peak {peak / size:.3f} times that")
     assert peak / size < 1.15
-
-
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(),
-    reason="this machine gives no huge pages",
-)
-def test_large_buffers_of_the_commands_are_in_huge_pages():
-    program = """
-import train, sample, torch
-sample.keep_freed_memory()
-x = torch.zeros(50_000_000)
-print(sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("AnonHugePages")))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) > 100_000, "kB, of 200 MB"
-
-
-def test_training_on_a_card_does_without_cudnns_attention(monkeypatch):
-    """Its gradients are not always numbers."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
-    try:
-        assert checkpoint.compute_device(training=True) == (torch.device("cuda", 0), torch.bfloat16)
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert checkpoint.compute_device() == (torch.device("cuda", 0), torch.float16)
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before[0])
-        torch.set_float32_matmul_precision(before[1])

@@ -216,7 +216,7 @@ def test_poses_found_in_the_result_are_compared_with_those_asked_for(work, monke
     shifted = [place_pose(pose, 1, 1, 0.01, 0) for pose in poses[2:7]]
     monkeypatch.setattr(evaluate, "load_openpose", lambda *_: None)
     monkeypatch.setattr(evaluate, "network_figures", lambda *_: ({}, {}))
-    monkeypatch.setattr(evaluate, "find_poses", lambda *_, **__: shifted)
+    monkeypatch.setattr("metrics.figures.find_poses", lambda *_, **__: shifted)
     options = ["--poses", work / "poses.json", "--range", "2:7", "--full"]
     figures = run(work, *options)
     assert figures["pck"] == 1 and 0.005 < figures["pose_error"] < 0.05
@@ -224,7 +224,7 @@ def test_poses_found_in_the_result_are_compared_with_those_asked_for(work, monke
     def nobody(*_, **__):
         raise ValueError("no person")
 
-    monkeypatch.setattr(evaluate, "find_poses", nobody)
+    monkeypatch.setattr("metrics.figures.find_poses", nobody)
     figures = run(work, *options)
     assert figures["pck"] == 0 and "pose_error" not in figures
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import nn
 from weights import fill
 
-import checkpoint
 import openpose
 from openpose import (
     LIMBS,
@@ -543,7 +542,7 @@ def run(monkeypatch):
 
     def run(script: list[list[np.ndarray]], height: int, width: int, *arguments) -> None:
         nets = acted(script, height, width)
-        monkeypatch.setattr(checkpoint, "load_openpose", lambda name, device: nets, raising=False)
+        monkeypatch.setattr(openpose, "load_openpose", lambda name, device: nets)
         monkeypatch.setattr("sys.argv", ["openpose.py", *map(str, arguments)])
         _, args = openpose.parse_arguments()
         openpose.main(args)
