@@ -11,7 +11,6 @@ left out, left over or bent into shape: the first that does not fit is an error 
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -25,12 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from clip import TextConfig, TextEncoder, Tokenizer
+from command import METHOD_NAMES
 from controlnet import ControlNet
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-
-# Large buffers in huge pages. torch reads this when it makes its first tensor, which other modules do on import.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 DEMO = Path(__file__).resolve().parent / "demo" / "weights"
 PARTS = ("unet", "controlnet", "vae", "text_encoder")
@@ -455,7 +452,6 @@ def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
     return tokenizer
 
 
-METHOD_NAMES = ("paper", "body", "held")  # see `pseudo.METHODS`, which this file cannot import
 SETTINGS = ("size", "learning_rate", "method", "guidance_until")
 
 

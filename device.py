@@ -1,6 +1,5 @@
-"""Where to compute, in which precision, and how memory is kept."""
+"""Where to compute, and in which precision."""
 
-import ctypes
 import shutil
 import time
 from functools import cache
@@ -59,23 +58,3 @@ def has_fast_bfloat16() -> bool:
         return min(times)
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next buffer instead of giving it back to the system.
-
-    A network's buffers are freed and asked for again hundreds of times a second. On a CPU, mapping
-    them anew costs more than the arithmetic: a training step of the demo model takes a quarter of
-    the time with this. Those of 32 MB and more are given back all the same, or the gaps between
-    them would add up, but are mapped in huge pages, which costs little. To be called before the
-    first buffers are made. Does nothing where the C library is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # malloc.h
-    mallopt(mmap_threshold, 32 * 2**20)  # the highest there is
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 256 * 2**20)
-    mallopt(arena_max, 1)

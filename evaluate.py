@@ -14,6 +14,7 @@ import torch
 
 from checkpoint import model_path
 from clip import ImageEncoder
+from command import parse_canvas, parse_range
 from device import compute_device
 from metrics.figures import (
     CLIP_FRAMES,
@@ -34,7 +35,6 @@ from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, load_poses, place_pose, read_canvas, video_sim
-from run import parse_canvas, parse_range
 from video import cover, fit_frame, read_frames, replacing, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.

@@ -752,7 +752,7 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def main(args: argparse.Namespace) -> None:
     # Not at the top: these know of networks and files, of which the rest of this file is free.
-    from device import keep_freed_memory
+    from command import keep_freed_memory
     from video import IMAGES, open_video, read_frames, save_image
 
     clip = args.clip.resolve()

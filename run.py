@@ -1,6 +1,5 @@
-"""The run folder that `train.py` leaves and `sample.py` reads, and the arguments that both commands share."""
+"""The run folder that `train.py` leaves and `sample.py` reads."""
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 from checkpoint import Model
 from posecrafter import trainable_parameters
 from poses.pose import Pose, load_poses
-from poses.source import KINDS
 from video import read_frames
 
 # ---- The run folder -----------------------------------------------------------------------------
@@ -98,36 +96,3 @@ def name_of(source: Path) -> str:
     """What is made of a video, file or folder is called by this, without an extension."""
     source = source.resolve()
     return source.name if source.is_dir() else source.stem
-
-
-# ---- Arguments -----
-
-
-def parse_range(text: str) -> range:
-    """ "0:36" -> range(0, 36)."""
-    try:
-        start, stop = map(int, text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 0:36") from None
-    if not 0 <= start < stop:
-        raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
-    return range(start, stop)
-
-
-def parse_canvas(text: str) -> tuple[int, int]:
-    """ "1920x1080" -> (1080, 1920), height and width."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1920x1080")
-    return int(sides[1]), int(sides[0])
-
-
-def add_pose_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `read_driver` that both command lines have."""
-    parser.add_argument("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
-    parser.add_argument(
-        "--person",
-        type=int,
-        default=1,
-        help="whom to follow in footage, 1 being the most prominent (default)",
-    )

@@ -4,6 +4,12 @@ Writes, side by side: the video, a contact sheet (target pose, result), the pose
 settings with what happened.
 """
 
+from command import keep_freed_memory, run_command, sampling_arguments
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    args = sampling_arguments()
+    keep_freed_memory()
+
 import argparse
 import json
 import math
@@ -18,9 +24,8 @@ from tqdm import tqdm
 
 from beyond.pseudo import METHODS, STILL, background_change, hold_to_pseudo_video
 from checkpoint import Model, load_model, locate_parts, networks_without_weights, read_settings
-from device import compute_device, describe, keep_freed_memory
+from device import compute_device, describe
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
-from metrics.figures import psnr
 from posecrafter import (
     TRAIN_STEPS,
     Generated,
@@ -36,13 +41,10 @@ from poses.retarget import proportions, retarget
 from poses.source import Driver, read_driver
 from run import (
     Run,
-    add_pose_arguments,
     load_run,
     load_trained,
     name_of,
     newest_run,
-    parse_canvas,
-    parse_range,
 )
 from video import (
     VIDEOS_WRITTEN,
@@ -121,122 +123,6 @@ def check_out(out: Path, inputs: list[Path]) -> None:
     above = next(folder for folder in out.resolve().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"{out}: {above} is a file, not a folder")
-
-
-def parse_arguments(
-    command: list[str] | None = None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--poses",
-        type=Path,
-        required=True,
-        help="what to follow: OpenPose JSON, or a video or images of anyone, or of a drawn skeleton",
-    )
-    add_pose_arguments(parser)
-    parser.add_argument(
-        "--canvas",
-        type=parse_canvas,
-        metavar="WxH",
-        help="size of the video that poses in pixels were found in, if their JSON does not say",
-    )
-    parser.add_argument(
-        "--smooth", action="store_true", help="take the jitter out of poses found in footage"
-    )
-    parser.add_argument(
-        "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
-    )
-    parser.add_argument(
-        "--retarget",
-        action=argparse.BooleanOptionalAction,
-        help="give the poses the proportions of the person of the run, and their place on the ground "
-        "(default: unless they are the training clip's own)",
-    )
-    parser.add_argument(
-        "--run", type=Path, help="run folder that train.py made (default: the newest)"
-    )
-    parser.add_argument(
-        "--prompt",
-        help="target prompt, such as 'a person, red hair' (default: the training prompt)",
-    )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=1.0,
-        help="guidance scale; 3 to change attributes (default: 1)",
-    )
-    parser.add_argument("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
-    parser.add_argument(
-        "--method",
-        choices=METHODS,
-        help="paper: face and hands edited at step 1; body: all parts of the body; held: sampling held to a "
-        "pseudo video that moves (default: the model's; paper for public checkpoints)",
-    )
-    parser.add_argument(
-        "--replay",
-        action=argparse.BooleanOptionalAction,
-        help="beyond the paper: the key frame goes the way back that inversion came (default: the method's)",
-    )
-    parser.add_argument(
-        "--fixed-point",
-        type=int,
-        metavar="N",
-        help="beyond the paper: further iterations of each inversion step (default: the method's)",
-    )
-    parser.add_argument(
-        "--reference",
-        default="auto",
-        help="number of the training frame to start from (default: auto)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of fresh noise, as --start noise has it (default: 0)"
-    )
-    parser.add_argument(
-        "--slice",
-        type=int,
-        metavar="N",
-        help="frames that a layer takes at a time; the result does not depend on it",
-    )
-    parser.add_argument(
-        "--offload",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="keep what waits for the decoder outside the graphics card (default: auto, if need be)",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="load no weights but OpenPose's, if poses must be found; print how much there is to compute, "
-        "the memory and the time it takes",
-    )
-    parser.add_argument(
-        "--fps",
-        type=float,
-        help="of the result (default: the driver's, or the training clip's if the driver is JSON)",
-    )
-    parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
-    parser.add_argument(
-        "--out", type=Path, help="the video to write (default: in the run's samples/)"
-    )
-    knobs = parser.add_argument_group("the paper's ablations, one part of the method at a time")
-    knobs.add_argument(
-        "--no-insert", action="store_true", help="do not put the reference in front as key frame"
-    )
-    knobs.add_argument(
-        "--start",
-        choices=("inversion", "noise"),
-        default="inversion",
-        help="where sampling starts from (default: inversion); noise is not edited, unless by --edit-step",
-    )
-    knobs.add_argument("--no-edit", action="store_true", help="leave the latents unedited")
-    knobs.add_argument(
-        "--edit-step",
-        type=int,
-        metavar="N",
-        help="edit before this step (default: the method's; 1 with a --prompt of its own, whose new looks "
-        "later steps would undo)",
-    )
-    return parser, parser.parse_args(command)
 
 
 def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
@@ -326,7 +212,6 @@ def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> No
         )
         precision = str(precision).removeprefix("torch.")
         print(f"{name}, {precision}: {peak / 1e9:.1f} GB at the peak")
-    keep_freed_memory()
     seconds = seconds_per_frame(model, height, width, device, dtype, args.slice)
     minutes = seconds * sum(work.values()) / step / 60
     print(
@@ -378,7 +263,6 @@ def read_targets(
 
 def load_tuned(run: Run) -> Model:
     """The model with the run's weights, on the device that is there."""
-    keep_freed_memory()
     device, dtype = compute_device()
     settings = run.settings
     model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
@@ -451,7 +335,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     faithfulness = None
     if made.reconstruction is not None:
         (reconstructed,) = decode_latents(model, made.reconstruction)
-        faithfulness = psnr(reconstructed[None], run.frames[k : k + 1])
+        error = (reconstructed.astype(np.float64) - run.frames[k]) ** 2 / 255**2
+        faithfulness = -10 * math.log10(max(error.mean(), 1e-10))  # PSNR in dB
     report = {
         "run": str(run.folder),
         "poses": str(args.poses),
@@ -521,14 +406,9 @@ def generate_or_explain(
 
 
 if __name__ == "__main__":
-    parser, args = parse_arguments()
-    try:
-        main(args)
-    except (ArithmeticError, MemoryError, OSError, ValueError) as error:
-        parser.exit(2, f"sample.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "sample.py: stopped\n")
-    except torch.OutOfMemoryError:  # in encoding or decoding: sampling knows ways around it
-        parser.exit(
-            2, "sample.py: out of graphics memory: frames of this size need a larger card\n"
-        )
+    run_command(
+        "sample.py",
+        main,
+        args,
+        out_of_memory="frames of this size need a larger card",
+    )

@@ -15,6 +15,12 @@ An interrupted run goes on from its last checkpoint, at most two minutes back, w
 again.
 """
 
+from command import keep_freed_memory, run_command, training_arguments
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    args = training_arguments()
+    keep_freed_memory()
+
 import argparse
 import hashlib
 import json
@@ -30,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 from checkpoint import Model, load_model
-from device import compute_device, describe, keep_freed_memory
+from device import compute_device, describe
 from posecrafter import (
     embed_hints,
     encode_frames,
@@ -42,7 +48,7 @@ from posecrafter import (
 )
 from poses.pose import Pose, draw_pose, has_person, place_pose, save_poses
 from poses.source import read_driver, uniform_frames
-from run import add_pose_arguments, name_of, parse_range, read_run_settings
+from run import name_of, read_run_settings
 from video import contact_sheet, count_frames, fit, fit_frame, read_frames, replacing, save_image
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
@@ -268,56 +274,6 @@ def describe_losses(tuned: Tuned, learning_rate: float) -> str:
 # ---- The command line ---------------------------------------------------------------------------
 
 
-def parse_arguments(
-    command: list[str] | None = None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clip", type=Path, help="video, or folder of images, of one person")
-    parser.add_argument(
-        "--poses",
-        type=Path,
-        help="the clip's poses, OpenPose JSON or a drawn skeleton (default: found in its pixels)",
-    )
-    add_pose_arguments(parser)
-    parser.add_argument(
-        "--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)"
-    )
-    parser.add_argument(
-        "--controlnet", type=Path, help="take the ControlNet from this file or folder"
-    )
-    parser.add_argument("--vae", type=Path, help="take the VAE from this file or folder")
-    parser.add_argument(
-        "--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)"
-    )
-    parser.add_argument(
-        "--range",
-        type=parse_range,
-        metavar="A:B",
-        help="from these frames of the clip (default: all)",
-    )
-    parser.add_argument(
-        "--prompt", default="a person", help="what the clip shows (default: %(default)r)"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="training steps (default: the paper's, 100 for 8 frames)"
-    )
-    parser.add_argument(
-        "--lr",
-        type=float,
-        help="learning rate (default: the model's; 0.0001 for public checkpoints, the paper states 0.003)",
-    )
-    parser.add_argument(
-        "--size", type=int, help="short side of the canvas (default: the model's; 512 for SD 1.5)"
-    )
-    parser.add_argument(
-        "--run", type=Path, help="the folder to make (default: runs/ and the clip's name)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the noise and the timesteps (default: 0)"
-    )
-    return parser, parser.parse_args(command)
-
-
 def main(args: argparse.Namespace) -> None:
     if not args.clip.exists():
         raise FileNotFoundError(f"{args.clip}: no such clip")
@@ -346,7 +302,6 @@ def main(args: argparse.Namespace) -> None:
         person=args.person,
     )
 
-    keep_freed_memory()
     device, dtype = compute_device(training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype)
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)  # 64 for SD 1.5
@@ -424,14 +379,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser, args = parse_arguments()
-    try:
-        main(args)
-    except (ArithmeticError, OSError, ValueError) as error:
-        parser.exit(2, f"train.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "train.py: stopped; the same command goes on from the last checkpoint\n")
-    except torch.OutOfMemoryError:
-        parser.exit(
-            2, "train.py: out of graphics memory: give fewer --frames or a smaller --size\n"
-        )
+    run_command(
+        "train.py",
+        main,
+        args,
+        stopped="stopped; the same command goes on from the last checkpoint",
+        out_of_memory="give fewer --frames or a smaller --size",
+    )

@@ -21,9 +21,9 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command import keep_freed_memory
 from demo.pretrain_openpose import fields_at, heatmaps_at, shown_at
 from demo.puppet import clip
-from device import keep_freed_memory
 from openpose import STRIDE, OpenPose, body_input, body_size, detect
 
 SIZE = 512

@@ -53,8 +53,8 @@ def random_weights(network: nn.Module, seed: int, dtype: torch.dtype) -> nn.Modu
 
 def ours(widths, hints, dtype):
     sys.path.insert(0, str(ROOT))
+    from command import keep_freed_memory
     from controlnet import ControlNet
-    from device import keep_freed_memory
     from posecrafter import finest_map
     from slicing import plans, slices
     from unet import Context, UNet, UNetConfig

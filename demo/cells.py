@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from beyond.pseudo import hold_to_pseudo_video, moved_person, without_people
 from checkpoint import DEMO, Model, load_model
+from command import keep_freed_memory
 from demo.drive import unlike
 from demo.puppet import (
     CLOTH_COLOURS,
@@ -37,7 +38,7 @@ from demo.puppet import (
     random_puppet,
     render,
 )
-from device import compute_device, keep_freed_memory
+from device import compute_device
 from metrics.figures import find_and_compare, frame_l1, frame_psnr, frame_ssim
 from openpose import OpenPose, load_openpose
 from posecrafter import (

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 import train
+from command import sampling_arguments, training_arguments
 from demo.puppet import clip
 from metrics.figures import psnr, ssim
 from poses.pose import draw_pose, save_poses
@@ -48,7 +49,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]
     # As many steps as the demo model learned to take. More are slower; README.md compares with 20.
     command += ["--ddim-steps", 10, "--out", run / "result.mp4", *sample_options]
-    sample_arguments = sample.parse_arguments(list(map(str, command)))[1]
+    sample_arguments = sampling_arguments(list(map(str, command)))
 
     make_anew(run)
     truth, person = film(identity, 2 * identity + 1, TARGET_FRAMES)
@@ -59,7 +60,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
         save_image(run / "clip" / f"{i:04d}.png", frame)
 
     command = [run / "clip", "--model", "demo", "--run", run]
-    train.main(train.parse_arguments(list(map(str, command)))[1])
+    train.main(training_arguments(list(map(str, command))))
     # Poses are all that the true video is looked at for.
     target_poses = read_driver(run / "truth.mp4", model="demo", smooth=True).poses
     save_poses(run / "poses.json", target_poses, WIDTH, HEIGHT)

@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 import train
+from command import sampling_arguments, training_arguments
 from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew
 from demo.puppet import Puppet, clip, motion, random_puppet, render
 from metrics.figures import psnr
 from poses.pose import Pose, draw_pose, is_seen, save_poses
 from poses.retarget import retarget
+from run import load_run
 from video import contact_sheet, save_image, write_video
 
 SIZE = 192  # pixels: whole bodies in square frames, since legs have proportions too
@@ -61,8 +63,8 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
     write_video(run / "truth.mp4", truth, FPS)
 
     command = [run / "clip", "--poses", run / "clip.poses.json", "--model", "demo", "--run", run]
-    train.main(train.parse_arguments(list(map(str, command)))[1])
-    retargeted_poses = retarget(driver_poses, train.load_run(run).poses, 1.0)
+    train.main(training_arguments(list(map(str, command))))
+    retargeted_poses = retarget(driver_poses, load_run(run).poses, 1.0)
 
     metrics: dict = {"subject": subject, "driver": driver}
     results = {}
@@ -70,7 +72,7 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
         option = "--retarget" if way == "retargeted" else "--no-retarget"
         command = ["--poses", run / "poses.source.poses.json", "--run", run, "--fps", FPS, option]
         command += ["--ddim-steps", 20, "--out", run / f"{way}.mp4", *sample_options]
-        results[way] = sample.main(sample.parse_arguments(list(map(str, command)))[1])
+        results[way] = sample.main(sampling_arguments(list(map(str, command))))
         metrics[way] = {
             "psnr": psnr(results[way], truth),
             "psnr_person": psnr(results[way], truth, person),

@@ -57,6 +57,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import Model, load_model, model_path
 from clip import TextConfig, TextEncoder, Tokenizer
+from command import keep_freed_memory
 from controlnet import ControlNet
 from demo.puppet import (
     CLOTH_COLOURS,
@@ -72,7 +73,7 @@ from demo.puppet import (
 from demo.save import save_model
 from demo.scenery import disguise
 from demo.vocabulary import learn_merges
-from device import compute_device, keep_freed_memory
+from device import compute_device
 from posecrafter import (
     ALPHAS_CUMPROD,
     TRAIN_STEPS,

@@ -26,10 +26,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import DEMO
+from command import keep_freed_memory
 from demo.pretrain import ROUNDS, SIZE, optimise, render_pool
 from demo.puppet import motion, random_puppet, render
 from demo.save import save_openpose
-from device import keep_freed_memory
 from openpose import (
     LEAST_SIDE,
     LIMB_MAPS,

@@ -11,13 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device import keep_freed_memory
 from openpose import find_poses, load_openpose
 from poses.drawn import is_drawn, read_drawn
 from poses.pose import Pose, load_poses, read_canvas, save_poses
 from video import count_frames, read_frames
-
-KINDS = ("json", "drawn", "video")
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ def read_driver(
     found = cache and cache / name
     if found and found.exists():
         return Driver(load_poses(found), within, total, canvas, fps)
-    keep_freed_memory()
     nets = load_openpose(model, "cuda" if torch.cuda.is_available() else "cpu")
     whole = uniform_frames(range(len(frames)), whole_bodies or len(frames))
     try:

@@ -21,6 +21,7 @@ import sample
 import train
 from checkpoint import Model
 from clip import TextConfig, TextEncoder, Tokenizer
+from command import sampling_arguments, training_arguments
 from controlnet import ControlNet
 from demo.puppet import clip
 from demo.save import save_model
@@ -28,6 +29,7 @@ from demo.vocabulary import learn_merges
 from posecrafter import PAPER, Method, edit_once, training_loss
 from poses import source as driver
 from poses.pose import Pose, load_poses, save_poses
+from run import name_of
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from video import add_sound, has_sound, read_frames, save_image, write_video
@@ -63,8 +65,11 @@ def workplace(tmp_path_factory) -> Path:
 
 def main(workplace: Path, script: str, *arguments: object) -> None:
     """What the command line does, in this process, where torch is loaded already."""
-    module = {"train.py": train, "sample.py": sample}[script]
-    _, parsed = module.parse_arguments([str(argument) for argument in arguments])
+    module, parse = {
+        "train.py": (train, training_arguments),
+        "sample.py": (sample, sampling_arguments),
+    }[script]
+    parsed = parse([str(argument) for argument in arguments])
     with contextlib.chdir(workplace):
         module.main(parsed)
 
@@ -222,7 +227,7 @@ def test_sampling_is_held_to_the_training_frames_where_that_is_possible_and_want
     ],
 )
 def test_options_make_the_method(workplace, trained, options, expected):
-    _, args = sample.parse_arguments(["--poses", "clip.json", *map(str, options)])
+    args = sampling_arguments(["--poses", "clip.json", *map(str, options)])
     settings = json.loads((trained / "settings.json").read_text())
     settings["model"] = str(workplace / "model")
     method, chosen_by = sample.choose_method(args, settings, args.prompt or settings["prompt"])
@@ -231,7 +236,7 @@ def test_options_make_the_method(workplace, trained, options, expected):
 
 
 def test_public_checkpoints_are_sampled_as_the_paper_says(trained):
-    _, args = sample.parse_arguments(["--poses", "clip.json"])
+    args = sampling_arguments(["--poses", "clip.json"])
     settings = json.loads((trained / "settings.json").read_text()) | {"model": "sd15"}
     assert sample.choose_method(args, settings, "a person") == (PAPER, "the model's default")
     assert PAPER == Method("paper", "face,hands", 1, edit_once, True, "inversion", False, 0)
@@ -476,8 +481,8 @@ def test_what_poses_are_is_said_of_poses_that_are_given(workplace):
 def test_a_run_is_named_after_its_clip(workplace, monkeypatch):
     (workplace / "me.day1").mkdir()
     monkeypatch.chdir(workplace / "me.day1")
-    assert train.name_of(Path(".")) == "me.day1"
-    assert train.name_of(Path("../clip.mp4")) == "clip"
+    assert name_of(Path(".")) == "me.day1"
+    assert name_of(Path("../clip.mp4")) == "clip"
 
 
 def test_an_empty_prompt_is_a_prompt_and_the_trained_one_is_none_of_its_own(workplace, trained):

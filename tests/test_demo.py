@@ -7,6 +7,7 @@ import torch
 import sample
 import train
 from checkpoint import DEMO, load_model
+from command import sampling_arguments, training_arguments
 from demo.dance import dance, make_anew
 from demo.puppet import clip
 from metrics.figures import psnr
@@ -78,9 +79,9 @@ def test_a_new_puppet_dances_better_than_a_copied_frame_would(tmp_path):
 
     command = [tmp_path / "clip", "--poses", tmp_path / "clip.json", "--model", "demo"]
     command += ["--steps", 10, "--size", 128, "--run", tmp_path / "run"]
-    train.main(train.parse_arguments(list(map(str, command)))[1])
+    train.main(training_arguments(list(map(str, command))))
     command = ["--poses", tmp_path / "dance.json", "--run", tmp_path / "run", "--ddim-steps", 10]
-    result = sample.main(sample.parse_arguments(list(map(str, command)))[1])
+    result = sample.main(sampling_arguments(list(map(str, command))))
 
     copies = [np.repeat(frame[None], len(truth), axis=0) for frame in frames]
     assert psnr(result, truth) > max(psnr(copy, truth) for copy in copies) + 1
