@@ -15,6 +15,7 @@ driver are measured again. To measure again, delete a row there, or the file.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from functools import partial
@@ -163,6 +164,8 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {args.device}: give --tiny too, or it takes hours")
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if not shutil.which(args.python):
+        parser.error(f"--python {args.python}: no such program")
     if args.controlvideo and not args.controlvideo.is_dir():
         parser.error(f"--controlvideo {args.controlvideo}: no such folder")
     return args
