@@ -5,8 +5,9 @@
                                                   environment that it runs in (diffusers 0.11.1)
 
 Each runs in processes of its own, turn by turn, with the same random weights at Stable Diffusion 1.5's sizes: the
-peers as they come, and with memory kept and huge pages as ours asks for them. On one frame all compute the same,
-so their error there, against float32, says what their speed costs.
+peers as they come, and on a CPU with memory kept and huge pages as ours asks for them. On one frame all compute
+the same, so their error there, against float32, says what their speed costs. `--device cuda --dtype float16` has
+the same on a GPU.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def random_weights(network: nn.Module, seed: int, dtype: torch.dtype) -> nn.Modu
     return network.eval().requires_grad_(False)
 
 
-def ours(widths, hints, dtype):
+def ours(widths, hints, dtype, device):
     sys.path.insert(0, str(ROOT))
     from command import keep_freed_memory
     from controlnet import ControlNet
@@ -64,7 +65,7 @@ def ours(widths, hints, dtype):
         unet = UNet(UNetConfig(widths=widths))
         controlnet = ControlNet(UNetConfig(widths=widths), hints)
     unet, controlnet = (
-        random_weights(network, seed, dtype).to(memory_format=torch.channels_last)
+        random_weights(network, seed, dtype).to(device, memory_format=torch.channels_last)
         for seed, network in enumerate((unet, controlnet))
     )
     known = {}
@@ -81,11 +82,12 @@ def ours(widths, hints, dtype):
     return step
 
 
-def exact(widths, hints, dtype):
-    return ours(widths, hints, torch.float32)
+def exact(widths, hints, dtype, device):
+    torch.backends.cudnn.allow_tf32 = False  # of products it is off by default
+    return ours(widths, hints, dtype, device)
 
 
-def diffusers_2d(widths, hints, dtype):
+def diffusers_2d(widths, hints, dtype, device):
     import diffusers
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -101,7 +103,7 @@ def diffusers_2d(widths, hints, dtype):
             **sizes,
         )
     unet, controlnet = (
-        random_weights(network, seed, dtype).to(memory_format=torch.channels_last)
+        random_weights(network, seed, dtype).to(device, memory_format=torch.channels_last)
         for seed, network in enumerate((unet, controlnet))
     )
 
@@ -119,7 +121,7 @@ def diffusers_2d(widths, hints, dtype):
     return step
 
 
-def controlvideo(widths, hints, dtype):
+def controlvideo(widths, hints, dtype, device):
     from libs.controlnet3d import ControlNetModel  # of the public code's folder, on the path
     from libs.unet import UNet3DConditionModel
 
@@ -128,7 +130,8 @@ def controlvideo(widths, hints, dtype):
         unet = UNet3DConditionModel(**sizes)
         controlnet = ControlNetModel(conditioning_embedding_out_channels=hints, **sizes)
     unet, controlnet = (
-        random_weights(network, seed, dtype) for seed, network in enumerate((unet, controlnet))
+        random_weights(network, seed, dtype).to(device)
+        for seed, network in enumerate((unet, controlnet))
     )
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
@@ -159,34 +162,52 @@ IMPLEMENTATIONS = {
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> None:
-    """In a process of its own: saves the seconds of every run, and what one frame's noise came out as."""
+    """In a process of its own: saves the seconds of every run, what one frame's noise came out as, and on a GPU
+    the most bytes that tensors took there.
+    """
     if args.controlvideo:
         sys.path.insert(0, str(args.controlvideo))
-    dtype = torch.float32 if args.measure == EXACT else torch.bfloat16
-    step = IMPLEMENTATIONS[args.measure](tuple(args.widths), HINTS, dtype)
+    dtype = torch.float32 if args.measure == EXACT else getattr(torch, args.dtype)
+    step = IMPLEMENTATIONS[args.measure](tuple(args.widths), HINTS, dtype, args.device)
+    on_gpu = torch.device(args.device).type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     random = torch.Generator().manual_seed(0)
 
     def inputs(frames: int) -> tuple:
         latents = torch.randn(frames, 4, args.size // 8, args.size // 8, generator=random)
         hint = torch.rand(frames, 3, args.size, args.size, generator=random)
         context = torch.randn(77, 768, generator=random)
-        return latents.to(dtype), 501, context.to(dtype), hint.to(dtype)
+        there = {"device": args.device, "dtype": dtype}
+        return latents.to(**there), 501, context.to(**there), hint.to(**there)
 
-    result = {"frame": step(*inputs(1)).float().contiguous(), "seconds": []}
+    result = {"frame": step(*inputs(1)).float().cpu().contiguous(), "seconds": []}
     clip = inputs(args.frames)
     for _ in range(0 if args.measure == EXACT else 1 + args.runs):
+        wait()
         start = time.perf_counter()
         step(*clip)
+        wait()
         result["seconds"].append(time.perf_counter() - start)
+    result["peak"] = torch.cuda.max_memory_allocated() if on_gpu else None
     torch.save(result, args.out)
 
 
-def run(name: str, args: argparse.Namespace, environment: dict[str, str]) -> dict:
-    python = args.python if name == CONTROLVIDEO else sys.executable
+def run(
+    name: str,
+    python: str,
+    options: list[str],
+    environment: dict[str, str],
+    stderr: int | None = None,
+) -> dict:
+    """What `measure` saves, in a process of this file with such options.
+
+    Raises subprocess.CalledProcessError where that fails; with what it said, if `stderr` is subprocess.PIPE.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.pt"
-        command = [python, __file__, *sys.argv[1:], "--measure", name, "--out", out]
-        subprocess.run([str(part) for part in command], check=True, env=os.environ | environment)
+        python = python if name == CONTROLVIDEO else sys.executable
+        command = [python, __file__, *options, "--measure", name, "--out", str(out)]
+        subprocess.run(command, check=True, env=os.environ | environment, stderr=stderr)
         return torch.load(out, weights_only=True)
 
 
@@ -195,12 +216,14 @@ def main(args: argparse.Namespace) -> None:
     rows = {OURS: (OURS, {})}
     for peer in peers:
         rows[peer] = peer, {}
-        rows[f"{peer}, memory kept"] = peer, KEEP_MEMORY
-    reference = run(EXACT, args, {})["frame"]
+        if args.device == "cpu":
+            rows[f"{peer}, memory kept"] = peer, KEEP_MEMORY
+    options = sys.argv[1:]
+    reference = run(EXACT, args.python, options, {})["frame"]
     results = {row: [] for row in rows}
     for _ in range(args.processes):
         for row, (name, environment) in rows.items():
-            results[row].append(run(name, args, environment))
+            results[row].append(run(name, args.python, options, environment))
             print(row, *(f"{s:.2f}" for s in results[row][-1]["seconds"]), file=sys.stderr)
 
     table = {}
@@ -208,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         seconds = [s for result in found for s in result["seconds"][1:]]  # the first warms up
         error = (found[0]["frame"] - reference).norm() / reference.norm()
         table[row] = statistics.median(seconds), min(seconds), max(seconds), error.item()
-    print(f"One step, {args.frames} frames of {args.size}x{args.size}, bfloat16:\n")
+    print(f"One step, {args.frames} frames of {args.size}x{args.size}, {args.dtype}:\n")
     print("| | seconds | fastest to slowest | against ours | error on one frame |")
     print("| --- | --- | --- | --- | --- |")
     for row, (middle, best, worst, error) in table.items():
@@ -223,6 +246,8 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--widths", type=int, nargs=4, default=WIDTHS)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float16")
     parser.add_argument("--runs", type=int, default=2, help="per process, after one to warm up")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")

@@ -1,0 +1,166 @@
+"""Small networks on any device and in any precision, against the CPU in float32: for `card.py` and the tests."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.step import random_weights
+from controlnet import ControlNet
+from posecrafter import (
+    invert,
+    predict_noise,
+    sample,
+    trainable_parameters,
+    training_loss,
+)
+from slicing import Slicing, slices
+from unet import UNet, UNetConfig
+
+# Heads are 40, 80 and 160 wide, as in Stable Diffusion 1.5, so a GPU takes the same kernels.
+SMALL = UNetConfig(widths=(80, 160, 320, 320), context_dim=24, heads=2, norm_groups=8)
+WHOLE = Slicing(2**40)  # the clip in one slice
+SLICED, OFFLOADED = Slicing(2**13), Slicing(2**13, offload=True)  # one frame of the finest maps
+LOSS_SCALE = 1024  # keeps float16 gradients above the smallest numbers; exact, as a power of two
+
+
+def networks(
+    config: UNetConfig, hint_widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> SimpleNamespace:
+    """UNet and ControlNet with random weights: the same on every device."""
+    with torch.device("meta"):
+        bundle = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, hint_widths))
+    for seed, (name, network) in enumerate(list(vars(bundle).items())):
+        network = random_weights(network, seed, dtype)
+        setattr(bundle, name, network.to(device, memory_format=torch.channels_last))
+    return bundle
+
+
+@functools.cache
+def small_model(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
+    """Small networks in which every layer counts: `random_weights` leaves the temporal ones at zero."""
+    model = networks(config, (8, 8, 16, 32), dtype, device)
+    random = torch.Generator().manual_seed(0)
+    for parameter in trainable_parameters(model).values():
+        scale = 0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+def small_inputs(model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents and noise (5, 4, 16, 12), context (7, C), and hints, embedded and in the host's memory."""
+    random = torch.Generator().manual_seed(1)
+    weight = model.unet.conv_in.weight
+    latents, noise = torch.randn(2, 5, 4, 16, 12, generator=random).to(weight.device)
+    context = torch.randn(7, model.unet.config.context_dim, generator=random).to(weight)
+    images = torch.rand(5, 3, 128, 96, generator=random).to(weight)
+    with torch.no_grad():
+        hints = model.controlnet.embed_hint(images).cpu()
+    return latents, noise, context, hints
+
+
+# ---- What is compared ---------------------------------------------------------------------------
+
+
+def one_noise(model, way: Slicing) -> list[Tensor]:
+    latents, _, context, hints = small_inputs(model)
+    with torch.inference_mode(), slices(way):
+        return [predict_noise(model, latents, 501, context, hints)]
+
+
+def one_clip(model, way: Slicing) -> list[Tensor]:
+    latents, _, context, hints = small_inputs(model)
+    with slices(way):
+        noise = invert(model, latents[:1], hints[:1], context, 4)[-1]
+    return [noise, sample(model, noise.repeat(5, 1, 1, 1), hints, context, 4, slicing=[way])]
+
+
+def loss_and_gradients(model, way: Slicing) -> list[Tensor]:
+    """The way plays no part: where gradients are recorded, there is one slice."""
+    model = copy.deepcopy(model)
+    latents, noise, context, hints = small_inputs(model)
+    parameters = prepare_training(model)
+    with without_cudnn_attention():
+        loss = step_loss(model, latents, hints, context, noise)
+        (LOSS_SCALE * loss).backward()
+    return [loss.detach(), *(p.grad / LOSS_SCALE for p in parameters)]
+
+
+def prepare_training(model) -> list[torch.nn.Parameter]:
+    """As `train.train` has it: trained weights are float32, and the others keep their precision."""
+    parameters = list(trainable_parameters(model).values())
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def step_loss(model, latents: Tensor, hints: Tensor, context: Tensor, noise: Tensor) -> Tensor:
+    """The loss as `train.train` computes it, at timestep 501."""
+    device, dtype = latents.device.type, context.dtype
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        return training_loss(model, latents, hints, context, 501, noise)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """For training, as `compute_device` has it: of cuDNN's attention some gradients are not numbers.
+
+    Going backwards needs it too, where recomputed activations must be those that went forwards.
+    """
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
+CHECKS: dict[str, tuple[Callable[..., list[Tensor]], Slicing]] = {
+    "one noise prediction": (one_noise, WHOLE),
+    "the same in slices": (one_noise, SLICED),
+    "the same in slices, skips offloaded": (one_noise, OFFLOADED),
+    "inversion and sampling, 4 steps": (one_clip, WHOLE),
+    "the same in slices, skips and hints offloaded": (one_clip, OFFLOADED),
+    "training loss and gradients": (loss_and_gradients, WHOLE),
+}
+
+
+# ---- The comparison -----------------------------------------------------------------------------
+
+
+@functools.cache
+def reference(compute: Callable[..., list[Tensor]], config: UNetConfig) -> list[Tensor]:
+    """The results on the CPU in float32, the clip in one slice."""
+    return compute(small_model(config, torch.device("cpu"), torch.float32), WHOLE)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 is float32: TF32 would round to 10 bits what is multiplied."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def difference(
+    check: str, device: torch.device, dtype: torch.dtype, config: UNetConfig = SMALL
+) -> float:
+    """The largest difference of a check's results from those of the CPU in float32; NaN if there is a NaN.
+
+    Relative to the largest number of each result. Of several results, such as gradients, the worst counts.
+    """
+    compute, way = CHECKS[check]
+    with without_tf32():
+        found = compute(small_model(config, device, dtype), way)
+    differences = [
+        (ours.float().cpu() - exact).abs().max() / exact.abs().max()
+        for ours, exact in zip(found, reference(compute, config), strict=True)
+    ]
+    return torch.stack(differences).max().item()
