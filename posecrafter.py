@@ -453,11 +453,12 @@ class TrainingFrames(Protocol):
 class Edits:
     """What happens to the target frames' latents (M, C, h, w) while they are sampled, in place."""
 
-    before_step: Callable[
-        [Tensor, int], None
-    ]  # the latents, and the step that follows, counted from 1
+    before_step: Callable[[Tensor, int], None]  # gets the latents and the step, counted from 1
     finish: Callable[[Tensor], None]  # after the last step
     regions: dict[str, int]  # in how many frames each part is edited
+
+
+NO_EDITS = Edits(lambda latents, step: None, lambda latents: None, {})
 
 
 @dataclass(frozen=True)
@@ -496,9 +497,7 @@ class Method:
     """One way to sample, as data. `PAPER` is PoseCrafter's; ablations change its fields one at a time."""
 
     name: str
-    parts: str | None = (
-        "face,hands"  # what latent editing moves, a key of `parts.PARTS`; None: nothing
-    )
+    parts: str | None = "face,hands"  # what is edited, a key of `parts.PARTS`; None: nothing
     edit_step: int | None = 1  # before which sampling step; None: after a fifth of the steps
     editor: Callable[[Scene], Edits] = edit_once
     insert: bool = True  # the reference leads the clip, as its key frame
@@ -529,8 +528,22 @@ class Generated:
     regions: dict[str, int]  # in how many frames each part was edited
 
 
+def generate(model, run: TrainingFrames, *arguments, **options) -> Generated:
+    """`generate_once`, in a precision that holds the numbers: where float16 overflows, all is done again wider.
+
+    Raises FloatingPointError where that does not help, and MemoryError where the clip does not fit.
+    """
+    try:
+        return generate_once(model, run, *arguments, **options)
+    except FloatingPointError as error:
+        if network_inputs(model)["dtype"] != torch.float16:
+            raise
+        tqdm.write(f"{error}: float16 overflowed; starting again in {widen(model)}")
+        return generate_once(model, run, *arguments, **options)
+
+
 @torch.inference_mode()
-def generate(
+def generate_once(
     model,
     run: TrainingFrames,
     targets: Sequence[Pose],
@@ -544,84 +557,56 @@ def generate(
     frames_per_slice: int | None = None,
     offload: str = "auto",
 ) -> Generated:
-    """The person of the training frames in M target poses: PoseCrafter's Algorithm, whole.
+    """The person of the training frames in M target poses: the whole method.
 
     model: fine-tuned on the run's frames; targets: on the run's canvas, with a person in each. reference: which
     training frame to start from (default: the one that `select_reference` finds). source: the training prompt;
     prompt: the target's (default: the same). seed: of fresh noise, where a method wants some. frames_per_slice,
     offload: see `slicing.plans`; they do not change the result.
-
-    Where float16 overflows, all is done again in a wider precision. Raises FloatingPointError where that does not
-    help, and MemoryError where the clip does not fit.
     """
     height, width = run.frames.shape[1:3]
+    inputs = network_inputs(model)
     k = select_reference(run.poses, targets) if reference is None else reference
-    context = encode_prompt(model, source)
-    target_context = context if prompt in (None, source) else encode_prompt(model, prompt)
-    empty_context = encode_prompt(model, "") if guidance != 1 else None
+    context = encode_prompt(model, source).to(**inputs)
+    target_context = context if prompt is None else encode_prompt(model, prompt).to(**inputs)
+    empty_context = encode_prompt(model, "").to(**inputs) if guidance != 1 else None
+
     latent = encode_frames(model, run.frames[k : k + 1])
+    hint = embed_hints(model, [run.poses[k]], height, width)
+    trajectory = [latent]
+    if method.needs_inversion:
+        trajectory = invert(model, latent, hint, context, steps, method.fixed_point)
+        check_finite(trajectory[-1], "inversion")
+
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
+    hints = embed_hints(model, poses, height, width)
+    if method.start == "inversion":
+        noise = trajectory[-1].expand(len(poses), -1, -1, -1)
+    else:
+        random = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(poses), *latent.shape[1:], generator=random).to(latent)
 
-    def attempt() -> Generated:
-        texts = (
-            context,
-            target_context,
-            empty_context,
-        )  # in the networks' precision, also if that has changed
-        source_text, text, empty = (
-            t if t is None else t.to(**network_inputs(model)) for t in texts
-        )
-        hint = embed_hints(model, [run.poses[k]], height, width)
-        trajectory = [latent]
-        if method.needs_inversion:
-            trajectory = invert(model, latent, hint, source_text, steps, method.fixed_point)
-            check_finite(trajectory[-1], "inversion")
-        if method.start == "inversion":
-            noise = trajectory[-1].expand(len(poses), -1, -1, -1)
-        else:
-            random = torch.Generator().manual_seed(seed)
-            noise = torch.randn(len(poses), *latent.shape[1:], generator=random).to(latent)
-        edits = Edits(lambda latents, step: None, lambda latents: None, {})
-        if method.parts:
-            edit_step = method.edits_before(steps)
-            given = model, run, k, targets, trajectory, method.parts, edit_step, seed
-            edits = method.editor(Scene(*given))
-        replayed = method.replay and method.insert
+    edit_step = method.edits_before(steps)
+    scene = Scene(model, run, k, targets, trajectory, method.parts, edit_step, seed)
+    edits = method.editor(scene) if method.parts else NO_EDITS
+    replayed = method.replay and method.insert
 
-        def before_step(latents: Tensor, step: int) -> None:
-            check_finite(latents, f"step {step - 1} of sampling")
-            if replayed:
-                latents[0] = trajectory[steps - step + 1][0]
-            edits.before_step(latents[-len(targets) :], step)
+    def before_step(latents: Tensor, step: int) -> None:
+        # This waits for the device, once a step: little beside the step, and no hour is lost to a bad number.
+        check_finite(latents, f"step {step - 1} of sampling")
+        if replayed:
+            latents[0] = trajectory[steps - step + 1][0]
+        edits.before_step(latents[-len(targets) :], step)
 
-        latents = sample(
-            model,
-            noise,
-            embed_hints(model, poses, height, width),
-            text,
-            steps,
-            guidance,
-            empty,
-            before_step,
-            plans(
-                *network_inputs(model).values(), finest_map(model, noise), frames_per_slice, offload
-            ),
-            getattr(model, "guidance_until", 0),
-        )
-        check_finite(latents, f"step {steps} of sampling")
-        edits.finish(latents[-len(targets) :])
-        key_frame = latents[:1] if method.insert else None
-        if replayed:  # which says nothing of the model: sampled alone, the reference does
-            key_frame = sample(model, trajectory[-1], hint, source_text, steps)
-        return Generated(latents[-len(targets) :], key_frame, edits.regions)
-
-    try:
-        return attempt()
-    except FloatingPointError as error:
-        if network_inputs(model)["dtype"] != torch.float16:
-            raise
-        tqdm.write(f"{error}: float16 overflowed; starting again in {widen(model)}")
-        return attempt()
+    slicing = plans(*inputs.values(), finest_map(model, noise), frames_per_slice, offload)
+    guiding = guidance, empty_context, before_step, slicing, model.guidance_until
+    latents = sample(model, noise, hints, target_context, steps, *guiding)
+    check_finite(latents, f"step {steps} of sampling")
+    key_frame, latents = latents[: len(poses) - len(targets)], latents[-len(targets) :]
+    edits.finish(latents)
+    if replayed:  # its key frame says nothing of the model; the reference sampled alone does
+        key_frame = sample(model, trajectory[-1], hint, context, steps)
+    return Generated(latents, key_frame if method.insert else None, edits.regions)
 
 
 def widen(model) -> str:
