@@ -47,7 +47,7 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     """
     # It is the same puppet, not to be retargeted: proportions that differ would be mistakes of measuring.
     command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]
-    # As many steps as the demo model learned to take. More are slower; README.md compares with 20.
+    # As many steps as the demo model learned to take. More are slower; docs/RESULTS.md compares.
     command += ["--ddim-steps", 10, "--out", run / "result.mp4", *sample_options]
     sample_arguments = sampling_arguments(list(map(str, command)))
 
