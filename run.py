@@ -1,17 +1,19 @@
 """The run folder that `train.py` leaves and `sample.py` reads."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from checkpoint import Model
 from posecrafter import trainable_parameters
-from poses.pose import Pose, load_poses
-from video import read_frames
+from poses.pose import Pose, draw_pose, load_poses, save_poses
+from video import contact_sheet, read_frames, replacing, save_image
 
 # ---- The run folder -----------------------------------------------------------------------------
 
@@ -47,20 +49,67 @@ def load_run(folder: Path) -> Run:
     return Run(folder, settings, frames, poses)
 
 
+# What `sample.py` reads of a run's settings.
+NEEDED = {
+    "clip",
+    "poses",
+    "frames",
+    "fps",
+    "model",
+    "controlnet",
+    "vae",
+    "prompt",
+    "learning_rate",
+}
+
+
 def read_run_settings(folder: Path) -> dict:
     """What a run was asked for. Raises ValueError, naming the file, when it is damaged."""
     path = folder / "settings.json"
     try:
         settings = json.loads(path.read_text())
-        missing = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt"} - {
-            *settings
-        }
-    except (ValueError, TypeError) as error:
+        missing = NEEDED - settings.keys()
+    except (AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete {folder} and train again") from None
     if missing:
         lacks = ", ".join(sorted(missing))
         raise ValueError(f"{path}: lacks {lacks}; delete {folder} and train again")
     return settings
+
+
+def begin_run(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[Pose]) -> None:
+    """Writes what a run starts from: settings, frames uint8 (N, H, W, 3), poses, and a preview of both.
+
+    Raises ValueError for a folder with an unfinished run of other settings.
+    """
+    if (folder / "settings.json").exists():
+        begun = read_run_settings(folder)
+        if other := [name for name in settings if settings[name] != begun.get(name)]:
+            raise ValueError(
+                f"{folder}: an unfinished run with other {', '.join(other)}; choose another with --run, or "
+                "delete it"
+            )
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", settings)  # first: what follows is of these settings
+    for index, frame in zip(settings["frames"], frames):
+        save_image(folder / "frames" / f"{index:05d}.png", frame)
+    height, width = frames.shape[1:3]
+    save_poses(folder / "frames.poses.json", poses, width, height)
+    drawn = [draw_pose(pose, height, width) for pose in poses]
+    save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
+
+
+def finish_run(folder: Path, trained: dict[str, Tensor], outcome: dict) -> None:
+    """Writes what training left, the tensors last: a run that has them is finished."""
+    write_json(folder / "training.json", outcome)
+    with replacing(folder / "trained.safetensors") as unfinished:
+        unfinished.write_bytes(save(trained))
+    (folder / "training_state.pt").unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from beyond.pseudo import METHODS, STILL, background_change, hold_to_pseudo_video
+from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
 from checkpoint import Model, load_model, locate_parts, networks_without_weights, read_settings
 from device import compute_device, describe
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
@@ -45,6 +45,7 @@ from run import (
     load_trained,
     name_of,
     newest_run,
+    write_json,
 )
 from video import (
     VIDEOS_WRITTEN,
@@ -53,7 +54,6 @@ from video import (
     cover,
     has_sound,
     open_video,
-    replacing,
     save_image,
 )
 
@@ -125,6 +125,13 @@ def check_out(out: Path, inputs: list[Path]) -> None:
         raise ValueError(f"{out}: {above} is a file, not a folder")
 
 
+def moved_once(method: Method) -> Method:
+    """The method without a pseudo video that it is held to: parts are moved, and the rest left to the model."""
+    if method.editor is hold_to_pseudo_video:
+        return replace(method, name="body", editor=edit_once)
+    return method
+
+
 def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
     """The method that the options make, and whose choice its name is.
 
@@ -136,14 +143,14 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
     name, chosen_by = args.method, "--method"
     if name is None:
         name, chosen_by = read_settings(sources).get("method", Model.method), "the model's default"
-    method, own_prompt = METHODS[name], prompt != settings["prompt"]
-    if own_prompt:
-        method = replace(method, editor=edit_once, edit_step=1, replay=False)
+    method = METHODS[name]
+    if prompt != settings["prompt"]:
+        method = replace(moved_once(method), edit_step=1, replay=False)
     if args.edit_step is not None:
         method = replace(method, edit_step=args.edit_step)
     if args.start == "noise":
         parts = None if args.edit_step is None else method.parts
-        method = replace(method, start="noise", editor=edit_once, parts=parts)
+        method = replace(moved_once(method), start="noise", parts=parts)
     if args.no_edit:
         method = replace(method, parts=None)
     method = replace(method, insert=not args.no_insert)
@@ -154,6 +161,8 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
 
     if not 1 <= method.edits_before(args.ddim_steps) <= args.ddim_steps:
         raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
+    if ddim_timesteps(args.ddim_steps)[method.edits_before(args.ddim_steps) - 1] < HELD_UNTIL:
+        method = moved_once(method)
     if method.start == "noise" and method.parts and method.edits_before(args.ddim_steps) == 1:
         raise ValueError(
             "--start noise --edit-step 1: at the first step that noise has nothing of the reference to be moved; "
@@ -302,8 +311,7 @@ def write_result(
     drawn = [draw_pose(pose, height, width) for pose in targets]
     save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": written}))
     report = {"frames": len(written), "fps": fps, "sound": sound} | report
-    with replacing(out.with_suffix(".json")) as unfinished:
-        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), report)
     return np.stack(written)
 
 
@@ -329,14 +337,11 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         print(
             "the training frames show no still background: parts are moved once, the rest is left to the model"
         )
-        method = replace(method, name="body", editor=edit_once)
+        method = moved_once(method)
+    rate, rate_from = settings["learning_rate"], settings.get("learning_rate_from", "unknown")
+    print(f"trained at a learning rate of {rate:g} ({rate_from})")
     print(f"method {method.name} ({chosen_by}), {args.ddim_steps} steps, on {describe(model)}")
     made = generate_or_explain(args, run, targets, method, k, model, prompt)
-    faithfulness = None
-    if made.reconstruction is not None:
-        (reconstructed,) = decode_latents(model, made.reconstruction)
-        error = (reconstructed.astype(np.float64) - run.frames[k]) ** 2 / 255**2
-        faithfulness = -10 * math.log10(max(error.mean(), 1e-10))  # PSNR in dB
     report = {
         "run": str(run.folder),
         "poses": str(args.poses),
@@ -348,8 +353,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "ddim_steps": args.ddim_steps,
         "method": method.name,
         "method_from": chosen_by,
-        "learning_rate": settings.get("learning_rate"),
-        "learning_rate_from": settings.get("learning_rate_from"),
+        "learning_rate": rate,
+        "learning_rate_from": rate_from,
         "edit": method.parts,
         "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
         "start": method.start,
@@ -359,7 +364,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "fixed_point": method.fixed_point,
         "reference": settings["frames"][k],
         # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
-        "reference_psnr": faithfulness,
+        "reference_psnr": faithfulness(model, made, run.frames[k]),
         "edited_regions": made.regions,
     }
     frames = write_result(
@@ -369,6 +374,15 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png"
     )
     return frames
+
+
+def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float | None:
+    """PSNR in dB of the reference as sampling gives it back; None where it was not inserted."""
+    if made.reconstruction is None:
+        return None
+    (frame,) = decode_latents(model, made.reconstruction)
+    error = (frame.astype(np.float64) - reference) ** 2 / 255**2
+    return -10 * math.log10(max(error.mean(), 1e-10))
 
 
 def generate_or_explain(

@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import argparse
 import hashlib
-import json
 import shlex
 import time
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm, trange
 
@@ -46,10 +44,10 @@ from posecrafter import (
     training_loss,
     training_steps,
 )
-from poses.pose import Pose, draw_pose, has_person, place_pose, save_poses
+from poses.pose import Pose, has_person, place_pose
 from poses.source import read_driver, uniform_frames
-from run import name_of, read_run_settings
-from video import contact_sheet, count_frames, fit, fit_frame, read_frames, replacing, save_image
+from run import begin_run, finish_run, name_of
+from video import count_frames, fit, fit_frame, read_frames, replacing
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
@@ -274,12 +272,12 @@ def describe_losses(tuned: Tuned, learning_rate: float) -> str:
 # ---- The command line ---------------------------------------------------------------------------
 
 
-def main(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, folder: Path) -> None:
+    """Raises FileNotFoundError or ValueError for what cannot be done, before anything is read."""
     if not args.clip.exists():
         raise FileNotFoundError(f"{args.clip}: no such clip")
     if args.poses_are and not args.poses:
         raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
-    folder = args.run or Path("runs") / name_of(args.clip)
     if (folder / "trained.safetensors").exists():
         raise ValueError(
             f"{folder}: there is a finished run already; choose another with --run, or delete it"
@@ -291,6 +289,51 @@ def main(args: argparse.Namespace) -> None:
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size {args.size}: give a number above 0")
 
+
+def place_on_canvas(
+    images: np.ndarray, poses: list[Pose], size: int, model: Model
+) -> tuple[np.ndarray, list[Pose]]:
+    """The frames (N, H, W, 3) and their poses, scaled to a short side of `size` pixels, and to what the UNet's
+    coarsest level can hold: multiples of 64 pixels for SD 1.5.
+    """
+    multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
+    placing = fit(*images.shape[1:3], size, multiple)
+    frames = np.stack([fit_frame(image, placing) for image in images])
+    return frames, [place_pose(pose, *placing.placement) for pose in poses]
+
+
+def settings_of(
+    args: argparse.Namespace,
+    model: Model,
+    frames: np.ndarray,
+    poses: list[Pose],
+    indices: list[int],
+    fps: float,
+) -> dict:
+    """Everything that a run depends on, as `settings.json` has it."""
+    keypoints = np.stack([np.concatenate(list(vars(pose).values())) for pose in poses])
+    paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
+    return {name: path and str(path) for name, path in paths.items()} | {
+        "poses_are": args.poses_are,
+        "person": args.person,
+        "frames": indices,
+        "fps": fps,
+        "height": frames.shape[1],
+        "width": frames.shape[2],
+        "model": args.model,
+        "prompt": args.prompt,
+        "steps": args.steps or training_steps(len(frames)),
+        "learning_rate": args.lr or model.learning_rate,
+        "learning_rate_from": "--lr" if args.lr else "the model's default",
+        "seed": args.seed,
+        # Other frames, or poses that were corrected, make another run.
+        "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = args.run or Path("runs") / name_of(args.clip)
+    check_arguments(args, folder)
     images, poses, indices, fps = read_training_frames(
         args.clip,
         args.frames,
@@ -301,80 +344,26 @@ def main(args: argparse.Namespace) -> None:
         cache=folder / "poses",
         person=args.person,
     )
-
     device, dtype = compute_device(training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype)
-    multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)  # 64 for SD 1.5
-    placing = fit(*images.shape[1:3], args.size or model.size, multiple)
-    frames = np.stack([fit_frame(image, placing) for image in images])
-    poses = [place_pose(pose, *placing.placement) for pose in poses]
-    height, width = placing.height, placing.width
-    keypoints = np.stack([np.concatenate(list(vars(pose).values())) for pose in poses])
-    settings = {
-        "clip": str(args.clip),
-        "poses": args.poses and str(args.poses),
-        "poses_are": args.poses_are,
-        "person": args.person,
-        "frames": indices,
-        "fps": fps,
-        "height": height,
-        "width": width,
-        "model": args.model,
-        "controlnet": args.controlnet and str(args.controlnet),
-        "vae": args.vae and str(args.vae),
-        "prompt": args.prompt,
-        "steps": args.steps or training_steps(len(frames)),
-        "learning_rate": args.lr or model.learning_rate,
-        "learning_rate_from": "--lr" if args.lr else "the model's default",
-        "seed": args.seed,
-        # Other frames, or poses that were corrected, make another run.
-        "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
-    }
-    rate, chosen_by = settings["learning_rate"], settings["learning_rate_from"]
-    print(f"learning rate {rate:g} ({chosen_by}), {settings['steps']} steps, on {describe(model)}")
-    context = encode_prompt(model, args.prompt)
-    latents = encode_frames(model, frames)
-    hints = embed_hints(model, poses, height, width)
-
-    if (folder / "settings.json").exists():
-        begun = read_run_settings(folder)
-        if other := [name for name in settings if settings[name] != begun.get(name)]:
-            raise ValueError(
-                f"{folder}: an unfinished run with other {', '.join(other)}; choose another with --run, or "
-                "delete it"
-            )
-    (folder / "frames").mkdir(parents=True, exist_ok=True)
-    with replacing(
-        folder / "settings.json"
-    ) as unfinished:  # first: what follows is of these settings
-        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
-    for index, frame in zip(indices, frames):
-        save_image(folder / "frames" / f"{index:05d}.png", frame)
-    save_poses(folder / "frames.poses.json", poses, width, height)
-    drawn = [draw_pose(pose, height, width) for pose in poses]
-    save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
-
-    tuned = train(
-        model,
-        latents.clone(),
-        hints.to(device, copy=True),
-        context.clone(),
-        settings["steps"],
-        rate,
-        args.seed,
-        folder / "training_state.pt",
-        folder / "loss.csv",
+    frames, poses = place_on_canvas(images, poses, args.size or model.size, model)
+    settings = settings_of(args, model, frames, poses, indices, fps)
+    steps, rate = settings["steps"], settings["learning_rate"]
+    print(
+        f"learning rate {rate:g} ({settings['learning_rate_from']}), {steps} steps, on {describe(model)}"
     )
-    with replacing(folder / "training.json") as unfinished:
-        outcome = {"fixed_losses": tuned.fixed_losses, "worse": tuned.worse}
-        unfinished.write_text(json.dumps(outcome, indent=1) + "\n")
-    with replacing(folder / "trained.safetensors") as unfinished:
-        unfinished.write_bytes(save(tuned.tensors))
-    (folder / "training_state.pt").unlink(missing_ok=True)
+
+    context = encode_prompt(model, args.prompt).clone()
+    latents = encode_frames(model, frames).clone()
+    hints = embed_hints(model, poses, *frames.shape[1:3]).to(device, copy=True)
+    begin_run(folder, settings, frames, poses)
+    state, log = folder / "training_state.pt", folder / "loss.csv"
+    tuned = train(model, latents, hints, context, steps, rate, args.seed, state, log)
+    finish_run(folder, tuned.tensors, {"fixed_losses": tuned.fixed_losses, "worse": tuned.worse})
+
+    height, width = frames.shape[1:3]
     tqdm.write(describe_losses(tuned, rate))
-    tqdm.write(
-        f"{folder}: trained on {len(frames)} frames of {width}x{height} in {settings['steps']} steps"
-    )
+    tqdm.write(f"{folder}: trained on {len(frames)} frames of {width}x{height} in {steps} steps")
     tqdm.write(f"now: python sample.py --run {shlex.quote(str(folder))} --poses POSES.json")
 
 
