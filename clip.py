@@ -231,6 +231,17 @@ class Transformer(nn.Module):
         return x
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """`nn.Embedding`, except that nothing is drawn on the meta device.
+
+    A normal distribution there is written in Python, and importing it brings in PyTorch's compiler: seconds.
+    """
+    weight = torch.empty(rows, width)
+    if weight.is_meta:
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    return nn.Embedding(rows, width)
+
+
 class TextEncoder(nn.Module):
     """Tokens (T,) int64 -> context (T, width); a batch of them (B, T) -> (B, T, width).
 
@@ -242,13 +253,14 @@ class TextEncoder(nn.Module):
         self.config = config
         embeddings = nn.ModuleDict(
             {
-                "token_embedding": nn.Embedding(config.vocab_size, config.width),
-                "position_embedding": nn.Embedding(config.length, config.width),
+                "token_embedding": embedding(config.vocab_size, config.width),
+                "position_embedding": embedding(config.length, config.width),
             }
         )
-        # The spreads that CLIP starts from: PyTorch's own, 1, would drown what the layers add.
-        nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
+        if not embeddings.token_embedding.weight.is_meta:
+            # The spreads that CLIP starts from: PyTorch's own, 1, would drown what the layers add.
+            nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
+            nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
         self.text_model = nn.ModuleDict(
             {
                 "embeddings": embeddings,

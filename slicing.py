@@ -10,7 +10,7 @@ This is for inference. Where gradients are recorded, everything below takes one 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -69,6 +69,7 @@ def plans(
         (max(1, per_slice // 8), slow[-1]),
     ]
     if torch.cuda.is_available():  # start with what should fit
+        torch.cuda.empty_cache()  # what earlier work left to PyTorch does not count as free
         free = torch.cuda.mem_get_info(device)[0] * 0.9 / (frame * dtype.itemsize)  # in finest maps
         # At most 7 whole maps of that size are in memory at a time (the decoder's first, twice as wide, the
         # result, three skips, the hint), 4 if skips and hint wait outside; and 25 times a slice's input.
@@ -86,14 +87,28 @@ def frugally(compute: Callable[[], Tensor], ways: list[Slicing]) -> Tensor:
         try:
             with slices(ways[0]):
                 return compute()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if len(ways) == 1:
                 raise MemoryError(
                     "out of graphics memory with the smallest slices: give fewer frames (--range), leave "
                     "out --offload never if it was given, or train again with a smaller --size"
-                ) from None
+                ) from error
         ways.pop(0)  # here the exception is gone, and with it what it held in memory
+        finish_fetching()
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a graphics card had too little memory: for PyTorch, or for the libraries and the driver below it."""
+    signs = (
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "unable to find an engine",  # cuDNN, after none of its ways to convolve got the memory it wants
+    )
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def spans(length: int, numbers: int) -> Iterator[slice]:
@@ -148,17 +163,18 @@ def channel_moments(x: "Tensor | Offloaded") -> tuple[Tensor, Tensor]:
     Each slice has a mean and a variance of its own; those of the whole follow without the cancellation
     that sums of squares suffer from (Chan et al., 1979).
     """
-    parts, weights = [], []
+    means, variances, shares = [], [], []
     for frames in spans(len(x), x.shape[1:].numel()):
-        pixels = x[frames].permute(0, 2, 3, 1).flatten(0, 2).float()  # a view in channels_last memory
-        mean = pixels.mean(dim=0)
-        parts.append((mean, (pixels - mean).square_().mean(dim=0)))  # var_mean is six times slower
-        weights.append((frames.stop - frames.start) / len(x))
-    return merge_moments(
-        torch.stack([mean for mean, _ in parts]),
-        torch.stack([variance for _, variance in parts]),
-        torch.tensor(weights, device=parts[0][0].device)[:, None],
-    )
+        pixels = x[frames].permute(0, 2, 3, 1).flatten(0, 2).float()  # a view if channels_last
+        means.append(pixels.mean(dim=0))
+        variances.append((pixels - means[-1]).square_().mean(dim=0))  # var_mean is six times slower
+        shares.append((frames.stop - frames.start) / len(x))
+    if len(shares) == 1:
+        return means[0], variances[0]
+    # All slices but the last are of one size. Filled, because a list's copy to a card would wait for the card.
+    weight = torch.full((len(shares), 1), shares[0], device=means[0].device)
+    weight[-1:].fill_(shares[-1])
+    return merge_moments(torch.stack(means), torch.stack(variances), weight)
 
 
 def merge_moments(mean: Tensor, variance: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -175,31 +191,19 @@ def stored(x: Tensor) -> "Tensor | Offloaded":
     return Offloaded(x) if current.offload and not torch.is_grad_enabled() else x
 
 
-def copying() -> torch.cuda.Stream | None:
-    """The stream that copies run on beside the computation; None where there is no graphics card."""
-    global _copying
-    if _copying is None and torch.cuda.is_available():
-        _copying = torch.cuda.Stream()
-    return _copying
-
-
-_copying = None
-
-
 class Offloaded:
-    """A feature map in pinned host memory. `offloaded[a:b]` brings frames back, and starts on the next ones."""
+    """A feature map in the host's memory. `offloaded[a:b]` brings frames back, and starts on the next ones.
+
+    The host never waits for the card here, unless its memory could not be pinned.
+    """
 
     def __init__(self, x: Tensor, device: torch.device | None = None):
         self.shape, self.device = x.shape, device or x.device
-        stream = copying()
-        self.host = torch.empty_like(x, device="cpu", pin_memory=stream is not None)
+        self.host, self.pinned = host_memory(x)
         self.ahead: tuple[slice, Tensor] | None = None
-        if stream:
-            stream.wait_stream(torch.cuda.current_stream())
-            if x.is_cuda:
-                x.record_stream(stream)  # its memory is not free before the copy is done
-        with torch.cuda.stream(stream) if stream else nullcontext():
-            self.host.copy_(x, non_blocking=True)
+        # In turn with the computation, so that the memory of `x` is free right after. A copy beside what is
+        # computed next would hold one more of the largest maps.
+        self.host.copy_(x, non_blocking=self.pinned)
 
     def __len__(self) -> int:
         return len(self.host)
@@ -208,16 +212,66 @@ class Offloaded:
         if self.ahead is None or self.ahead[0] != frames:
             self.ahead = frames, self._fetch(frames)
         part = self.ahead[1]
-        self.ahead = None
-        if stream := copying():
-            torch.cuda.current_stream().wait_stream(stream)
-            part.record_stream(torch.cuda.current_stream())
+        finish_fetching()
         following = slice(frames.stop, min(2 * frames.stop - frames.start, len(self)))
+        self.ahead = None
         if following.start < following.stop:
             self.ahead = following, self._fetch(following)
         return part
 
     def _fetch(self, frames: slice) -> Tensor:
-        stream = copying()
-        with torch.cuda.stream(stream) if stream else nullcontext():
-            return self.host[frames].to(self.device, non_blocking=True, copy=True)
+        part = torch.empty_like(self.host[frames], device=self.device)
+        start_fetching(part, self.host[frames], self.pinned)
+        return part
+
+
+def host_memory(x: Tensor) -> tuple[Tensor, bool]:
+    """Memory on the host for a copy of `x`, and whether it is pinned, as a card wants it to copy by itself."""
+    global _can_pin
+    if _can_pin and copying():
+        try:
+            return torch.empty_like(x, device="cpu", pin_memory=True), True
+        except RuntimeError:  # systems limit how much can be pinned
+            _can_pin = False
+            print("no more memory can be pinned: skips wait in ordinary memory, which is slower")
+    return torch.empty_like(x, device="cpu"), False
+
+
+def start_fetching(part: Tensor, source: Tensor, pinned: bool) -> None:
+    """`part.copy_(source)`, on a card beside the computation: before that reads it, call `finish_fetching`.
+
+    PyTorch gives memory that nobody holds to the next tensor of the same stream, and knows nothing of copies on
+    another one. So a part is held here until the computation was told to wait for its copy. Then its memory can
+    be used again in the computation's order, however far the host runs ahead. (After `record_stream` it could be
+    used only once the host sees the part's work done, so a host far ahead would pile up parts.)
+    """
+    global _in_flight
+    if (stream := copying()) is None:
+        part.copy_(source)
+        return
+    finish_fetching()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still read what was in this memory
+    with torch.cuda.stream(stream):
+        part.copy_(source, non_blocking=pinned)
+    _in_flight = part, stream.record_event()
+
+
+def finish_fetching() -> None:
+    """Makes what is computed from now on wait for the part on its way, if there is one."""
+    global _in_flight
+    if _in_flight:
+        torch.cuda.current_stream().wait_event(_in_flight[1])
+    _in_flight = None
+
+
+def copying() -> torch.cuda.Stream | None:
+    """The stream that parts are fetched on; None where there is no graphics card."""
+    global _copying
+    if _copying is None and torch.cuda.is_available():
+        _copying = torch.cuda.Stream()
+    return _copying
+
+
+_can_pin = True
+_in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+_copying: torch.cuda.Stream | None = None

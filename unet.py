@@ -457,8 +457,11 @@ def prepare_inputs(
 ) -> tuple[Tensor, Tensor, Context]:
     """Brings a network's inputs to one form: channels_last latents, timestep (B,), and a `Context`."""
     context = context if isinstance(context, Context) else Context(context)
-    timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
-    timestep = timestep.expand(len(context.embedding))
+    clips = len(context.embedding)
+    if isinstance(timestep, Tensor):
+        timestep = timestep.to(latents.device).reshape(-1).expand(clips)
+    else:  # filled by the device itself: a copy from the host would wait for all that the device has to do
+        timestep = torch.full((clips,), timestep, device=latents.device)
     return latents.contiguous(memory_format=torch.channels_last), timestep, context
 
 

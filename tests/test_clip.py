@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import subprocess
 import sys
 import unicodedata
 import warnings
@@ -150,6 +151,13 @@ def test_the_full_size_has_the_papers_number_of_parameters():
     with torch.device("meta"):
         encoder = TextEncoder(TextConfig())
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 123_060_480
+
+
+def test_without_weights_the_text_encoder_is_there_without_pytorch_s_compiler():
+    """Importing that takes seconds, which every command would pay as it starts."""
+    code = "import sys, torch, clip; torch.set_default_device('meta')\n"
+    code += "clip.TextEncoder(clip.TextConfig()); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 # ---------------------------------------------------------------- tokenizer

@@ -4,6 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import memory
 import posecrafter
@@ -18,8 +21,8 @@ from memory import (
     training_peak,
     without_data,
 )
-from posecrafter import invert
-from slicing import Slicing
+from posecrafter import invert, predict_noise
+from slicing import Slicing, slices
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -73,6 +76,34 @@ def test_sampling_at_512_fits_the_promised_memory(full_size):
     assert thousand <= 24 * GB
     assert outside <= 12 * GB
     assert (thousand - hundred) / 900 <= 22e6
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Fails where the host would wait for the card: in a copy between the two, lists made tensors included.
+
+    (Reading a number off the card fails by itself where there is no data.)
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.scalar_tensor)
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        assert all(x.device == CUDA for x in tensors), function
+        return result
+
+
+@torch.inference_mode()
+def test_the_host_never_waits_for_the_card_within_a_step(full_size):
+    half, frame = {"device": CUDA, "dtype": torch.float16}, (320, 8, 8)
+    with without_data(CUDA):
+        networks = networks_without_data(full_size, **half)
+        latents, context = torch.empty(5, 4, 8, 8, device=CUDA), torch.empty(77, 768, **half)
+        hints = torch.empty(5, *frame, **half)
+        with slices(Slicing(2 * 320 * 8 * 8)), NothingFromTheHost():
+            noise = predict_noise(networks, latents, 501, context, hints)
+        assert noise.shape == latents.shape and noise.device == CUDA
+        with pytest.raises(AssertionError), NothingFromTheHost():
+            torch.tensor([0.5], device=CUDA)
 
 
 @torch.inference_mode()

@@ -1,12 +1,17 @@
 """A clip in slices is the clip at once: any frames, sizes, slices, and wherever the skips wait."""
 
 import random as dice
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from test_networks import SHARED, SMALL, SMALL_HINTS, filled, random, worst
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import posecrafter
 import slicing
@@ -17,7 +22,9 @@ from slicing import (
     by_frames,
     by_locations,
     channel_moments,
+    finish_fetching,
     frugally,
+    plans,
     slices,
 )
 from unet import Context, UNet, UNetConfig
@@ -233,6 +240,130 @@ def test_settings_end_with_their_block():
     assert slicing.current == before
 
 
+# ---- Copies beside the computation --------------------------------------------------------------
+
+
+class LateCard(TorchFunctionMode):
+    """Plays both streams of a card, on the CPU: a copy beside the computation is done when that waits for it.
+
+    New memory holds NaN, so what is read before it was copied is seen. Fails when a copy was started that did not
+    wait for the computation, or when the memory of one under way was given back.
+    """
+
+    def __init__(self, can_pin: bool = True):
+        super().__init__()
+        self.can_pin, self.beside, self.waited = can_pin, False, False
+        self.late: list[tuple] = []
+        self.put_off = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.empty_like:
+            if kwargs.pop("pin_memory", False) and not self.can_pin:
+                raise RuntimeError("CUDA error: out of memory")
+            return function(*args, **kwargs).fill_(torch.nan)
+        if function is Tensor.copy_ and self.beside and kwargs.get("non_blocking"):
+            assert self.waited
+            target, source = args
+            memory = weakref.ref(target.untyped_storage())
+            place = target.storage_offset(), target.shape, target.stride()
+            self.late.append((memory, place, source))
+            self.put_off += 1
+            return target
+        return function(*args, **kwargs)
+
+    @contextmanager
+    def second(self, stream) -> Iterator[None]:
+        self.beside = True
+        yield
+        self.beside = self.waited = False
+
+    def wait_stream(self, stream) -> None:
+        self.waited = True
+
+    def record_event(self) -> int:
+        return self.put_off
+
+    def wait_event(self, event: int) -> None:
+        for memory, place, source in self.late:
+            assert memory() is not None, "the memory of a copy under way was given back"
+            torch.empty(0, dtype=source.dtype).set_(memory(), *place).copy_(source)
+        self.late.clear()
+
+
+@contextmanager
+def late_card(**options) -> Iterator[LateCard]:
+    card = LateCard(**options)
+    with (
+        patch("slicing.copying", return_value=card),
+        patch("torch.cuda.current_stream", return_value=card),
+        patch("torch.cuda.stream", card.second),
+        patch("slicing._can_pin", True),
+        patch("slicing._in_flight", None),
+        card,
+    ):
+        yield card
+
+
+def test_a_card_that_is_late_with_its_copies_gives_the_same_noise(networks):
+    inputs = random(5, 4, 8, 8), 501, random(7, 24), random(5, 32, 8, 8)
+    expected = predict(networks, *inputs, numbers=5000)
+    with late_card() as card:
+        hint = Offloaded(inputs[3])
+        noise = predict(networks, *inputs[:3], hint, numbers=5000, offload=True)
+    assert worst(noise, expected) < 1e-6
+    assert card.put_off > 50
+
+
+def test_frames_in_any_order_are_waited_for():
+    x = random(7, 3, 4, 4)
+    with late_card():
+        offloaded, other = Offloaded(x), Offloaded(-x)
+        for frames in (slice(0, 2), slice(2, 4), slice(0, 2), slice(4, 7), slice(0, 7)):
+            assert torch.equal(offloaded[frames], x[frames])
+            assert torch.equal(other[frames], -x[frames])
+
+
+def test_the_memory_of_a_copy_is_held_while_it_is_under_way_and_no_longer():
+    with late_card() as card:
+        offloaded = Offloaded(random(6, 3, 4, 4))
+        offloaded[0:2]
+        del offloaded  # as an error does, while frames 2 and 3 are on their way
+        ((memory, *_),) = card.late
+        finish_fetching()
+        assert memory() is None
+
+
+def test_maps_wait_in_ordinary_memory_once_no_more_can_be_pinned(capsys):
+    x = random(6, 3, 4, 4)
+    with late_card(can_pin=False) as card:
+        for offloaded in (Offloaded(x), Offloaded(x)):
+            assert torch.equal(offloaded[0:4], x[0:4])
+            assert torch.equal(offloaded[4:6], x[4:6])
+    assert not card.put_off  # the host waits for each copy
+    assert capsys.readouterr().out.count("no more memory can be pinned") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
+@pytest.mark.parametrize("offload", [False, True])
+def test_on_a_card_the_host_never_waits_and_the_noise_is_the_same(networks, offload):
+    inputs = random(5, 4, 8, 8), 501, random(7, 24), random(5, 3, 64, 64)
+    expected = predict(networks, *inputs)
+    with torch.no_grad():
+        moved = [x.cuda() if isinstance(x, Tensor) else x for x in inputs]
+        on_card = [network.cuda() for network in networks]
+    predict(on_card, *moved, numbers=5000, offload=offload)  # libraries may wait when they start
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        noise = predict(on_card, *moved, numbers=5000, offload=offload)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        for network in networks:
+            network.cpu()
+    assert worst(noise.cpu(), expected) < 1e-2  # convolutions may be in TF32
+
+
 # ---- When memory runs out -----------------------------------------------------------------------
 
 
@@ -263,6 +394,48 @@ def test_the_next_way_is_taken_where_one_does_not_fit():
 
     assert frugally(compute, ways) == 2
     assert ways == [Slicing(2), Slicing(1)]  # what did not fit once is not tried again
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+    ],
+)
+def test_a_library_that_gets_no_memory_is_answered_alike(words):
+    ways = [Slicing(2), Slicing(1)]
+
+    def compute() -> int:
+        if slicing.current.numbers > 1:
+            raise RuntimeError(words)
+        return slicing.current.numbers
+
+    assert frugally(compute, ways) == 1
+    with pytest.raises(MemoryError, match="give fewer frames"):
+        frugally(compute, [Slicing(2)])
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    ways = [Slicing(2), Slicing(1)]
+
+    def compute():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        frugally(compute, ways)
+    assert len(ways) == 2
+
+
+def test_memory_that_earlier_work_left_cached_counts_as_free(monkeypatch):
+    free = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 10**9))
+    first = plans(torch.device("cuda"), torch.float16, (4, 8, 8, 8))[0]
+    assert first == Slicing(8 * 8**3)  # the fastest way
 
 
 def test_when_nothing_fits_the_message_says_what_to_do():
