@@ -347,11 +347,14 @@ def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None
     height, width = image.shape[-2:]
     source = part.pixels @ part.to_other[:, :2].T + part.to_other[:, 2]
     inside = ((source >= -0.5) & (source <= (width - 0.5, height - 0.5))).all(1)
-    x, y = part.pixels[inside].T
+    pixels, source = part.pixels[inside], source[inside]
     weight = torch.tensor(part.weight[inside], dtype=image.dtype)
     if opacity is not None:
-        weight *= sample_bilinear(opacity, source[inside])[0]
-    image[:, y, x] = image[:, y, x].lerp(sample_bilinear(other, source[inside]), weight)
+        weight *= sample_bilinear(opacity, source)[0]
+        opaque = weight.numpy() > 0
+        pixels, source, weight = pixels[opaque], source[opaque], weight[opaque]
+    x, y = pixels.T
+    image[:, y, x] = image[:, y, x].lerp(sample_bilinear(other, source), weight)
     return bool(inside.any())
 
 

@@ -10,7 +10,7 @@ end so is all that they made differently (`restore`).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -35,10 +35,15 @@ from posecrafter import (
     image_tensor,
     move,
 )
-from poses.parts import Part, body_parts, covered, fit_affine, latent_points, may_cover
+from poses.parts import body_parts, covered, fit_affine, latent_points, may_cover
 from poses.pose import Pose, is_seen
 
 # ---- What is behind the person ------------------------------------------------------------------
+
+
+def bodies(poses: Sequence[Pose], height: int, width: int) -> Tensor:
+    """Where people may be, see `may_cover`: booleans (F, 1, height, width), in latent pixels."""
+    return torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))[:, None]
 
 
 def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
@@ -47,8 +52,21 @@ def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
 
     Booleans (F, 1, height, width), in latent pixels.
     """
-    bodies = torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))
-    return (F.max_pool2d(bodies.float(), 5, 1, 2) == 0)[:, None]
+    return nobody_near(bodies(poses, height, width))
+
+
+def nobody_near(people: Tensor) -> Tensor:
+    """Where there are no people within two pixels: booleans (F, 1, h, w) alike."""
+    return max_around(people.float(), 2) == 0
+
+
+def max_around(images: Tensor, reach: int) -> Tensor:
+    """The maximum over the square of 2 * reach + 1 pixels around each pixel: (..., C, H, W) alike.
+
+    It is taken along rows, then along columns, which needs far fewer comparisons.
+    """
+    rows = F.max_pool2d(images, (1, 2 * reach + 1), 1, (0, reach))
+    return F.max_pool2d(rows, (2 * reach + 1, 1), 1, (reach, 0))
 
 
 # How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
@@ -101,9 +119,9 @@ def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Ten
     guessed, what the reference's body covers and a pose's does not.
     """
     height, width = known.shape[1:]
-    body = covered(reference_pose, height, width) > 0
-    left = np.stack([body & ~may_cover(pose, height, width) for pose in poses])[:, None]
-    return torch.from_numpy(left).to(known) | (empty_places(poses, height, width).to(known) & known)
+    people = bodies(poses, height, width).to(known)
+    left = torch.from_numpy(covered(reference_pose, height, width) > 0).to(known) & ~people
+    return left | (nobody_near(people) & known)
 
 
 # ---- The person, moved --------------------------------------------------------------------------
@@ -124,22 +142,42 @@ LENT = {
 DIFFERENCE = 0.03, 0.09
 
 
-def cut_out(image: Tensor, behind: Tensor, known: Tensor, pose: Pose) -> Tensor:
+def part_masks(pose: Pose, height: int, width: int) -> dict[str, np.ndarray]:
+    """The pixels of a body's parts by name: booleans (height, width)."""
+    masks = {}
+    for part in body_parts(pose, pose, height, width):
+        x, y = part.pixels[part.weight > 0.5].T
+        masks.setdefault(part.name, np.zeros((height, width), bool))[y, x] = True
+    return masks
+
+
+def union(masks: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
+    """The pixels of any of some masks: booleans (height, width)."""
+    return np.logical_or.reduce([np.zeros((height, width), bool), *masks])
+
+
+def cut_out(
+    image: Tensor,
+    behind: Tensor,
+    known: Tensor,
+    pose: Pose,
+    masks: Mapping[str, np.ndarray] | None = None,
+) -> Tensor:
     """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
 
     behind: the background, a like image; known: where it is, rather than guessed, booleans (1, H, W). There the
     person is all that differs from it, and what is well inside the body, however alike. Elsewhere it is what has
-    rather the colours found inside the body than those of the background.
+    rather the colours found inside the body than those of the background. masks: `part_masks`, where at hand.
     """
     height, width = image.shape[1:]
     difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
     low, high = DIFFERENCE
     differs = ((difference - low) / (high - low)).clamp(0, 1)
-    parts = body_parts(pose, pose, height, width)
-    body = where((part for part in parts if part.name != "hair"), height, width)  # hair's is wide
-    outside = torch.from_numpy(~body).float()[None]
+    masks = masks or part_masks(pose, height, width)
+    narrow = (masks[name] for name in masks.keys() - {"hair"})  # hair's is wide
+    body = union(narrow, height, width)
     rim = max(height, width) // 32
-    inside = 1 - F.max_pool2d(outside, 2 * rim + 1, 1, rim)
+    inside = 1 - max_around(1 - torch.from_numpy(body).float()[None], rim)
 
     bins = (image * 15.99).long()
     bins = (bins[0] * 16 + bins[1]) * 16 + bins[2]
@@ -154,23 +192,20 @@ def cut_out(image: Tensor, behind: Tensor, known: Tensor, pose: Pose) -> Tensor:
     return torch.where(known, differs, likely).maximum(inside)
 
 
-def where(parts: Iterable[Part], height: int, width: int) -> np.ndarray:
-    """The pixels of parts: booleans (height, width)."""
-    mask = np.zeros((height, width), bool)
-    for part in parts:
-        x, y = part.pixels[part.weight > 0.5].T
-        mask[y, x] = True
-    return mask
-
-
-def hidden(pose: Pose, lent: str, height: int, width: int) -> float:
+def hidden(
+    pose: Pose,
+    lent: str,
+    height: int,
+    width: int,
+    masks: Mapping[str, np.ndarray] | None = None,
+) -> float:
     """The share of lent parts' pixels where other parts of the body are, plus that of their landmarks that lie
-    outside the frame; 1 where they are not seen.
+    outside the frame; 1 where they are not seen. masks: `part_masks`, where at hand.
     """
     names, told_by, joined = LENT[lent]
-    parts = list(body_parts(pose, pose, height, width))
-    own = where((part for part in parts if part.name in names), height, width)
-    others = where((part for part in parts if part.name not in names + joined), height, width)
+    masks = masks or part_masks(pose, height, width)
+    own = union((masks[name] for name in masks.keys() & names), height, width)
+    others = union((masks[name] for name in masks.keys() - {*names, *joined}), height, width)
     landmarks = getattr(pose, told_by)
     points = landmarks[is_seen(landmarks), :2]
     if not (own.any() and len(points)):
@@ -209,22 +244,27 @@ def pseudo_video(
     where it is, rather than guessed, booleans (1, h, w), of latent pixels.
     """
     height, width = behind.shape[:2]
-    images, background = image_tensor(frames), image_tensor(behind)[0]
+    background = image_tensor(behind)[0]
     latent_size, shown = known.shape[1:], known.repeat(len(targets), 1, 1, 1)
     known = F.interpolate(known[None].float().cpu(), (height, width))[0] > 0
+    ones = torch.ones(1, height, width)  # moved along with the colours: they tell where parts went
 
     @cache
-    def person(frame: int) -> Tensor:
-        return cut_out(images[frame], background, known, poses[frame])
+    def cut(frame: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A frame with a fourth channel of ones (4, H, W); the person in it, see `cut_out`; and the person's head
+        alone, since the wide parts of the head contain some of the rest of the body.
+        """
+        image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], height, width)
+        person = cut_out(image, background, known, poses[frame], masks)
+        others = (masks[name] for name in masks.keys() - {"hair", "head", "face"})
+        rest = torch.from_numpy(union(others, height, width))
+        return torch.cat([image, ones]), person, person.masked_fill(rest, 0)
 
-    @cache
-    def head(frame: int) -> Tensor:
-        """The person without the rest of the body, some of which is in the head's parts, that are wide."""
-        parts = body_parts(poses[frame], poses[frame], height, width)
-        rest = where((p for p in parts if p.name not in ("hair", "head", "face")), height, width)
-        return person(frame).masked_fill(torch.from_numpy(rest), 0)
-
-    unseen = {lent: [hidden(pose, lent, height, width) for pose in poses] for lent in LENT}
+    unseen = {lent: [] for lent in LENT}
+    for pose in poses:
+        masks = part_masks(pose, height, width)
+        for lent, costs in unseen.items():
+            costs.append(hidden(pose, lent, height, width, masks))
 
     def lender(lent: str, target: Pose) -> int:
         _, told_by, _ = LENT[lent]
@@ -242,19 +282,18 @@ def pseudo_video(
             frame: list(body_parts(target, poses[frame], height, width))
             for frame in {reference, *frame_of.values()}
         }
-        image, painted = background.clone(), torch.zeros(1, height, width)
+        canvas = torch.cat([background, torch.zeros_like(ones)])
         far_to_near = dict.fromkeys(p.name for p in body_parts(target, target, height, width))
         for name in far_to_near:
             # The lender, unless no map takes this part from there.
             frames_to_try = frame_of.get(name, reference), reference
             found = ((f, [part for part in moved[f] if part.name == name]) for f in frames_to_try)
             frame, parts = next((pair for pair in found if pair[1]), (reference, []))
-            opacity = (head if name in ("hair", "head") else person)(frame)
+            image, person, head = cut(frame)
             for part in parts:
-                move(image, images[frame], part, opacity)
-                move(painted, torch.ones_like(painted), part, opacity)
-        video[i] = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        shown[i] |= (F.adaptive_max_pool2d(painted, latent_size) > 0.5).to(shown)
+                move(canvas, image, part, head if name in ("hair", "head") else person)
+        video[i] = (canvas[:3] * 255).round().byte().permute(1, 2, 0).numpy()
+        shown[i] |= (F.adaptive_max_pool2d(canvas[3:], latent_size) > 0.5).to(shown)
     return video, shown
 
 

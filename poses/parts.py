@@ -7,6 +7,7 @@ person's; points are (K, 2) in pixels, whose centres are the integers.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -63,17 +64,20 @@ def near_hull(
     """
     low = np.ceil(points.min(axis=0) - reach).clip(0).astype(int)
     high = np.floor(points.max(axis=0) + reach).clip(-1, (width - 1, height - 1)).astype(int)
-    grid = np.meshgrid(*(np.arange(a, b + 1) for a, b in zip(low, high)))
-    pixels = np.stack(grid, axis=-1).reshape(-1, 2)
-    start = convex_hull(points)
-    edge = np.roll(start, -1, axis=0) - start  # (E, 2)
-    offset = pixels[:, None] - start  # (N, E, 2)
-    left_of_edge = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0] >= 0
-    along = ((offset * edge).sum(-1) / (edge**2).sum(-1).clip(1e-12)).clip(0, 1)
-    distance = np.linalg.norm(offset - along[..., None] * edge, axis=-1).min(-1)
-    if len(start) > 2:  # one point or a line has no inside
-        distance[left_of_edge.all(-1)] = 0
-    return pixels[distance <= reach], distance[distance <= reach]
+    x, y = (np.arange(a, b + 1) for a, b in zip(low, high))
+    corners = convex_hull(points)
+    inside = np.full((len(y), len(x)), len(corners) > 2)  # one point or a line has no inside
+    square = np.full(inside.shape, np.inf)  # of the distance to the nearest edge
+    for (start_x, start_y), (edge_x, edge_y) in zip(corners, np.roll(corners, -1, 0) - corners):
+        from_x, from_y = x - start_x, (y - start_y)[:, None]
+        inside &= edge_x * from_y - edge_y * from_x >= 0
+        along = (edge_x * from_x + edge_y * from_y) / max(edge_x**2 + edge_y**2, 1e-12)
+        along = along.clip(0, 1)
+        beside = (from_x - along * edge_x) ** 2 + (from_y - along * edge_y) ** 2
+        np.minimum(square, beside, out=square)
+    distance = np.where(inside, 0, np.sqrt(square))
+    near = distance <= reach
+    return np.argwhere(near)[:, ::-1] + low, distance[near]
 
 
 def convex_hull(points: np.ndarray) -> np.ndarray:
@@ -90,7 +94,7 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
             corners.append(point)
         return corners
 
-    ordered = np.unique(points, axis=0)
+    ordered = np.array(sorted(set(map(tuple, points))))  # np.unique is slow for so few
     if len(ordered) < 3:
         return ordered
     return np.array(chain(ordered)[:-1] + chain(ordered[::-1])[:-1])
@@ -101,12 +105,32 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a body in one pose, and the way from there to another pose."""
+    """A part of a body in one pose, and the way from there to another pose.
+
+    Its pixels are computed when they are first used: in large images this takes long, and often only the name or
+    the map of a part is needed.
+    """
 
     name: str
-    pixels: np.ndarray  # (N, 2): the latent pixels (x, y) that it covers
-    weight: np.ndarray  # (N,): how much of each belongs to it, from 0 to 1
     to_other: np.ndarray  # (2, 3): its point (x, y) is at A[:, :2] @ (x, y) + A[:, 2] there
+    outline: np.ndarray  # (K, 2): it covers the convex hull of these points
+    reach: float  # how many pixels it reaches beyond the hull
+    soft: bool  # whether it fades out over the last of these pixels
+    size: tuple[int, int]  # height and width of the latent or the image
+
+    @cached_property
+    def region(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels (N, 2) that it covers, (x, y), and how much of each belongs to it, from 0 to 1: (N,)."""
+        pixels, distance = near_hull(self.outline, self.reach, *self.size)
+        return pixels, (self.reach - distance).clip(0, 1) if self.soft else np.ones(len(pixels))
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return self.region[0]
+
+    @property
+    def weight(self) -> np.ndarray:
+        return self.region[1]
 
 
 def face_and_hands(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
@@ -120,8 +144,7 @@ def face_and_hands(pose: Pose, other: Pose, height: int, width: int) -> Iterator
         here, there = (latent_points(part[both], height, width) for part in (here, there))
         to_other = fit_affine(here, there)
         if to_other is not None:
-            pixels, _ = near_hull(here, 1.0, height, width)
-            yield Part(name, pixels, np.ones(len(pixels)), to_other)
+            yield Part(name, to_other, here, reach=1.0, soft=False, size=(height, width))
 
 
 # COCO-18. Bones from joint to joint, half their width in body units, and how far the part goes on past its
@@ -177,9 +200,8 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
 
     def part(name: str, outline, reach: float, to_other: np.ndarray | None) -> Iterator[Part]:
         if to_other is not None:
-            reach += RIM + 0.5
-            pixels, distance = near_hull(np.asarray(outline), reach, height, width)
-            yield Part(name, pixels, (reach - distance).clip(0, 1), to_other)
+            outline, reach, size = np.asarray(outline), reach + RIM + 0.5, (height, width)
+            yield Part(name, to_other, outline, reach, soft=True, size=size)
 
     def bone(name: str, ends, ends_there, half_width: float, beyond: float = 0.0) -> Iterator[Part]:
         (start, end), (start_there, end_there) = ends, ends_there

@@ -1,5 +1,6 @@
 """The parts of a body: regions, maps from pose to pose, what is left out, what covers what."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -78,6 +79,59 @@ def test_the_region_of_a_point_is_a_disc_and_of_a_line_ends_with_it():
     pixels, distance = near_hull(np.array([[10, 15], [20, 15]], float), 2.0, 32, 32)
     (beyond,) = distance[(pixels == (22, 15)).all(axis=1)]
     assert beyond == 2
+
+
+def plain_distance(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """From pixels to the convex hull of points: 0 inside any triangle of these, else to the nearest segment."""
+
+    def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+    distance = np.full(len(pixels), np.inf)
+    for a, b in itertools.product(points, repeat=2):
+        along = ((pixels - a) @ (b - a) / max((b - a) @ (b - a), 1e-12)).clip(0, 1)
+        to_segment = np.linalg.norm(pixels - a - along[:, None] * (b - a), axis=1)
+        distance = np.minimum(distance, to_segment)
+    for a, b, c in itertools.combinations(points, 3):
+        sides = np.array([cross(q - p, pixels - p) for p, q in ((a, b), (b, c), (c, a))])
+        if abs(cross(b - a, c - a)) > 1e-9:
+            distance[(sides >= 0).all(axis=0) | (sides <= 0).all(axis=0)] = 0
+    return distance
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("a hull", lambda p: p),
+        ("a triangle", lambda p: p[:3]),
+        ("a line", lambda p: p * (1, 0) + (0, 9.3)),
+        ("two points", lambda p: p[:2]),
+        ("one point, given twice", lambda p: p[[0, 0]]),
+        ("a hull partly outside the frame", lambda p: p + (-8, 12)),
+        ("a hull outside the frame, but within reach of it", lambda p: p * 0.1 + (21, 10)),
+        ("a hull far outside the frame", lambda p: p + 200),
+    ],
+)
+def test_distances_are_those_of_a_plain_search(name, change):
+    height, width, reach = 18, 20, 3.3
+    for seed in range(4):
+        points = change(np.random.default_rng(seed).uniform(3, 16, (7, 2)))
+        pixels = np.array([(x, y) for y in range(height) for x in range(width)])
+        distance = plain_distance(pixels, points)
+        near = distance <= reach
+        assert near.any() != (name == "a hull far outside the frame")
+        found = near_hull(points, reach, height, width)
+        assert np.array_equal(found[0], pixels[near]), "row by row"
+        assert np.allclose(found[1], distance[near], atol=1e-9)
+
+
+def test_parts_that_are_not_asked_for_their_pixels_take_no_search(monkeypatch):
+    searched = []
+    monkeypatch.setattr("parts.near_hull", lambda *a: searched.append(1) or near_hull(*a))
+    pose = standing()
+    forearm = parts_of(pose, pose)["right_forearm"]
+    assert not searched
+    assert len(forearm.pixels) == len(forearm.weight) and len(searched) == 1
 
 
 def test_no_part_moves_between_equal_poses():

@@ -12,12 +12,15 @@ from test_parts import standing
 
 from beyond.pseudo import (
     ALIKE,
+    LENT,
     STILL,
     background_change,
     cut_out,
     empty_places,
     hidden,
     hold_to_pseudo_video,
+    max_around,
+    part_masks,
     pseudo_video,
     restore,
     uncovered,
@@ -26,11 +29,19 @@ from beyond.pseudo import (
 )
 from demo.puppet import clip, motion, pose_of, random_puppet, render
 from metrics.figures import psnr
-from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor
-from poses.parts import covered, latent_points, may_cover
+from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor, move
+from poses.parts import body_parts, covered, latent_points, may_cover
 from poses.pose import Pose, place_pose
 
 # ---- What is behind the person
+
+
+@pytest.mark.parametrize("reach", [0, 2, 16])
+def test_a_maximum_along_rows_and_columns_is_that_over_squares(reach):
+    images = torch.randn(2, 1, 33, 47)
+    squares = torch.nn.functional.max_pool2d(images, 2 * reach + 1, 1, reach)
+    assert torch.equal(max_around(images, reach), squares)
+    assert torch.equal(max_around(images[0], reach), squares[0])
 
 
 def test_the_background_is_what_is_seen_where_nobody_stands():
@@ -190,6 +201,41 @@ def test_what_no_map_takes_from_the_lender_is_the_references():
     for k, poses in enumerate(([pose, shoulderless], [shoulderless, pose])):
         (moved,), _ = pseudo_video(frames, poses, k, [pose], room, EVERYWHERE)
         assert psnr(moved[None], image[None], person[None]) > 30
+
+
+def test_each_pose_is_searched_for_its_parts_once_however_many_frames_lend(monkeypatch):
+    poses, calls = [scene()[1], scene(mouth=1.0)[1]], []
+    monkeypatch.setattr("pseudo.part_masks", lambda *a: calls.append(a[0]) or part_masks(*a))
+    frames = np.stack([scene()[0], scene(mouth=1.0)[0]])
+    pseudo_video(frames, poses, 0, poses * 3, empty_room(), EVERYWHERE)
+    assert 2 <= len(calls) <= 4, "once to choose lenders, and once to cut out each that lends"
+
+
+def test_a_part_moves_as_far_as_it_is_opaque():
+    pose = standing()
+    (forearm,) = (part for part in body_parts(pose, pose, 32, 32) if part.name == "right_forearm")
+    opacity = torch.zeros(1, 32, 32)
+    opacity[:, 20:] = 0.5
+    image, other = torch.zeros(3, 32, 32), torch.full((3, 32, 32), 4.0)
+    assert move(image, other, forearm, opacity)
+    x, y = forearm.pixels.T
+    expected = torch.zeros(32, 32)
+    expected[y, x] = 4 * torch.from_numpy(forearm.weight).float() * opacity[0, y, x]
+    assert expected[:20].max() == 0 < expected.max()
+    assert torch.allclose(image, expected.expand(3, -1, -1), atol=1e-5)
+    before = image.clone()
+    assert move(image, other, forearm, 0 * opacity), "it is read, and transparent"
+    assert torch.equal(image, before)
+
+
+def test_masks_at_hand_change_nothing():
+    image, pose, _ = scene()
+    masks, (seen, room) = part_masks(pose, SIDE, SIDE), map(image_tensor, (image, empty_room()))
+    known = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    arguments = seen[0], room[0], known, pose
+    assert torch.equal(cut_out(*arguments), cut_out(*arguments, masks))
+    for lent in LENT:
+        assert hidden(pose, lent, SIDE, SIDE) == hidden(pose, lent, SIDE, SIDE, masks)
 
 
 def test_landmarks_are_compared_by_their_shape():
