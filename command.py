@@ -29,7 +29,9 @@ def run_command(
     except KeyboardInterrupt:
         parser.exit(130, f"{script}: {stopped}\n")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        from slicing import is_out_of_memory  # not above: it imports torch
+
+        if not is_out_of_memory(error):
             raise
         parser.exit(2, f"{script}: out of graphics memory: {out_of_memory}\n")
 

@@ -297,6 +297,7 @@ def invert(
     Accelerated Iterative Diffusion Inversion").
     """
     trajectory, context = [latent], Context(context)
+    hint = hint.to(**network_inputs(model))  # once, not in every step
     timesteps = ddim_timesteps(steps)
     stride = TRAIN_STEPS // steps
     for timestep in tqdm(timesteps[::-1], desc="inverting", leave=False):

@@ -127,7 +127,7 @@ def test_distances_are_those_of_a_plain_search(name, change):
 
 def test_parts_that_are_not_asked_for_their_pixels_take_no_search(monkeypatch):
     searched = []
-    monkeypatch.setattr("parts.near_hull", lambda *a: searched.append(1) or near_hull(*a))
+    monkeypatch.setattr("poses.parts.near_hull", lambda *a: searched.append(1) or near_hull(*a))
     pose = standing()
     forearm = parts_of(pose, pose)["right_forearm"]
     assert not searched

@@ -205,7 +205,7 @@ def test_what_no_map_takes_from_the_lender_is_the_references():
 
 def test_each_pose_is_searched_for_its_parts_once_however_many_frames_lend(monkeypatch):
     poses, calls = [scene()[1], scene(mouth=1.0)[1]], []
-    monkeypatch.setattr("pseudo.part_masks", lambda *a: calls.append(a[0]) or part_masks(*a))
+    monkeypatch.setattr("beyond.pseudo.part_masks", lambda *a: calls.append(a[0]) or part_masks(*a))
     frames = np.stack([scene()[0], scene(mouth=1.0)[0]])
     pseudo_video(frames, poses, 0, poses * 3, empty_room(), EVERYWHERE)
     assert 2 <= len(calls) <= 4, "once to choose lenders, and once to cut out each that lends"
