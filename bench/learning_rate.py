@@ -28,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import posecrafter as method
 from bench.step import random_weights
 from bench.widen import start_temporal_attention, widen
-from checkpoint import compute_device, keep_freed_memory, load_model
+from checkpoint import load_model
+from command import keep_freed_memory
 from controlnet import ControlNet
 from demo.puppet import clip
-from driver import uniform_frames
-from evaluate import psnr
-from pose import Pose
+from device import compute_device
+from metrics.figures import psnr
+from poses.pose import Pose
+from poses.source import uniform_frames
 from unet import BasicTransformerBlock, UNet, UNetConfig
 from video import replacing
 
