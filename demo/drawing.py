@@ -1,0 +1,114 @@
+"""How the walkthrough draws: sheets of pictures, latents in false colours, weights as bars and as light."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from metrics.pictures import FAINT, INK, LINE
+from metrics.pictures import PAPER as BACKGROUND
+
+GAP, CELL = 8, 192  # pixels
+HEAT = (250, 204, 21)
+PARTS = {"face": (250, 204, 21), "left_hand": (96, 165, 250), "right_hand": (248, 113, 113)}
+Cells = Sequence[tuple[str, Image.Image]]  # captions and pictures
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+def sheet(rows: Sequence[tuple[str, Cells]]) -> Image.Image:
+    """Rows of pictures: a title above each row that has one, a caption above each picture."""
+    lines = [  # heights of title, captions and pictures
+        (
+            30 if title else 0,
+            22 if any(caption for caption, _ in cells) else 0,
+            max(picture.height for _, picture in cells),
+        )
+        for title, cells in rows
+    ]
+    width = GAP + max(sum(picture.width + GAP for _, picture in cells) for _, cells in rows)
+    page = Image.new("RGB", (width, GAP + sum(sum(line) + GAP for line in lines)), BACKGROUND)
+    pen, y = ImageDraw.Draw(page), GAP
+    for (title, cells), (for_title, for_caption, height) in zip(rows, lines):
+        pen.text((GAP, y + for_title // 2), title, INK, font(19), anchor="lm")
+        x, y = GAP, y + for_title
+        for caption, picture in cells:
+            middle = x + picture.width // 2, y + for_caption // 2
+            pen.text(middle, caption, INK, font(16), anchor="mm")
+            page.paste(picture, (x, y + for_caption))
+            x += picture.width + GAP
+        y += for_caption + height + GAP
+    return page
+
+
+def in_rows(cells: Cells, columns: int) -> list[tuple[str, Cells]]:
+    return [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
+
+
+def shrunk(frame: np.ndarray, width: int = CELL) -> Image.Image:
+    """A frame uint8 (H, W, 3) as a picture of this width."""
+    size = width, round(width * frame.shape[0] / frame.shape[1])
+    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+
+
+def false_colours(latent: Tensor, width: int = CELL) -> Image.Image:
+    """Three channels of a latent (C, h, w) as red, green and blue, from -2 to 2; pixels stay squares."""
+    colours = ((latent[:3].float() / 4 + 0.5) * 255).clamp(0, 255).byte()
+    picture = Image.fromarray(colours.permute(1, 2, 0).cpu().numpy())
+    size = width, round(width * picture.height / picture.width)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def blank(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), BACKGROUND)
+
+
+def framed(picture: Image.Image) -> Image.Image:
+    """With a border, which says that this is the chosen one."""
+    picture = picture.copy()
+    corners = 0, 0, picture.width - 1, picture.height - 1
+    ImageDraw.Draw(picture).rectangle(corners, outline=HEAT, width=4)
+    return picture
+
+
+def crossed(picture: Image.Image, point: np.ndarray) -> Image.Image:
+    """With a ring around a point (x, y), canvas-normalised."""
+    picture, (x, y) = picture.copy(), point * picture.size
+    r = max(8, picture.width // 32)
+    pen = ImageDraw.Draw(picture)
+    for colour, line in ((BACKGROUND, 4), (HEAT, 2)):
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=line)
+    return picture
+
+
+def number(value: float, share: float, width: int, height: int) -> Image.Image:
+    """A number on a bar that fills a share of the picture, from 0 to 1."""
+    picture = Image.new("RGB", (width, height), FAINT)
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((0, round(height * (1 - share)), width, height), fill=LINE)
+    text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    outline = {"stroke_width": 2, "stroke_fill": BACKGROUND}
+    pen.text((width // 2, height // 2), text, "white", font(17), anchor="mm", **outline)
+    return picture
+
+
+def heated(frame: np.ndarray, weights: np.ndarray, width: int) -> Image.Image:
+    """Weights (h, w) as light on a dark grey frame (H, W, 3)."""
+    grey = np.asarray(Image.fromarray(frame).convert("L").convert("RGB")) * 0.4
+    light = Image.fromarray(np.sqrt(weights / weights.max()).astype(np.float32))
+    light = np.asarray(light.resize(frame.shape[1::-1], Image.Resampling.NEAREST))[..., None]
+    return shrunk((grey * (1 - light) + np.array(HEAT) * light).astype(np.uint8), width)
+
+
+def outlined(latent: Tensor, hulls: dict[str, np.ndarray], width: int) -> Image.Image:
+    """A latent (C, h, w) in false colours, with the outline of each part's hull (K, 2), in latent pixels."""
+    picture = false_colours(latent, width)
+    pen = ImageDraw.Draw(picture)
+    for name, hull in hulls.items():
+        corners = [tuple(corner) for corner in ((hull + 0.5) * width / latent.shape[-1]).tolist()]
+        for colour, line in ((BACKGROUND, 7), (PARTS[name], 3)):
+            pen.line([*corners, *corners[:2]], fill=colour, width=line, joint="curve")
+    return picture

@@ -1,0 +1,110 @@
+"""The method in pictures: all are drawn, and the page beside them speaks of what exists."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpoint import load_model
+from demo import walk, walkthrough
+from posecrafter import alpha_cumprod, generate
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "METHOD.md").read_text()
+SHOWN = re.findall(r"!\[[^]]+\]\(pictures/([^)]+)\)", PAGE)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("walkthrough")
+    sizes = "--width 64 --target-frames 2 --training-steps 1 --ddim-steps 2".split()
+    folders = ["--work", str(folder / "work"), "--out", str(folder)]
+    walkthrough.main(walkthrough.parse_arguments([*sizes, *folders]))
+    return folder
+
+
+def test_the_page_shows_every_picture_once_and_no_other():
+    assert sorted(SHOWN) == sorted(walkthrough.PICTURES)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_picture_is_drawn_and_shows_something(pictures, name):
+    pixels = np.asarray(Image.open(pictures / name))
+    assert pixels.shape[1] > 300
+    assert pixels.std() > 10
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_shipped_picture_is_small_enough_for_a_page(name):
+    file = ROOT / "docs" / "pictures" / name
+    assert file.stat().st_size < 250e3
+    assert Image.open(file).width < 1100
+
+
+def test_the_page_names_only_what_exists():
+    """`name` is posecrafter's, `module.name` a module's; paths have a slash or an ending, commands a space."""
+    for name in re.findall(r"`([^`]+)`", PAGE):
+        words = name.split()
+        for path in [word for word in words if "/" in word or word.endswith(".py")]:
+            assert (ROOT / path).exists(), name
+        if len(words) == 1 and "/" not in name and not name.endswith(".py"):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(import_module(module or "posecrafter"), attribute), name
+
+
+def test_the_page_names_the_steps_of_the_method_in_their_order():
+    steps = (
+        "trainable_parameters",
+        "select_reference",
+        "invert",
+        "insert_reference",
+        "edit_latents",
+        "sample",
+    )
+    places = [PAGE.index(f"`{step}`") for step in steps]
+    assert places == sorted(places)
+    assert len(PAGE.split()) < 1500
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("demo")
+
+
+@pytest.fixture(scope="module")
+def scene() -> walk.Scene:
+    return walk.set_scene(64, 2)
+
+
+@pytest.fixture(scope="module")
+def way(model, scene) -> walk.Walk:
+    return walk.walk(model, scene, 2)
+
+
+def test_walking_step_by_step_gives_what_generate_gives(model, scene, way):
+    made = generate(model, scene, scene.targets, steps=2, source=walk.PROMPT)
+    assert torch.allclose(way.latents[-1][1:], made.latents, atol=1e-4)
+
+
+def test_the_last_step_takes_the_image_that_it_predicts(model, scene, way):
+    """Its noise level is not quite 0, so what is left of the noise is small."""
+    predicted = walk.predicted_images(model, scene, way, 2)
+    a, left = alpha_cumprod(0), way.latents[-1]
+    noise = walk.noise_seen(model, scene, way, 2)
+    assert torch.allclose(a**0.5 * predicted + (1 - a) ** 0.5 * noise, left, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_weights_drawn_are_those_that_the_layer_uses(model, scene, way):
+    attention = walk.finest_block(model).attn1
+    tokens = walk.attention_tokens(model, scene, way, 1)
+    assert tokens.shape[:2] == (3, way.noise[0, 0].numel())
+    keys_values = attention.keys_values(tokens[:1])
+    weights = walk.attention_weights(attention, tokens[2, 5], tokens[0])
+    looked_up = torch.from_numpy(weights)[:, None] @ keys_values[1][0]  # (heads, 1, d)
+    expected = attention(tokens[2:3, 5:6], keys_values)[0, 0]
+    assert torch.allclose(attention.to_out[0](looked_up.flatten()), expected, atol=1e-4)
