@@ -20,6 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import Model, load_model
+from command import keep_freed_memory
 from demo.drawing import (
     blank,
     crossed,
@@ -46,7 +47,7 @@ from demo.walk import (
     set_scene,
     walk,
 )
-from device import compute_device, keep_freed_memory
+from device import compute_device
 from metrics.figures import frame_psnr
 from posecrafter import PAPER, ddim_timesteps, decode_latents, generate, training_steps
 from poses.parts import convex_hull, face_and_hands, latent_points
