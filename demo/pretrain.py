@@ -143,7 +143,7 @@ def optimise(
         start, rows = state["step"], state["rows"]
         began -= rows[-1][2] if rows else 0
 
-    losses, saved = [], time.monotonic()
+    losses, skipped, saved = [], 0, time.monotonic()
     bar = trange(start, steps, initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
@@ -155,11 +155,12 @@ def optimise(
         if nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
             optimizer.step()
             losses.append(loss.item())
+            skipped = 0
+        elif (skipped := skipped + 1) == 50:
+            raise ArithmeticError(f"{name}: no gradient of 50 steps up to {step + 1} is finite")
         # The average's memory grows with the run: early weights are not worth remembering.
         torch._foreach_lerp_(average, parameters, 1 - min(ema_decay, (1 + step) / (10 + step)))
-        if (step + 1) % 50 == 0:
-            if not losses:
-                raise ArithmeticError(f"{name}: no gradient of 50 steps up to {step + 1} is finite")
+        if (step + 1) % 50 == 0 and losses:
             seconds = int(time.monotonic() - began)
             rows.append([step + 1, round(sum(losses) / len(losses), 5), seconds])
             bar.set_postfix(loss=f"{rows[-1][1]:.4f}")

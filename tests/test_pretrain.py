@@ -367,10 +367,8 @@ def test_a_gradient_that_is_not_a_number_is_skipped_and_many_are_an_error(tmp_pa
     assert 0 < (mended - good).abs().max() < 0.05
     losses = [row.split(",")[1] for row in (tmp_path / "mended.csv").read_text().split()[1:]]
     assert len(losses) == 2 and all(float(loss) < 10 for loss in losses)
-    with pytest.raises(
-        ArithmeticError, match=r"spoilt: no gradient of 50 steps up to 100 is finite"
-    ):
-        train("spoilt", bad=range(50, 100))
+    with pytest.raises(ArithmeticError, match="spoilt: no gradient of 50 steps up to 80 is finite"):
+        train("spoilt", bad=range(30, 100))
 
 
 def test_the_recipe_makes_a_model_from_nothing(monkeypatch, tmp_path):
