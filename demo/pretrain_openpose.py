@@ -1,10 +1,10 @@
 """Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, two or three hours on two CPU cores.
 
-CMU's networks have seen people; these have seen paper puppets, in the first and the last of the pools that
-`pretrain.py` renders (or has rendered) and some larger ones. They are the same code, narrower and with fewer
-stages, and trained on what decoding will show them: the crops and the inputs are made by `openpose.py`
-itself, and a target lies where decoding turns it into the true keypoint. Body, hand and face are trained one
-after the other, or in processes of their own (`--parts`); a run that is interrupted resumes.
+CMU's networks have seen people; these have seen paper puppets: whole ones, some larger ones, and those of the
+pool that `pretrain.py` renders (or has rendered). They are the same code, narrower and with fewer stages, and
+trained on what decoding will show them. The crops and the inputs are made by `openpose.py` itself, and a target
+lies where decoding turns it into the true keypoint. A run that is interrupted goes on from its last checkpoint.
+The shipped networks went a longer way, told in docs/LOG.md.
 
     python demo/pretrain_openpose.py --evaluate
 
@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import DEMO
 from command import keep_freed_memory
-from demo.pretrain import ROUNDS, SIZE, optimise, render_pool
+from demo.pool import latent_pixels, render_pool, stacked
+from demo.pretrain import HEIGHT, IDENTITIES, WIDTH, optimise
 from demo.puppet import motion, random_puppet, render
 from demo.save import save_openpose
 from openpose import (
@@ -56,50 +57,40 @@ from video import replacing
 SIZES = {"width": 0.1875, "stages": (2, 2, 1), "hand_sizes": (184,), "face_size": 192}
 SIGMA = 7  # pixels of the input: how far a keypoint's peak reaches, as in OpenPose's training
 LIMB_REACH = 8  # pixels of the input: half the width of a limb's field
-LARGE = 2 * SIZE  # pixels: the side of the larger frames
-LARGE_SEEDS = range(ROUNDS[0].identities.stop, ROUNDS[0].identities.stop + 600)
+SIZE, LARGE = 128, 256  # pixels: the sides of the frames that show whole puppets
+SEEDS = {SIZE: range(30_000, 42_000), LARGE: range(42_000, 42_600)}
 EVALUATED = 200  # puppets, numbered from 0, which neither training has seen
-NETS = ("body", "hand", "face")
+STEPS = {"body": 3000, "hand": 8000, "face": 3000}  # of training
 PARTS = {"body": slice(0, 18), "face": slice(18, 88), "hands": slice(88, 130)}
 
 
 # ---- 1. Puppets and their keypoints -----------------------------------------------------------------
 
 
-def stacked(pose: Pose) -> np.ndarray:
-    """Body, face, left and right hand (130, 3)."""
-    return np.concatenate(list(vars(pose).values()))
+def render_square(seed: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A frame (side, side, 3), the puppet's mask (side/4, side/4) and keypoints (130, 3)."""
+    frame, pose, mask = render(random_puppet(seed), motion(seed, 1)[0], side)
+    return frame, latent_pixels(mask), stacked(pose)
 
 
-def render_large(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A frame (LARGE, LARGE, 3), the puppet's mask (LARGE/4, LARGE/4) and keypoints (130, 3)."""
-    frame, pose, mask = render(random_puppet(seed), motion(seed, 1)[0], LARGE)
-    return frame, mask.reshape(LARGE // 4, 4, LARGE // 4, 4).any((1, 3)), stacked(pose)
-
-
-def load_pools(pools: Path, work: Path) -> list[dict[str, np.ndarray]]:
-    """Frames (N, H, W, 3), masks (N, H/4, W/4) and keypoints (N, 130, 3): of the first round's pool, of larger
-    puppets, and of the last round's, which shows them from the knees up.
-
-    Renders what is not rendered yet.
-    """
-    path = work / "large.npz"
-    if not path.exists():
-        with multiprocessing.Pool() as workers:
-            drawn = workers.imap(render_large, LARGE_SEEDS, chunksize=8)
-            columns = zip(*tqdm(drawn, "larger puppets", len(LARGE_SEEDS), mininterval=10))
-            pool = dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns)))
-        with replacing(path) as unfinished:
-            np.savez(unfinished, **pool)
-
-    def of_round(number: int) -> dict[str, np.ndarray]:
-        folder = pools / f"round{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = render_pool(folder, ROUNDS[number - 1])
-        columns = {"frames": "frames", "masks": "masks", "keypoints": "poses"}
-        return {name: rows[key].reshape(-1, *rows[key].shape[2:]) for name, key in columns.items()}
-
-    return [of_round(1), dict(np.load(path)), of_round(len(ROUNDS))]
+def load_pools(work: Path, pool: Path) -> list[dict[str, np.ndarray]]:
+    """Frames (N, H, W, 3), masks (N, H/4, W/4) and keypoints (N, 130, 3): of whole puppets, of larger ones, and of
+    the pool of `pretrain.py`, which shows them from the knees up. Renders what is not rendered yet."""
+    pools = []
+    for side, seeds in SEEDS.items():
+        path = work / f"puppets_{side}.npz"
+        if not path.exists():
+            with multiprocessing.Pool() as workers:
+                drawn = workers.imap(partial(render_square, side=side), seeds, chunksize=8)
+                columns = zip(*tqdm(drawn, f"puppets of {side} pixels", len(seeds), mininterval=10))
+                rendered = dict(zip(("frames", "masks", "keypoints"), map(np.stack, columns)))
+            with replacing(path) as unfinished:
+                np.savez(unfinished, **rendered)
+        pools.append(dict(np.load(path)))
+    rows = render_pool(pool, IDENTITIES, HEIGHT, WIDTH)
+    columns = {"frames": "frames", "masks": "masks", "keypoints": "poses"}
+    flat = {name: rows[key].reshape(-1, *rows[key].shape[2:]) for name, key in columns.items()}
+    return [*pools, flat]
 
 
 # ---- 2. Variety -------------------------------------------------------------------------------------
@@ -214,9 +205,8 @@ def hand_batch(
     crops, points = [], []
     for frame, pose in zip(frames, keypoints):
         hands = dict(zip(("left_hand", "right_hand"), np.split(pose[PARTS["hands"]], 2)))
-        for hand, (x, y, size) in hand_boxes(
-            body_as_found(rng, pose, len(frame)), *frame.shape[:2]
-        ).items():
+        boxes = hand_boxes(body_as_found(rng, pose, len(frame)), *frame.shape[:2])
+        for hand, (x, y, size) in boxes.items():
             crops.append(frame[y : y + size, x : x + size])
             points.append(shown_at(hands[hand] - (x, y, 0), side / size))
     points = torch.from_numpy(np.stack(points)).float()
@@ -230,9 +220,8 @@ def face_batch(
     cells = side // STRIDE
     crops, points = [], []
     for frame, pose in zip(frames, keypoints):
-        for x, y, size in face_boxes(
-            body_as_found(rng, pose, len(frame)), *frame.shape[:2]
-        ).values():
+        boxes = face_boxes(body_as_found(rng, pose, len(frame)), *frame.shape[:2])
+        for x, y, size in boxes.values():
             crops.append(frame[y : y + size, x : x + size])
             face = pose[PARTS["face"]] - (x, y, 0)
             face[:, :2] *= STRIDE * (cells - 1) / (size - 1)  # decoding joins corner to corner
@@ -272,7 +261,7 @@ def train(
 ) -> None:
     """Squared errors of all stages alike. What is not zero weighs more, as it is one cell in a hundred.
 
-    Body and hand networks learn from all pools: in the last, arms are crossed and hands lie before hair and cloth.
+    Body and hand networks learn from all pools: in the last, arms cross and hands lie before hair and cloth.
     Faces are shown as square crops, whatever the frame, and seldom covered.
     """
     shares = {"body": (0.45, 0.15, 0.4), "hand": (0.3, 0.1, 0.6), "face": (0.85, 0.15, 0)}[part]
@@ -347,52 +336,39 @@ def evaluate(
     }
 
 
-def main():
+def report(nets: OpenPose) -> None:
+    """Prints what `evaluate` says of frames of both sizes."""
+    for side in (SIZE, LARGE):
+        figures = evaluate(nets.eval(), range(EVALUATED), side)
+        print(
+            f"{EVALUATED} unseen puppets at {side} pixels; body joints found within 5 % of its height, the others "
+            "within 10 % of the part's size, and how far off these are in pixels:"
+        )
+        for part, (share, off) in figures.items():
+            print(f"  {part}: {share:.1%} ({off:.2f})")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pool", type=Path, default="runs/pretrain/pool", help="of pretrain.py")
+    parser.add_argument("--work", type=Path, default="runs/pretrain_openpose", help="checkpoints")
     parser.add_argument(
-        "--pools",
-        type=Path,
-        default=Path("runs/pretrain"),
-        help="of rounds of puppets, shared with pretrain.py; made if missing (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/pretrain_openpose"), help="checkpoints and curves"
-    )
-    parser.add_argument("--out", type=Path, default=DEMO / "openpose", help="for the weights")
-    parser.add_argument(
-        "--steps", type=int, nargs=3, default=(3000, 8000, 3000), metavar=("BODY", "HAND", "FACE")
-    )
-    parser.add_argument(
-        "--parts", nargs="+", choices=NETS, default=NETS, help="to train; all, to write weights"
+        "--out", type=Path, default="runs/pretrain_openpose/openpose", help="for the weights"
     )
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the demo's networks")
     args = parser.parse_args()
     keep_freed_memory()
     if args.evaluate:
-        nets = load_openpose("demo")
-    else:
-        args.work.mkdir(parents=True, exist_ok=True)
-        pools = load_pools(args.pools, args.work)
-        torch.manual_seed(3)
-        nets = OpenPose(**SIZES)
-        for part, steps in zip(NETS, args.steps):
-            if part in args.parts:
-                train(part, nets.get_submodule(part), pools, args.work, steps, 16, 1e-3)
-        if set(args.parts) != set(NETS):
-            return
-        save_openpose(nets, args.out)
-        print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.1f} MB")
-
-    for side in (SIZE, LARGE):
-        figures = evaluate(nets.eval(), range(EVALUATED), side)
-        body, hands, face = (
-            f"{figures[part][0]:.1%} ({figures[part][1]:.2f} pixels off)"
-            for part in ("body", "hands", "face")
-        )
-        print(
-            f"{EVALUATED} unseen puppets at {side} pixels: body joints within 5 % of its height {body}; within "
-            f"10 % of the part's size hands {hands}, faces {face}"
-        )
+        return report(load_openpose("demo"))
+    args.work.mkdir(parents=True, exist_ok=True)
+    pools = load_pools(args.work, args.pool)
+    torch.manual_seed(3)
+    nets = OpenPose(**SIZES)
+    for part, steps in STEPS.items():
+        train(part, nets.get_submodule(part), pools, args.work, steps, batch=16, peak_lr=1e-3)
+    save_openpose(nets, args.out)
+    print(f"{args.out}: written")
+    report(nets)
 
 
 if __name__ == "__main__":

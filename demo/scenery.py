@@ -1,8 +1,7 @@
 """Puppets in disguise: other colours, other light, and scenes that look more like the world behind them.
 
-A base model that has only seen flat puppets in a dozen cloth colours maps everything to those. From its second
-round of training on it sees many of them under random colour transforms, shading and grain, in front of
-landscapes of noise, shapes and lettering.
+A base model that has only seen flat puppets in a dozen cloth colours maps everything to those. So it also sees
+puppets under random colour transforms, shading and grain, in front of landscapes of noise, shapes and lettering.
 """
 
 import colorsys

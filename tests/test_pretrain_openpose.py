@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from checkpoint import DEMO
+from demo import pretrain_openpose
+from demo.pool import stacked
 from demo.pretrain_openpose import (
     PARTS,
     SIZES,
@@ -12,7 +14,6 @@ from demo.pretrain_openpose import (
     evaluate,
     face_batch,
     hand_batch,
-    stacked,
     varied,
 )
 from demo.puppet import motion, pose_of, random_puppet, render
@@ -119,6 +120,28 @@ def test_keypoints_stay_on_the_puppet_when_it_is_varied(height):
             if seen:
                 assert 0 <= x < 256 and 0 <= y < height
                 assert image[int(y), int(x)].mean() < image.mean() / 2
+
+
+def test_networks_learn_from_whole_puppets_larger_ones_and_the_demos(monkeypatch, tmp_path):
+    for name, value in {"IDENTITIES": range(2), "HEIGHT": 96, "WIDTH": 128}.items():
+        monkeypatch.setattr(pretrain_openpose, name, value)
+    monkeypatch.setattr(pretrain_openpose, "SEEDS", {128: range(3), 256: range(2)})
+    for _ in range(2):  # rendered, then read
+        pools = pretrain_openpose.load_pools(tmp_path, tmp_path / "pool")
+    shapes = [(3, 128, 128, 3), (2, 256, 256, 3), (2 * 9, 96, 128, 3)]
+    assert [pool["frames"].shape for pool in pools] == shapes
+    for pool in pools:
+        _, height, width, _ = pool["frames"].shape
+        for mask, pose in zip(pool["masks"], pool["keypoints"]):
+            x, y = (pose[0, :2] * (width // 4, height // 4)).astype(int)  # the nose
+            assert mask[y, x]
+    torch.manual_seed(0)
+    hand = OpenPose(**{**SIZES, "width": 0.01}).hand
+    twice = [pool | {name: np.repeat(pool[name], 2, 0) for name in pool} for pool in pools]
+    pretrain_openpose.train("hand", hand, twice, tmp_path, steps=2, batch=2, peak_lr=1e-3)
+    last = [weight for name, weight in hand.named_parameters() if "Mconv7" in name or "6_2" in name]
+    assert last and any(weight.any() for weight in last), "they start at zero"
+    assert (tmp_path / "openpose_hand.pt").exists()
 
 
 def test_the_shipped_networks_are_small_and_find_unseen_puppets():
