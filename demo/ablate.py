@@ -56,8 +56,8 @@ DDIM_STEPS = (10, 20, 50)
 PARTS = (
     "main",
     "harder",
-    "replay",
-    "hard-replay",
+    *(f"replay-{steps}" for steps in DDIM_STEPS),
+    "replay-hard",
     "attributes",
     "alpha",
     "frames",
@@ -113,8 +113,9 @@ ROWS = {
     INVERSION: "from the inverted reference instead of noise",
     INSERTION: "and the reference in front, as key frame",
     FULL: "and face and hands moved in the first latent: the paper's full method",
-    BODY: "beyond the paper: all parts of the body moved, after a fifth of the steps",
-    HELD: "and from there on held to the pseudo video: `--method held`, the demo model's default",
+    BODY: "beyond the paper: all parts of the body moved, after a fifth of the steps "
+    "(`--method body --no-replay`)",
+    HELD: "and from there on held to the pseudo video (`--method held --no-replay`)",
 }
 PAIRS = (
     (INVERSION, NOISE),
@@ -195,16 +196,7 @@ def key_frames(full: Cell, ways: Iterable[str] = KEY_FRAME) -> dict[str, Cell]:
     }
 
 
-def replaying(full: Cell) -> dict[str, Cell]:
-    """All ways of all methods, in 10, 20 and 50 steps."""
-    return {
-        f"{steps} steps, {name}": cell
-        for steps in DDIM_STEPS
-        for name, cell in key_frames(replace(full, ddim_steps=steps)).items()
-    }
-
-
-def hard_replaying(full: Cell) -> dict[str, Cell]:
+def hard_key_frames(full: Cell) -> dict[str, Cell]:
     """The same with poses unlike any of the training clip's, in 10 steps."""
     return {
         f"{dance}, {name}": cell
@@ -262,10 +254,12 @@ def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
     parts = {
         "main": [ablation(full_method(*subject, args)) for subject in subjects],
         "harder": [harder(full) for full in moved],
-        "replay": [replaying(full) for full in moved],
-        "hard-replay": [hard_replaying(full) for full in moved],
+        "replay-hard": [hard_key_frames(full) for full in moved],
         "attributes": [repainting(full) for full in haired],
     }
+    for steps in DDIM_STEPS:
+        several = [replace(full, ddim_steps=steps) for full in moved]
+        parts[f"replay-{steps}"] = [key_frames(full) for full in several]
     parts |= {part: [points(full) for full in swept] for part, points in sweeps.items()}
     return {part: parts[part] for part in PARTS if part in args.parts}
 
@@ -472,7 +466,7 @@ def command(args: argparse.Namespace, parts: Sequence[str]) -> str:
     """The command that computes what is reported."""
     options = ["target_frames", *(["target_every"] if args.target_every > 1 else []), "ddim_steps"]
     options += ["training_steps"] if args.training_steps else []
-    swept = set(parts) - {"main", "harder", "replay", "hard-replay"}
+    swept = {part for part in parts if not part.startswith(("main", "hard", "replay"))}
     options += ["identities"] if set(parts) - swept else []
     options += ["seeds"] if "main" in parts else []
     options += ["sweep_identities"] if swept else []
@@ -526,7 +520,8 @@ def report(args: argparse.Namespace) -> None:
         }
         text += ["## Harder poses", HARDER, describe(done), markdown_table(values, "", FIGURES)]
         text += ["Paired differences:", markdown_table(gains, "", FIGURES, signed=True)]
-    for part, heading in (("replay", "Replay"), ("hard-replay", "Replay with harder poses")):
+    replays = {f"replay-{steps}": f"The key frame, {steps} steps" for steps in DDIM_STEPS}
+    for part, heading in (replays | {"replay-hard": "The key frame, harder poses"}).items():
         if part not in gathered:
             continue
         values, done = gathered[part]
