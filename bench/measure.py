@@ -280,14 +280,18 @@ def fill_training(bench: Bench, row: dict) -> None:
     context = torch.randn(77, bench.sizes.unet.context_dim, **there)
     parameters = equal.prepare_training(model)
     recompute_activations(model, latents)
-    optimizer = torch.optim.AdamW(parameters, lr=3e-5)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype == torch.float16)
 
-    def step() -> None:
+    def step() -> None:  # as `train.train` takes it
         with equal.without_cudnn_attention():
             loss = equal.step_loss(model, latents, hints, context, noise)
             optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
         loss.item()
 
     row["seconds"] = bench.seconds(step)
