@@ -77,9 +77,9 @@ def framed(picture: Image.Image) -> Image.Image:
 def crossed(picture: Image.Image, point: np.ndarray) -> Image.Image:
     """With a ring around a point (x, y), canvas-normalised."""
     picture, (x, y) = picture.copy(), point * picture.size
-    r = max(8, picture.width // 32)
+    radius = max(8, picture.width // 32)
     pen = ImageDraw.Draw(picture)
-    for colour, line in ((BACKGROUND, 4), (HEAT, 2)):
+    for r, colour, line in ((radius + 1, BACKGROUND, 4), (radius, HEAT, 2)):
         pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=line)
     return picture
 
@@ -98,7 +98,7 @@ def number(value: float, share: float, width: int, height: int) -> Image.Image:
 def heated(frame: np.ndarray, weights: np.ndarray, width: int) -> Image.Image:
     """Weights (h, w) as light on a dark grey frame (H, W, 3)."""
     grey = np.asarray(Image.fromarray(frame).convert("L").convert("RGB")) * 0.4
-    light = Image.fromarray(np.sqrt(weights / weights.max()).astype(np.float32))
+    light = Image.fromarray((weights / np.quantile(weights, 0.995)).clip(0, 1).astype(np.float32))
     light = np.asarray(light.resize(frame.shape[1::-1], Image.Resampling.NEAREST))[..., None]
     return shrunk((grey * (1 - light) + np.array(HEAT) * light).astype(np.uint8), width)
 

@@ -136,20 +136,22 @@ def predicted_images(model: Model, scene: Scene, way: Walk, step: int) -> Tensor
     return (way.latents[step - 1] - math.sqrt(1 - a) * noise) / math.sqrt(a)
 
 
-def attention_tokens(model: Model, scene: Scene, way: Walk, step: int) -> Tensor:
-    """What the finest decoder layer's key-frame and temporal attention read: (M + 1, h * w, C)."""
+def decoder_block(model: Model, number: int) -> BasicTransformerBlock:
+    """The first (0) or the second (1) transformer block of the decoder's finest level."""
+    return model.unet.up_blocks[-1].attentions[number].transformer_blocks[0]
+
+
+def attention_tokens(model: Model, scene: Scene, way: Walk, number: int) -> Tensor:
+    """What that block's key-frame and temporal attention read at half of the steps: (M + 1, h * w, C)."""
     parts = []
-    attention = finest_block(model).attn1
-    hook = attention.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0][0].clone()))
+    hook = decoder_block(model, number).attn1.register_forward_pre_hook(
+        lambda _, inputs: parts.append(inputs[0][0].clone())
+    )
     try:
-        noise_seen(model, scene, way, step)
+        noise_seen(model, scene, way, 1 + (len(way.latents) - 1) // 2)
     finally:
         hook.remove()
     return torch.cat(parts, dim=1)  # long clips come a few locations at a time
-
-
-def finest_block(model: Model) -> BasicTransformerBlock:
-    return model.unet.up_blocks[-1].attentions[-1].transformer_blocks[0]
 
 
 @torch.inference_mode()

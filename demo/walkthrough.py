@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,8 +40,8 @@ from demo.walk import (
     Walk,
     attention_tokens,
     attention_weights,
+    decoder_block,
     fine_tune,
-    finest_block,
     predicted_images,
     set_scene,
     walk,
@@ -69,9 +68,6 @@ class Story:
     models: dict[str, Model]  # BEFORE and AFTER fine-tuning
     scene: Scene
     way: Walk  # of the tuned model
-    # What the attention of their finest decoder layers reads at half of the steps, (M + 1, h * w, C): see
-    # `attention_tokens`.
-    tokens: dict[str, Tensor]
 
     @property
     def steps(self) -> int:
@@ -159,34 +155,37 @@ def token_at(point: np.ndarray, shape: tuple[int, int]) -> int:
 
 def key_frame_attention(story: Story) -> Image.Image:
     """How much three locations of a target frame look at each location of frame 0."""
-    result, frame, rows = story.result, story.asking, []
-    shape = story.way.noise.shape[-2:]
-    for name, point in ASKED.items():
-        place = point(story.way.poses[frame])
-        asked_from = crossed(shrunk(result[frame], 320), place)
-        cells = [(f"{name} of frame {frame} asks", asked_from)]
-        for when, model in story.models.items():
-            tokens = story.tokens[when]
+    way, result, frame = story.way, story.result, story.asking
+    shape = way.noise.shape[-2:]
+    places = {name: point(way.poses[frame]) for name, point in ASKED.items()}
+    rows = {
+        name: [(f"{name} of frame {frame} asks", crossed(shrunk(result[frame], 320), place))]
+        for name, place in places.items()
+    }
+    for when, model in story.models.items():
+        tokens = attention_tokens(model, story.scene, way, 0)
+        attention = decoder_block(model, 0).attn1
+        for name, place in places.items():
             asking = tokens[frame, token_at(place, shape)]
-            weights = attention_weights(finest_block(model).attn1, asking, tokens[0]).mean(axis=0)
-            cells.append((when, heated(result[0], weights.reshape(shape), 320)))
-        rows.append(("", cells))
-    return sheet(rows)
+            weights = attention_weights(attention, asking, tokens[0]).mean(axis=0)
+            rows[name].append((f"frame 0, {when}", heated(result[0], weights.reshape(shape), 320)))
+    return sheet([("", cells) for cells in rows.values()])
 
 
 def temporal_attention(story: Story) -> Image.Image:
     """How much one location of a target frame looks at the same location of all frames."""
-    frame, width = story.asking, 104
-    place = ASKED["a hand"](story.way.poses[frame])
-    token = token_at(place, story.way.noise.shape[-2:])
+    way, frame, width = story.way, story.asking, 104
+    place = ASKED["the nose"](way.poses[frame])
+    token = token_at(place, way.noise.shape[-2:])
     frames = [crossed(shrunk(one, width), place) for one in story.result]
     frames[frame] = framed(frames[frame])
     numbered = [(f"frame {i}", picture) for i, picture in enumerate(frames)]
     rows = [(f"one location in all frames; frame {frame} asks", numbered)]
     for when, model in story.models.items():
-        track = story.tokens[when][:, token]
-        weights = attention_weights(finest_block(model).attn_temp, track[frame], track).mean(axis=0)
-        bars = [("", number(w, w / weights.max(), width, 72)) for w in weights]
+        track = attention_tokens(model, story.scene, way, 1)[:, token]
+        attention = decoder_block(model, 1).attn_temp
+        weights = attention_weights(attention, track[frame], track).mean(axis=0)
+        bars = [("", number(w, w, width, 72)) for w in weights]
         rows.append((f"weights {when}", bars))
     return sheet(rows)
 
@@ -237,7 +236,7 @@ def left_out(story: Story) -> Image.Image:
     scene = story.scene
     ways = [(name, story.models[AFTER], method) for name, method in LEFT_OUT.items()]
     ways.append(("without fine-tuning", story.models[BEFORE], PAPER))
-    chosen = uniform_frames(range(len(scene.truth)), min(5, len(scene.truth)))
+    chosen = uniform_frames(range(len(scene.truth)), min(4, len(scene.truth)))
     rows = [("truth", [("", shrunk(scene.truth[i])) for i in chosen])]
     for name, model, method in ways:
         made = generate(model, scene, scene.targets, method, steps=story.steps, source=PROMPT)
@@ -263,7 +262,7 @@ PICTURES: dict[str, Callable[[Story], Image.Image]] = {
 
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--width", type=int, default=128, help="of frames (default: 128)")
+    parser.add_argument("--width", type=int, default=192, help="of frames (default: 192)")
     parser.add_argument("--target-frames", type=int, default=8, help="default: 8")
     parser.add_argument("--training-steps", type=int, default=training_steps(TRAINING_FRAMES))
     parser.add_argument("--ddim-steps", type=int, default=10, help="default: 10")
@@ -285,13 +284,10 @@ def main(args: argparse.Namespace) -> None:
         fine_tune(load(), scene, args.training_steps, trained)
     models = {BEFORE: load(), AFTER: load()}
     load_trained(models[AFTER], trained)
-    way = walk(models[AFTER], scene, args.ddim_steps)
-    half = 1 + args.ddim_steps // 2
-    tokens = {when: attention_tokens(model, scene, way, half) for when, model in models.items()}
-    story = Story(models, scene, way, tokens)
+    story = Story(models, scene, walk(models[AFTER], scene, args.ddim_steps))
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
-        save_image(args.out / name, draw(story))
+        save_image(args.out / name, draw(story).quantize(256))  # a third of the bytes
         print(args.out / name)
 
 

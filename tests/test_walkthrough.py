@@ -33,7 +33,7 @@ def test_the_page_shows_every_picture_once_and_no_other():
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_picture_is_drawn_and_shows_something(pictures, name):
-    pixels = np.asarray(Image.open(pictures / name))
+    pixels = np.asarray(Image.open(pictures / name).convert("RGB"))
     assert pixels.shape[1] > 300
     assert pixels.std() > 10
 
@@ -100,8 +100,8 @@ def test_the_last_step_takes_the_image_that_it_predicts(model, scene, way):
 
 @torch.inference_mode()
 def test_the_weights_drawn_are_those_that_the_layer_uses(model, scene, way):
-    attention = walk.finest_block(model).attn1
-    tokens = walk.attention_tokens(model, scene, way, 1)
+    attention = walk.decoder_block(model, 0).attn1
+    tokens = walk.attention_tokens(model, scene, way, 0)
     assert tokens.shape[:2] == (3, way.noise[0, 0].numel())
     keys_values = attention.keys_values(tokens[:1])
     weights = walk.attention_weights(attention, tokens[2, 5], tokens[0])
