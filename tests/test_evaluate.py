@@ -12,6 +12,7 @@ from demo.puppet import clip
 from evaluate import METRICS
 from metrics.figures import frame_l1, frame_psnr, pose_fidelity, psnr, ssim
 from metrics.pictures import plot, worst_frames
+from poses.people import INTERPOLATED
 from poses.pose import Pose, load_poses, place_pose, save_poses, video_sim
 from video import save_image
 
@@ -95,7 +96,7 @@ def body(*points: tuple[float, float, float]) -> Pose:
 def test_pck_counts_keypoints_near_enough_and_the_error_is_in_units_of_the_box():
     asked = body((0.25, 0.25, 1), (0.75, 0.25, 1), (0.5, 0.5, 1), (0.5, 0.25, 1))
     # on 200x100 pixels the box is 100 wide: 5 pixels are within a tenth of it, 20 are not
-    found = body((0.25, 0.3, 0.9), (0.65, 0.25, 0.9), (0, 0, 0), (0.5, 0.25, evaluate.INTERPOLATED))
+    found = body((0.25, 0.3, 0.9), (0.65, 0.25, 0.9), (0, 0, 0), (0.5, 0.25, INTERPOLATED))
     pck, error = pose_fidelity([found], [asked], height=100, width=200)
     assert pck == pytest.approx(1 / 4)  # the third was not found, the fourth only guessed
     assert error == pytest.approx((5 + 20) / 2 / 100, rel=1e-5)
