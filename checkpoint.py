@@ -44,7 +44,7 @@ class Model:
     tokenizer: Tokenizer
     size: int = 512  # pixels of the shorter side that the model was trained for
     learning_rate: float = 1e-4  # not the paper's 0.003: docs/LEARNING_RATE.md says why
-    method: str = "paper"  # one of `pseudo.METHODS`, by default; it alone is measured on this model
+    method: str = "paper"  # one of `beyond.pseudo.METHODS`, by default; it alone is measured on this model
     guidance_until: int = 0  # the last timestep where a guidance scale counts; 0: all do
 
 

@@ -369,8 +369,8 @@ def edit_latents(
     """Moves parts of the reference to where each target pose has them, in place.
 
     latents: (M, C, h, w), one per pose; reference_latent: (C, h, w), of the same timestep; parts: a key of
-    `parts.PARTS`, "face,hands" as in the paper, or "body" for all of it. Where a part lies in the target, the
-    latent becomes the reference's, read through the part's map; what it would read from outside the
+    `poses.parts.PARTS`, "face,hands" as in the paper, or "body" for all of it. Where a part lies in the target,
+    the latent becomes the reference's, read through the part's map; what it would read from outside the
     reference stays as it was. Returns how many regions were edited of each part.
     """
     height, width = latents.shape[-2:]
@@ -474,7 +474,7 @@ class Scene:
     reference: int  # which training frame was inverted
     targets: Sequence[Pose]
     trajectory: Sequence[Tensor]  # the reference's, from image to noise; see `invert`
-    parts: str  # what is moved, a key of `parts.PARTS`
+    parts: str  # what is moved, a key of `poses.parts.PARTS`
     edit_step: int  # before which sampling step, counted from 1
     seed: int
 
@@ -501,7 +501,7 @@ class Method:
     """One way to sample, as data. `PAPER` is PoseCrafter's; ablations change its fields one at a time."""
 
     name: str
-    parts: str | None = "face,hands"  # what is edited, a key of `parts.PARTS`; None: nothing
+    parts: str | None = "face,hands"  # what is edited, a key of `poses.parts.PARTS`; None: nothing
     edit_step: int | None = 1  # before which sampling step; None: after a fifth of the steps
     editor: Callable[[Scene], Edits] = edit_once
     insert: bool = True  # the reference leads the clip, as its key frame
@@ -543,7 +543,8 @@ def generate(model, run: TrainingFrames, *arguments, **options) -> Generated:
         if network_inputs(model)["dtype"] != torch.float16:
             raise
         tqdm.write(f"{error}: float16 overflowed; starting again in {widen(model)}")
-        return generate_once(model, run, *arguments, **options)
+    # Here the exception is gone, and with it what the first attempt held in memory.
+    return generate_once(model, run, *arguments, **options)
 
 
 @torch.inference_mode()

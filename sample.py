@@ -150,12 +150,12 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
         method = replace(method, edit_step=args.edit_step)
     if args.start == "noise":
         parts = None if args.edit_step is None else method.parts
-        method = replace(moved_once(method), start="noise", parts=parts)
+        method = replace(moved_once(method), start="noise", parts=parts, replay=False)
     if args.no_edit:
         method = replace(method, parts=None)
     method = replace(method, insert=not args.no_insert)
-    if args.replay is not None:
-        method = replace(method, replay=args.replay)
+    replay = method.replay if args.replay is None else args.replay
+    method = replace(method, replay=replay and method.insert)
     if args.fixed_point is not None:
         method = replace(method, fixed_point=args.fixed_point)
 
@@ -178,7 +178,7 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
 def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> None:
     """Prints the size of the task and what it takes, without weights or a graphics card."""
     # The pseudo video is encoded, and so are the training frames that it is made of.
-    holds = method.editor is hold_to_pseudo_video
+    holds = method.parts and method.editor is hold_to_pseudo_video
     encoded = 1 + len(run.frames) + targets if holds else 1
     frames = targets + method.insert
     settings = run.settings
@@ -197,7 +197,8 @@ def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> No
     work = {
         "encoding": encoding * encoded,
         "inversion": step * args.ddim_steps * inversions,
-        "sampling": step * passes * frames,
+        # Where the key frame is replayed, the reference is also sampled alone, for the report.
+        "sampling": step * (passes * frames + args.ddim_steps * method.replay),
         "decoding": decoding * frames,
     }
     for name, count in work.items():

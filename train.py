@@ -119,7 +119,8 @@ class Tuned:
 
     @property
     def worse(self) -> bool:
-        return self.fixed_losses[max(self.fixed_losses)] > self.fixed_losses[0]
+        # So said that a loss that is not a number counts as worse.
+        return not self.fixed_losses[max(self.fixed_losses)] <= self.fixed_losses[0]
 
 
 @torch.no_grad()
@@ -199,10 +200,7 @@ def train(
         noise = torch.randn(latents[frames].shape, generator=random).to(latents)
         loss = autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
         if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss of step {step + 1} is not finite; delete {checkpoint.parent} and train again with a "
-                f"lower rate: --lr {learning_rate / 10:g}"
-            )
+            raise FloatingPointError(not_finite(step, dtype, checkpoint.parent, learning_rate))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -231,6 +229,17 @@ def train(
     return Tuned(tensors, fixed_losses)
 
 
+def not_finite(step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> str:
+    """What to say of a loss that is no finite number, after `step` steps."""
+    if step == 0:
+        precision = str(dtype).removeprefix("torch.")
+        return f"the model's own loss is not finite in {precision}, before any training: another --model?"
+    return (
+        f"the loss of step {step + 1} is not finite; delete {folder} and train again with a lower rate: "
+        f"--lr {learning_rate / 10:g}"
+    )
+
+
 def resume(
     checkpoint: Path,
     parameters: dict[str, torch.nn.Parameter],
@@ -248,7 +257,8 @@ def resume(
         for name, parameter in parameters.items():
             parameter.data.copy_(state["parameters"][name])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless it was a float16 model
+            scaler.load_state_dict(state["scaler"])
         return state["step"], state["fixed_losses"]
     except torch.OutOfMemoryError:
         raise

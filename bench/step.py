@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS, HINTS = (320, 640, 1280, 1280), (16, 32, 96, 256)
-# What `checkpoint.py` says to glibc and torch, from outside.
+# What `command.py` says to glibc and torch, from outside.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),

@@ -82,7 +82,7 @@ class Cell:
     insert: bool
     edit: str  # what latent editing moves: "face,hands", "body" or "none"
     edit_step: int  # 0: never
-    hold: bool  # to the pseudo video that moves; see `pseudo.hold_to_pseudo_video`
+    hold: bool  # to the pseudo video that moves; see `beyond.pseudo.hold_to_pseudo_video`
     replay: bool  # the key frame goes the way back that inversion came
     fixed_point: int  # further iterations of each inversion step
     interpolation: str  # of latent editing: "bilinear" or "nearest"

@@ -14,9 +14,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command import keep_freed_memory, sampling_arguments, training_arguments
+
+if __name__ == "__main__":  # before torch is imported
+    keep_freed_memory()
+
 import sample
 import train
-from command import sampling_arguments, training_arguments
 from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew
 from demo.puppet import Puppet, clip, motion, random_puppet, render
 from metrics.figures import psnr

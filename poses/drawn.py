@@ -785,7 +785,7 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int, radius: float
 def drawing_radii(height: int, width: int) -> list[float]:
     """What the radius of joints' discs, and half the width of limbs, may be.
 
-    `pose.draw_pose` scales it on large canvases, the public annotators do not.
+    `poses.pose.draw_pose` scales it on large canvases, the public annotators do not.
     """
     scaled = 4 * min(max(1.0, min(height, width) / 512), max(height, width) / 512)
     return [scaled, 4.0] if scaled > 4 else [scaled]

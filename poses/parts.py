@@ -1,8 +1,8 @@
 """The parts of a body: where they lie in a frame, and how each got there from another pose.
 
-`posecrafter.edit_latents` moves latents with them, `pseudo.pseudo_video` images. A part is a soft region of their
-pixels and an affine map from there to where the same spot of the part is in the other pose. Poses are the same
-person's; points are (K, 2) in pixels, whose centres are the integers.
+`posecrafter.edit_latents` moves latents with them, `beyond.pseudo.pseudo_video` images. A part is a soft region of
+their pixels and an affine map from there to where the same spot of the part is in the other pose. Poses are the
+same person's; points are (K, 2) in pixels, whose centres are the integers.
 """
 
 from collections.abc import Iterator

@@ -41,7 +41,7 @@ def read_driver(
 ) -> Driver:
     """Reads the poses of the frames `within` (default: all) of a JSON file, or of a video or images.
 
-    kind: one of KINDS; None finds out. Footage is looked at with the OpenPose networks of `model` (see
+    kind: one of `command.KINDS`; None finds out. Footage is looked at with the OpenPose networks of `model` (see
     `load_openpose`), following one `person` (1: the most prominent), optionally `smooth`ed; hands and
     face, which take most of the time, in all frames or in so many `whole_bodies` of them, uniformly.
     What they find is kept in the folder `cache`. canvas: the (height, width) in pixels of the video that a JSON

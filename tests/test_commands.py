@@ -216,15 +216,15 @@ def test_sampling_is_held_to_the_training_frames_where_that_is_possible_and_want
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), {"name": "held", "parts": "body", "edit_step": None}),
+        ((), {"name": "held", "parts": "body", "edit_step": None, "replay": True}),
         (("--method", "paper"), {"parts": "face,hands", "edit_step": 1, "replay": False}),
         (("--method", "paper", "--replay", "--fixed-point", 2), {"replay": True, "fixed_point": 2}),
         (("--prompt", "red hair"), {"name": "body", "edit_step": 1, "editor": edit_once}),
         (("--ddim-steps", 10, "--edit-step", 10), {"name": "body", "editor": edit_once}),
         (("--prompt", "red hair", "--replay"), {"replay": True}),
-        (("--start", "noise"), {"start": "noise", "parts": None}),
+        (("--start", "noise"), {"start": "noise", "parts": None, "replay": False}),
         (("--start", "noise", "--edit-step", 2), {"parts": "body", "editor": edit_once}),
-        (("--no-insert", "--no-edit"), {"insert": False, "parts": None}),
+        (("--no-insert", "--no-edit"), {"insert": False, "parts": None, "replay": False}),
     ],
 )
 def test_options_make_the_method(workplace, trained, options, expected):
@@ -255,13 +255,26 @@ def test_a_rate_that_ruins_the_model_is_not_called_a_success(workplace, trained,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
-    def lost(*inputs):
-        return training_loss(*inputs) * math.nan
+    calls = []
 
-    monkeypatch.setattr(train, "training_loss", lost)
-    with pytest.raises(FloatingPointError, match=r"loss of step 1 is not finite.*--lr 0.0001"):
-        main(workplace, *TRAIN, "--run", "runs/lost", "--frames", 4)
-    assert not (workplace / "runs" / "lost" / "trained.safetensors").exists()
+    def lost_after(good: int):
+        def loss(*inputs):
+            calls.append(1)
+            return training_loss(*inputs) * (1 if len(calls) <= good else math.nan)
+
+        calls.clear()
+        return loss
+
+    probes = len(train.FIXED_TIMESTEPS)
+    for good, words in (
+        (probes + 1, r"loss of step 2 is.*--lr 0.0001"),
+        (0, "model's own loss is"),
+    ):
+        monkeypatch.setattr(train, "training_loss", lost_after(good))
+        with pytest.raises(FloatingPointError, match=words):
+            main(workplace, *TRAIN, "--run", f"runs/lost{good}", "--frames", 4)
+        assert not (workplace / "runs" / f"lost{good}" / "trained.safetensors").exists()
+    assert train.Tuned({}, {0: 1.0, 3: math.nan}).worse
 
 
 def test_a_float16_model_is_trained_with_scaled_gradients(workplace, trained, monkeypatch):
