@@ -1,4 +1,4 @@
-"""The whole road on puppets, where the truth is known: `python demo/dance.py`, a few minutes on a laptop.
+"""The whole road on puppets, where the truth is known: `python demo/dance.py`, some ten minutes on a laptop.
 
 Renders a clip of a puppet that the demo model has never seen, finds its poses in the pixels, trains on 8
 of its 36 frames, and has it dance another dance. Leaves in `runs/demo/` the result, the true video, the
