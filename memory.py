@@ -246,7 +246,10 @@ def sampling_peak(
 def training_peak(
     model, frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """The most bytes on the device in a training step of that many frames, AdamW's state included."""
+    """The most bytes on the device in a training step of that many frames, AdamW's state included.
+
+    On a card autocast keeps float32 copies for the norms, which this run on the CPU does not count.
+    """
     device = torch.device("cpu")  # without a card, gradients exist for fake tensors of the CPU only
     with without_data(device) as memory:
         networks = networks_without_data(model, device, dtype)

@@ -1,6 +1,6 @@
 """Loading, saving and downloading weights: every public layout, at small widths.
 
-The manifests in ../shared list the names and shapes of the public files. Most tests write files of
+The manifests, which lie beside the repository, list the names and shapes of the public files. Most tests write files of
 those names with all widths shrunk; those marked `parity` write them at full size.
 """
 

@@ -12,7 +12,7 @@ from video import read_frames, write_video
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 needs_clips = pytest.mark.skipif(
-    not CLIPS.is_dir(), reason="the clips (../shared/clips) are not here"
+    not CLIPS.is_dir(), reason="the clips, which are not in this repository, are not here"
 )
 SIZES = [(512, 512), (640, 384), (256, 256)]
 

@@ -21,7 +21,7 @@ from poses.pose import (
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the reference drawings and clips (../shared) are not here"
+    not SHARED.is_dir(), reason="the reference drawings and clips, which are not in this repository, are not here"
 )
 
 NOSE = 0
