@@ -1,7 +1,7 @@
 """Loading, saving and downloading weights: every public layout, at small widths.
 
-The manifests, which lie beside the repository, list the names and shapes of the public files. Most tests write files of
-those names with all widths shrunk; those marked `parity` write them at full size.
+The manifests, which lie beside the repository, list the names and shapes of the public files. Most tests write
+files of those names with all widths shrunk; those marked `parity` write them at full size.
 """
 
 import contextlib
