@@ -45,9 +45,8 @@ def keep_freed_memory() -> None:
     them would add up, but are mapped in huge pages, which costs little. To be called before torch
     is imported, or at least before large buffers are made. Does nothing where the C library is another one.
     """
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # read by torch when it makes its first tensor
+    # torch reads this when it makes its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

@@ -573,7 +573,8 @@ def generate_once(
     inputs = network_inputs(model)
     k = select_reference(run.poses, targets) if reference is None else reference
     context = encode_prompt(model, source).to(**inputs)
-    target_context = context if prompt is None else encode_prompt(model, prompt).to(**inputs)
+    own_prompt = prompt not in (None, source)
+    target_context = encode_prompt(model, prompt).to(**inputs) if own_prompt else context
     empty_context = encode_prompt(model, "").to(**inputs) if guidance != 1 else None
 
     latent = encode_frames(model, run.frames[k : k + 1])

@@ -15,8 +15,6 @@ from posecrafter import trainable_parameters
 from poses.pose import Pose, draw_pose, load_poses, save_poses
 from video import contact_sheet, read_frames, replacing, save_image
 
-# ---- The run folder -----------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Run:

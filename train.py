@@ -119,7 +119,7 @@ class Tuned:
 
     @property
     def worse(self) -> bool:
-        # So said that a loss that is not a number counts as worse.
+        # Written this way, a loss that is not a number counts as worse.
         return not self.fixed_losses[max(self.fixed_losses)] <= self.fixed_losses[0]
 
 
