@@ -268,9 +268,7 @@ def weight_file(source: Path, half: bool) -> Path:
     raise FileNotFoundError(f"{source}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 
-def check_that_parts_fit(
-    unet: UNet, controlnet: ControlNet, vae: VAE, text_encoder: TextEncoder
-) -> None:
+def check_that_parts_fit(unet: UNet, controlnet: ControlNet, vae: VAE, text_encoder: TextEncoder) -> None:
     """Raises ValueError, naming both sizes, for networks that are of different models."""
     hint_factor = controlnet.controlnet_cond_embedding.factor
     pairs = [
@@ -441,9 +439,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
             content = read_json(folder / "tokenizer.json")
             vocab = content["model"]["vocab"]
             vocab |= {token["content"]: token["id"] for token in content["added_tokens"]}
-            merges = [
-                tuple(m.split() if isinstance(m, str) else m) for m in content["model"]["merges"]
-            ]
+            merges = [tuple(m.split() if isinstance(m, str) else m) for m in content["model"]["merges"]]
             tokenizer = Tokenizer(vocab, merges, config.length)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: no CLIP tokenizer ({error})") from None
@@ -465,9 +461,7 @@ def read_settings(sources: dict[str, Path]) -> dict:
     for name, value in settings.items():
         default = getattr(Model, name)
         kinds = (str,) if isinstance(default, str) else (int, type(default))
-        if type(value) not in kinds or (
-            value not in METHOD_NAMES if name == "method" else value < 0
-        ):
+        if type(value) not in kinds or (value not in METHOD_NAMES if name == "method" else value < 0):
             raise ValueError(f"{sources['settings']}: {value!r} given as {name}")
     return settings
 
@@ -541,9 +535,7 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
                 f"{path}: wants to call {wanted[1]} on being read, which is refused because it "
                 "could run any code; use a .safetensors file of the model"
             ) from None
-        raise ValueError(
-            f"{path}: truncated, corrupt or no file of weights; fetch it again"
-        ) from None
+        raise ValueError(f"{path}: truncated, corrupt or no file of weights; fetch it again") from None
     while isinstance(contents, dict) and "state_dict" in contents:
         contents = contents["state_dict"]
     if not isinstance(contents, dict):
@@ -702,9 +694,7 @@ OTHER_MODELS = {
 TEMPORAL = re.compile(r"(.*)\.(attn_temp|conv_temp)\.(.*)")  # what inflation adds to a public UNet
 
 
-def fill(
-    network: nn.Module, part: str, path: Path, device: str | torch.device, dtype: torch.dtype
-) -> None:
+def fill(network: nn.Module, part: str, path: Path, device: str | torch.device, dtype: torch.dtype) -> None:
     """Fills a network that was built on the meta device, one tensor at a time, and freezes it.
 
     Temporal attention starts as a copy of the key-frame attention beside it, and the convolution
@@ -782,8 +772,7 @@ def check_shape(file: TensorFile, name: str, expected: tuple[int, ...], part: st
     elif ".attn2." in name and found[-1:] in ((1024,), (2048,)):
         what = f"this is Stable Diffusion {'2' if found[-1] == 1024 else 'XL'}, "
     raise ValueError(
-        f"{file.path}: {name} is {sizes[0]}, expected {sizes[1]}; {what}needed is the "
-        f"{TITLES[part]}"
+        f"{file.path}: {name} is {sizes[0]}, expected {sizes[1]}; {what}needed is the {TITLES[part]}"
     )
 
 

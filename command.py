@@ -106,25 +106,16 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)"
     )
-    parser.add_argument(
-        "--controlnet", type=Path, help="take the ControlNet from this file or folder"
-    )
+    parser.add_argument("--controlnet", type=Path, help="take the ControlNet from this file or folder")
     parser.add_argument("--vae", type=Path, help="take the VAE from this file or folder")
     parser.add_argument(
         "--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)"
     )
     parser.add_argument(
-        "--range",
-        type=parse_range,
-        metavar="A:B",
-        help="from these frames of the clip (default: all)",
+        "--range", type=parse_range, metavar="A:B", help="from these frames of the clip (default: all)"
     )
-    parser.add_argument(
-        "--prompt", default="a person", help="what the clip shows (default: %(default)r)"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="training steps (default: the paper's, 100 for 8 frames)"
-    )
+    parser.add_argument("--prompt", default="a person", help="what the clip shows (default: %(default)r)")
+    parser.add_argument("--steps", type=int, help="training steps (default: the paper's, 100 for 8 frames)")
     parser.add_argument(
         "--lr",
         type=float,
@@ -133,20 +124,15 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, help="short side of the canvas (default: the model's; 512 for SD 1.5)"
     )
-    parser.add_argument(
-        "--run", type=Path, help="the folder to make (default: runs/ and the clip's name)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the noise and the timesteps (default: 0)"
-    )
+    parser.add_argument("--run", type=Path, help="the folder to make (default: runs/ and the clip's name)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and the timesteps (default: 0)")
     return parser.parse_args(command)
 
 
 def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `sample.py`."""
     parser = argparse.ArgumentParser(
-        prog="sample.py",
-        description="Makes a video of the person of a run, following any poses.",
+        prog="sample.py", description="Makes a video of the person of a run, following any poses."
     )
     parser.add_argument(
         "--poses",
@@ -164,27 +150,19 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--smooth", action="store_true", help="take the jitter out of poses found in footage"
     )
-    parser.add_argument(
-        "--range", type=parse_range, metavar="A:B", help="only these frames of the poses"
-    )
+    parser.add_argument("--range", type=parse_range, metavar="A:B", help="only these frames of the poses")
     parser.add_argument(
         "--retarget",
         action=argparse.BooleanOptionalAction,
         help="give the poses the proportions of the person of the run, and their place on the ground "
         "(default: unless they are the training clip's own)",
     )
+    parser.add_argument("--run", type=Path, help="run folder that train.py made (default: the newest)")
     parser.add_argument(
-        "--run", type=Path, help="run folder that train.py made (default: the newest)"
+        "--prompt", help="target prompt, such as 'a person, red hair' (default: the training prompt)"
     )
     parser.add_argument(
-        "--prompt",
-        help="target prompt, such as 'a person, red hair' (default: the training prompt)",
-    )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=1.0,
-        help="guidance scale; 3 to change attributes (default: 1)",
+        "--guidance", type=float, default=1.0, help="guidance scale; 3 to change attributes (default: 1)"
     )
     parser.add_argument("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
     parser.add_argument(
@@ -205,9 +183,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
         help="beyond the paper: further iterations of each inversion step (default: the method's)",
     )
     parser.add_argument(
-        "--reference",
-        default="auto",
-        help="number of the training frame to start from (default: auto)",
+        "--reference", default="auto", help="number of the training frame to start from (default: auto)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of fresh noise, as --start noise has it (default: 0)"
@@ -236,9 +212,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
         help="of the result (default: the driver's, or the training clip's if the driver is JSON)",
     )
     parser.add_argument("--no-audio", action="store_true", help="leave the driver's sound out")
-    parser.add_argument(
-        "--out", type=Path, help="the video to write (default: in the run's samples/)"
-    )
+    parser.add_argument("--out", type=Path, help="the video to write (default: in the run's samples/)")
     knobs = parser.add_argument_group("the paper's ablations, one part of the method at a time")
     knobs.add_argument(
         "--no-insert", action="store_true", help="do not put the reference in front as key frame"

@@ -67,9 +67,7 @@ class ControlNet(nn.Module):
         for level, width in enumerate(widths):
             is_last = level == len(widths) - 1
             skip_widths += [width] * (config.layers_per_block + (0 if is_last else 1))
-        self.controlnet_down_blocks = nn.ModuleList(
-            nn.Conv2d(width, width, 1) for width in skip_widths
-        )
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skip_widths)
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def forward(

@@ -36,9 +36,7 @@ def describe(model: Model) -> str:
     """Where a model computes, and how precisely, in words: "the CPU, bfloat16"."""
     weight = model.unet.conv_in.weight
     cuda = weight.device.type == "cuda"
-    name = (
-        torch.cuda.get_device_name(weight.device) if cuda else f"the {weight.device.type.upper()}"
-    )
+    name = torch.cuda.get_device_name(weight.device) if cuda else f"the {weight.device.type.upper()}"
     return f"{name}, {str(weight.dtype).removeprefix('torch.')}"
 
 

@@ -87,11 +87,7 @@ def check_count(path: Path, count: int, what: str, name: Path, frames: int) -> N
 
 
 def read_placed_poses(
-    path: Path,
-    within: range | None,
-    height: int,
-    width: int,
-    canvas: tuple[int, int] | None = None,
+    path: Path, within: range | None, height: int, width: int, canvas: tuple[int, int] | None = None
 ) -> list[Pose]:
     """Poses on a canvas of the result's size, which they cover as frames do.
 
@@ -99,9 +95,7 @@ def read_placed_poses(
     """
     poses = load_poses(path, *(canvas or (None, None))[::-1])
     if within and within.stop > len(poses):
-        raise ValueError(
-            f"{path}: {len(poses)} poses, so none for --range {within.start}:{within.stop}"
-        )
+        raise ValueError(f"{path}: {len(poses)} poses, so none for --range {within.start}:{within.stop}")
     placing = cover(*(read_canvas(path) or canvas or (height, width)), height, width).placement
     return [place_pose(pose, *placing) for pose in (poses[i] for i in within or range(len(poses)))]
 
@@ -132,10 +126,7 @@ def network_figures(
     if truth is not None:
         if network := load(LPIPS, "lpips"):
             figures["lpips"] = float(frame_lpips(network, result, truth).mean())
-        for name, kind, features in (
-            ("fid", Inception, inception_features),
-            ("fvd", I3D, i3d_features),
-        ):
+        for name, kind, features in (("fid", Inception, inception_features), ("fvd", I3D, i3d_features)):
             if network := load(kind, name):
                 ours, theirs = (features(network, frames) for frames in (result, truth))
                 figures[name] = frechet_distance(ours, theirs)
@@ -159,9 +150,7 @@ def print_table(figures: dict[str, float], left_out: dict[str, str]) -> None:
         print(f"{METRICS[name][0]:>12}   {reason}")
 
 
-def parse_arguments(
-    command: list[str] | None = None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_arguments(command: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path, help="video or folder of frames")
     parser.add_argument("--truth", type=Path, help="the true frames, a video or a folder")
@@ -185,17 +174,13 @@ def parse_arguments(
         metavar="A:B",
         help="the frames of the truth and of the poses that the result shows (default: all)",
     )
-    parser.add_argument(
-        "--fit", action="store_true", help="scale and crop the truth to the result's size"
-    )
+    parser.add_argument("--fit", action="store_true", help="scale and crop the truth to the result's size")
     parser.add_argument(
         "--full",
         action="store_true",
         help="also the metrics that take public networks, downloaded at first use (2.1 GB)",
     )
-    parser.add_argument(
-        "--weights", type=Path, help="folder to look for the public networks' files in"
-    )
+    parser.add_argument("--weights", type=Path, help="folder to look for the public networks' files in")
     parser.add_argument(
         "--model", default="sd15", help="whose OpenPose finds the result's poses (default: sd15)"
     )

@@ -26,13 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet import ControlNet
-from posecrafter import (
-    predict_noise,
-    recompute_activations,
-    sample,
-    trainable_parameters,
-    training_loss,
-)
+from posecrafter import predict_noise, recompute_activations, sample, trainable_parameters, training_loss
 from slicing import plans, slices
 from unet import UNet
 
@@ -105,11 +99,7 @@ def part_of(x: Tensor, index) -> Tensor:
         if isinstance(each, int):
             x = x.select(dim, each)
             continue
-        x = (
-            x.unsqueeze(dim)
-            if each is None
-            else torch.ops.aten.slice(x, dim, each.start, each.stop)
-        )
+        x = x.unsqueeze(dim) if each is None else torch.ops.aten.slice(x, dim, each.start, each.stop)
         dim += 1
     return x
 
@@ -125,9 +115,7 @@ def without_data(device: torch.device) -> Iterator[LiveMemory]:
     """Within it, tensors have no data, and attention is the kind that makes no full matrix, as on a card."""
     attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
     stand_ins = nullcontext() if torch.backends.cuda.is_built() else WithoutCUDA()
-    one_stream = patch(
-        "slicing.copying", return_value=None
-    )  # others cannot be waited for without data
+    one_stream = patch("slicing.copying", return_value=None)  # others cannot be waited for without data
     with FakeTensorMode(), attention, LiveMemory(device) as memory, stand_ins, one_stream:
         yield memory
 
@@ -221,9 +209,7 @@ def sampling_peak(
     frame = config.widths[0], height, width
     way = plans(device, dtype, (frames, *frame), frames_per_slice, offload)[0]
     if dtype == torch.bfloat16:
-        dtype = (
-            torch.float16
-        )  # as large, and its attention never looks at the numbers, which are not there
+        dtype = torch.float16  # as large, and its attention never looks at the numbers, which are not there
 
     def peak(frames: int) -> int:
         with without_data(device) as memory:
@@ -243,9 +229,7 @@ def sampling_peak(
     return more + (more - few) * (frames - 2 * many) // many
 
 
-def training_peak(
-    model, frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16
-) -> int:
+def training_peak(model, frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """The most bytes on the device in a training step of that many frames, AdamW's state included.
 
     On a card autocast keeps float32 copies for the norms, which this run on the CPU does not count.

@@ -320,9 +320,7 @@ def decode_bodies(heatmaps: Tensor, pafs: Tensor, height: int, width: int) -> li
     new_height, new_width = body_size(height, width)
     rows = cells_to_pixels(heatmaps.shape[1], new_height, height)
     columns = cells_to_pixels(heatmaps.shape[2], new_width, width)
-    where = find_peaks(
-        separable(smoothing(height) @ rows, heatmaps[:18], smoothing(width) @ columns)
-    )
+    where = find_peaks(separable(smoothing(height) @ rows, heatmaps[:18], smoothing(width) @ columns))
     heatmaps, pafs = heatmaps.cpu().numpy(), pafs.cpu().numpy()
     peaks = []
     for heatmap, (x, y) in zip(heatmaps, where):
@@ -343,12 +341,7 @@ def find_peaks(smoothed: Tensor, least: float = 0.1, most: int = 127) -> list[np
     """
     padded = F.pad(smoothed, (1, 1, 1, 1))
     is_peak = smoothed > least
-    for slid in (
-        padded[:, :-2, 1:-1],
-        padded[:, 2:, 1:-1],
-        padded[:, 1:-1, :-2],
-        padded[:, 1:-1, 2:],
-    ):
+    for slid in (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]):
         is_peak &= smoothed >= slid
     peaks = []
     for heatmap, found in zip(smoothed, is_peak):
@@ -404,9 +397,7 @@ class Person:
     score: float  # of joints and limbs
 
 
-def assemble(
-    peaks: list[np.ndarray], links: list[list[tuple[int, int, float]]]
-) -> list[np.ndarray]:
+def assemble(peaks: list[np.ndarray], links: list[list[tuple[int, int, float]]]) -> list[np.ndarray]:
     """Peaks of the 18 keypoints, (N, 3) each, and links of the 19 limbs -> people, (18, 3) each.
 
     Limb by limb, every link extends the person who has one of its ends, joins two people who have
@@ -487,8 +478,7 @@ def face_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
     reach = max(reaches)
     x, y = (nose - reach).clip(0)
     side = min(
-        width - x if x + reach > width else 2 * reach,
-        height - y if y + reach > height else 2 * reach,
+        width - x if x + reach > width else 2 * reach, height - y if y + reach > height else 2 * reach
     )
     return {"face": (int(x), int(y), int(side))} if side >= LEAST_BOX else {}
 
@@ -532,9 +522,7 @@ def decode_hands(heatmaps: Tensor, sizes: Sequence[tuple[int, int]]) -> np.ndarr
     held[..., 0] = 0  # what lies in no blob
     largest = held.argmax(dim=2, keepdim=True)
     chosen = values.where((blobs == largest) & (blobs > 0), 0.0).unflatten(2, (HAND_MAP, HAND_MAP))
-    return np.stack(
-        [highest_pixels(maps, height, width) for maps, (height, width) in zip(chosen, sizes)]
-    )
+    return np.stack([highest_pixels(maps, height, width) for maps, (height, width) in zip(chosen, sizes)])
 
 
 def label_blobs(mask: Tensor) -> Tensor:
@@ -580,17 +568,11 @@ def find_faces(nets: OpenPose, crops: Sequence[Tensor]) -> np.ndarray:
 
 # ---- Frames to people ---------------------------------------------------------------------------
 
-FRAMES_AT_ONCE = CROPS_AT_ONCE = (
-    16  # what is on the device at once; `run_in_batches` splits further
-)
+FRAMES_AT_ONCE = CROPS_AT_ONCE = 16  # what is on the device at once; `run_in_batches` splits further
 
 
 def detect(
-    nets: OpenPose,
-    frames: np.ndarray,
-    hands: bool = True,
-    face: bool = True,
-    progress: bool = False,
+    nets: OpenPose, frames: np.ndarray, hands: bool = True, face: bool = True, progress: bool = False
 ) -> list[list[Pose]]:
     """Frames uint8 RGB (F, H, W, 3) -> the people in each, in canvas-normalised coordinates.
 
@@ -735,15 +717,11 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--out", type=Path, help="the JSON to write (default: CLIP.poses.json, beside the clip)"
     )
-    parser.add_argument(
-        "--person", type=int, default=1, help="1: the most prominent (default), ..."
-    )
+    parser.add_argument("--person", type=int, default=1, help="1: the most prominent (default), ...")
     parser.add_argument(
         "--body-only", action="store_true", help="no hands and face: some thirty times faster"
     )
-    parser.add_argument(
-        "--smooth", action="store_true", help="take the jitter out of the keypoints"
-    )
+    parser.add_argument("--smooth", action="store_true", help="take the jitter out of the keypoints")
     parser.add_argument(
         "--model", default="sd15", help="whose networks: sd15, demo or a folder (default: sd15)"
     )

@@ -183,11 +183,7 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
 
 
 def predict_noise(
-    model,
-    latents: Tensor,
-    timestep: int,
-    context: Tensor | Context,
-    hints: Tensor | Offloaded,
+    model, latents: Tensor, timestep: int, context: Tensor | Context, hints: Tensor | Offloaded
 ) -> Tensor:
     """The noise that UNet and ControlNet see in latents (F, C, h, w), float32 alike.
 
@@ -261,9 +257,7 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
     Target frames without a person do not vote. Of training frames that share no keypoints with some of the
     targets, those that can be compared with the most come first. Raises ValueError when no pose can be compared.
     """
-    distances = np.array(
-        [[pose_distance(one, other) for other in target_poses] for one in training_poses]
-    )
+    distances = np.array([[pose_distance(one, other) for other in target_poses] for one in training_poses])
     comparable = np.isfinite(distances)
     if not comparable.any():
         raise ValueError(

@@ -33,32 +33,18 @@ def load_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run; make one with: python train.py CLIP")
     if not (folder / "trained.safetensors").exists():
-        raise FileNotFoundError(
-            f"{folder}: training has not finished; give its command again to go on"
-        )
+        raise FileNotFoundError(f"{folder}: training has not finished; give its command again to go on")
     settings = read_run_settings(folder)
     frames, _ = read_frames(folder / "frames")
     poses = load_poses(folder / "frames.poses.json")
     if not len(frames) == len(poses) == len(settings["frames"]):
-        counts = (
-            f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
-        )
+        counts = f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
         raise ValueError(f"{folder}: a damaged run: {counts}; delete it and train again")
     return Run(folder, settings, frames, poses)
 
 
 # What `sample.py` reads of a run's settings.
-NEEDED = {
-    "clip",
-    "poses",
-    "frames",
-    "fps",
-    "model",
-    "controlnet",
-    "vae",
-    "prompt",
-    "learning_rate",
-}
+NEEDED = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt", "learning_rate"}
 
 
 def read_run_settings(folder: Path) -> dict:

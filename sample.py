@@ -39,23 +39,8 @@ from posecrafter import (
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.retarget import proportions, retarget
 from poses.source import Driver, read_driver
-from run import (
-    Run,
-    load_run,
-    load_trained,
-    name_of,
-    newest_run,
-    write_json,
-)
-from video import (
-    VIDEOS_WRITTEN,
-    add_sound,
-    contact_sheet,
-    cover,
-    has_sound,
-    open_video,
-    save_image,
-)
+from run import Run, load_run, load_trained, name_of, newest_run, write_json
+from video import VIDEOS_WRITTEN, add_sound, contact_sheet, cover, has_sound, open_video, save_image
 
 # ---- What is asked for --------------------------------------------------------------------------
 
@@ -98,9 +83,7 @@ def check_out(out: Path, inputs: list[Path]) -> None:
     """
     if out.suffix.lower() not in VIDEOS_WRITTEN:
         raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    written = [
-        out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")
-    ]
+    written = [out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")]
     for path in inputs:
         if path.resolve() in written:
             raise ValueError(
@@ -191,9 +174,7 @@ def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> No
     # A guided step predicts the noise twice.
     passes = args.ddim_steps + sum(t >= until for t in ddim_timesteps(args.ddim_steps))
     inversions = 1 + method.fixed_point if method.needs_inversion else 0
-    print(
-        f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters"
-    )
+    print(f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters")
     work = {
         "encoding": encoding * encoded,
         "inversion": step * args.ddim_steps * inversions,
@@ -210,23 +191,13 @@ def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> No
             places[f"graphics card, --offload {offload}"] = CUDA, torch.float16, offload
     for name, (where, precision, offload) in places.items():
         peak = sampling_peak(
-            model,
-            frames,
-            height,
-            width,
-            precision,
-            args.guidance,
-            args.slice,
-            offload,
-            where,
+            model, frames, height, width, precision, args.guidance, args.slice, offload, where
         )
         precision = str(precision).removeprefix("torch.")
         print(f"{name}, {precision}: {peak / 1e9:.1f} GB at the peak")
     seconds = seconds_per_frame(model, height, width, device, dtype, args.slice)
     minutes = seconds * sum(work.values()) / step / 60
-    print(
-        f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice"
-    )
+    print(f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice")
 
 
 # ---- What is done -------------------------------------------------------------------------------
@@ -243,9 +214,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--slice {args.slice}: give a number above 0")
 
 
-def read_targets(
-    args: argparse.Namespace, run: Run
-) -> tuple[Driver, list[Pose], dict[str, float] | None]:
+def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict[str, float] | None]:
     """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so."""
     driver = read_driver(
         args.poses,
@@ -368,12 +337,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "reference_psnr": faithfulness(model, made, run.frames[k]),
         "edited_regions": made.regions,
     }
-    frames = write_result(
-        args, out, run, driver, targets, decode_latents(model, made.latents), report
-    )
-    print(
-        f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png"
-    )
+    frames = write_result(args, out, run, driver, targets, decode_latents(model, made.latents), report)
+    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
     return frames
 
 
@@ -421,9 +386,4 @@ def generate_or_explain(
 
 
 if __name__ == "__main__":
-    run_command(
-        "sample.py",
-        main,
-        args,
-        out_of_memory="frames of this size need a larger card",
-    )
+    run_command("sample.py", main, args, out_of_memory="frames of this size need a larger card")

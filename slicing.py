@@ -63,11 +63,7 @@ def plans(
         return [Slicing(numbers, offload == "always")]
     per_slice = frames_per_slice or 8  # enough to keep a large card busy
     slow = [True] if offload == "always" else [False] if offload == "never" else [False, True]
-    ways = [
-        (per_slice, slow[0]),
-        (max(1, per_slice // 8), slow[0]),
-        (max(1, per_slice // 8), slow[-1]),
-    ]
+    ways = [(per_slice, slow[0]), (max(1, per_slice // 8), slow[0]), (max(1, per_slice // 8), slow[-1])]
     if torch.cuda.is_available():  # start with what should fit
         torch.cuda.empty_cache()  # what earlier work left to PyTorch does not count as free
         free = torch.cuda.mem_get_info(device)[0] * 0.9 / (frame * dtype.itemsize)  # in finest maps

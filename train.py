@@ -134,9 +134,7 @@ def fixed_noise_loss(model: Model, latents: Tensor, hints: Tensor, context: Tens
     for timestep in FIXED_TIMESTEPS:
         random = torch.Generator().manual_seed(timestep)
         noise = torch.randn(latents[frames].shape, generator=random).to(latents)
-        losses.append(
-            autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
-        )
+        losses.append(autocast_loss(model, latents[frames], hints[frames], context, timestep, noise))
     return torch.stack(losses).mean().item()
 
 
@@ -223,9 +221,7 @@ def train(
             with replacing(checkpoint) as unfinished:
                 torch.save(state, unfinished)
             saved = time.monotonic()
-    tensors = {
-        name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
-    }
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     return Tuned(tensors, fixed_losses)
 
 
@@ -359,9 +355,7 @@ def main(args: argparse.Namespace) -> None:
     frames, poses = place_on_canvas(images, poses, args.size or model.size, model)
     settings = settings_of(args, model, frames, poses, indices, fps)
     steps, rate = settings["steps"], settings["learning_rate"]
-    print(
-        f"learning rate {rate:g} ({settings['learning_rate_from']}), {steps} steps, on {describe(model)}"
-    )
+    print(f"learning rate {rate:g} ({settings['learning_rate_from']}), {steps} steps, on {describe(model)}")
 
     context = encode_prompt(model, args.prompt).clone()
     latents = encode_frames(model, frames).clone()

@@ -44,9 +44,7 @@ class UNetConfig:
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Timesteps (B,) in [0, 1000) -> (B, dim) float32: cosines, then sines, of `dim / 2` frequencies."""
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(dim // 2, device=timestep.device) / (dim // 2)
-    )
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=timestep.device) / (dim // 2))
     angles = timestep.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -65,9 +63,7 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
-def clip_norm(
-    norm: nn.GroupNorm, clips: int, *maps: Tensor | Offloaded
-) -> Callable[[Tensor], Tensor]:
+def clip_norm(norm: nn.GroupNorm, clips: int, *maps: Tensor | Offloaded) -> Callable[[Tensor], Tensor]:
     """Group norm with one mean and variance per group for a whole clip, not per frame: (N, C, H, W) -> same.
 
     maps: what is to be normed, or maps whose channels make it up. The norm comes back as a function that
@@ -311,9 +307,7 @@ class Transformer2DModel(nn.Module):
         # Per frame, unlike the residual blocks' norms.
         self.norm = nn.GroupNorm(norm_groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList(
-            [BasicTransformerBlock(dim, context_dim, heads, temporal)]
-        )
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(dim, context_dim, heads, temporal)])
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -485,9 +479,7 @@ class UNet(nn.Module):
         levels = range(len(config.widths))
         self.conv_in = nn.Conv2d(config.in_channels, config.widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(config.widths[0])
-        self.down_blocks = nn.ModuleList(
-            DownBlock(config, level, temporal=True) for level in levels
-        )
+        self.down_blocks = nn.ModuleList(DownBlock(config, level, temporal=True) for level in levels)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, config.widths[0], eps=1e-5)

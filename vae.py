@@ -86,8 +86,7 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, channels: int, layers: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else channels, channels, groups)
-            for i in range(layers)
+            ResnetBlock(in_channels if i == 0 else channels, channels, groups) for i in range(layers)
         )
 
     def forward(self, x: Tensor) -> Tensor:

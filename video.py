@@ -396,7 +396,6 @@ def contact_sheet(
             centre = margin + column * (cell_width + _GAP) + cell_width // 2
             ink.text((centre, top - line // 2), str(index), _INK, font, anchor="mm")
             sheet.paste(
-                frame.resize((width, cell_height), Image.Resampling.LANCZOS),
-                (centre - width // 2, top),
+                frame.resize((width, cell_height), Image.Resampling.LANCZOS), (centre - width // 2, top)
             )
     return sheet

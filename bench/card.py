@@ -93,10 +93,7 @@ def tables(bench: Bench) -> list[Table]:
             ("seconds", "against ours", "allocated, GB"),
             {
                 "d ours": partial(fill_ours, bench),
-                **{
-                    f"d {peer}": partial(fill_peer, bench, peer)
-                    for peer in (DIFFUSERS, CONTROLVIDEO)
-                },
+                **{f"d {peer}": partial(fill_peer, bench, peer) for peer in (DIFFUSERS, CONTROLVIDEO)},
             },
             "float16, the others as they come. 2-D: frames as a batch, and no temporal layers.",
         ),
@@ -148,9 +145,7 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default=PARTS, help=f"which of {PARTS} (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "CARDS.md")
-    parser.add_argument(
-        "--minutes", type=float, help="stop after the row that ends later than this"
-    )
+    parser.add_argument("--minutes", type=float, help="stop after the row that ends later than this")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse with --tiny")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the code out")
     parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")

@@ -12,13 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.step import random_weights
 from controlnet import ControlNet
-from posecrafter import (
-    invert,
-    predict_noise,
-    sample,
-    trainable_parameters,
-    training_loss,
-)
+from posecrafter import invert, predict_noise, sample, trainable_parameters, training_loss
 from slicing import Slicing, slices
 from unet import UNet, UNetConfig
 
@@ -149,9 +143,7 @@ def without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def difference(
-    check: str, device: torch.device, dtype: torch.dtype, config: UNetConfig = SMALL
-) -> float:
+def difference(check: str, device: torch.device, dtype: torch.dtype, config: UNetConfig = SMALL) -> float:
     """The largest difference of a check's results from those of the CPU in float32; NaN if there is a NaN.
 
     Relative to the largest number of each result. Of several results, such as gradients, the worst counts.

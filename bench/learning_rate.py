@@ -50,9 +50,7 @@ CLEAN_RATES = (3e-5, 7e-5, 1e-4, 2e-4, 3e-4, 1e-3, 3e-3)
 STEP_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 LOSS_TIMESTEPS = (100, 300, 500, 700, 900)
-SCALE = (
-    65536  # torch.amp.GradScaler's first scale, which it keeps for 2000 steps if nothing overflows
-)
+SCALE = 65536  # torch.amp.GradScaler's first scale, which it keeps for 2000 steps if nothing overflows
 
 
 def kept(name: str, compute: Callable[[], dict]) -> dict:
@@ -170,9 +168,7 @@ def put(model, tensors: dict[str, Tensor]) -> None:
         parameter.data = tensors[name].to(**method.network_inputs(model), copy=True)
 
 
-def clip_as_the_public_code(
-    trained: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter]
-) -> None:
+def clip_as_the_public_code(trained: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter]) -> None:
     """Scales the trained gradients as ControlVideo's `train.py` does, to a norm of 1 over ALL parameters.
 
     There the gradient scaler has multiplied all gradients, and divides only the optimizer's before the norm is
@@ -192,9 +188,7 @@ def mean_size(tensors: Iterable[Tensor]) -> float:
     return sum(t.abs().sum().item() for t in tensors) / sum(t.numel() for t in tensors)
 
 
-def fine_tune(
-    model, inputs: Inputs, steps: int, rate: float, public: bool = False
-) -> dict[str, float]:
+def fine_tune(model, inputs: Inputs, steps: int, rate: float, public: bool = False) -> dict[str, float]:
     """Fine-tunes in place as `train.train` does, with gradients clipped to norm 1 over the trained tensors.
 
     public: clip them as the public code does. Returns the mean size of the gradients' elements after clipping, in
@@ -237,9 +231,7 @@ def new_dance(model, of: SimpleNamespace) -> np.ndarray:
     return np.stack(list(method.decode_latents(model, latents[1:])))
 
 
-def tuning(
-    times: int, puppet: int, rate: float, frames: int, public: bool = False
-) -> dict[str, float]:
+def tuning(times: int, puppet: int, rate: float, frames: int, public: bool = False) -> dict[str, float]:
     """Loss and PSNR of the demo model, widened, after fine-tuning; at rate 0 of the model as it is."""
 
     def compute() -> dict[str, float]:
@@ -269,9 +261,7 @@ def tuning(
 def part_a(frames: int, puppet: int = PUPPETS[0]) -> None:
     before = tuning(1, puppet, 0, frames)["loss"]
     print(f"The loss is {before:.4f} before.\n")
-    print(
-        "| gradients | rate | element of the gradient | weights moved | loss after | person, dB |"
-    )
+    print("| gradients | rate | element of the gradient | weights moved | loss after | person, dB |")
     print("| --- | --- | --- | --- | --- | --- |")
     rows = [("as the public code clips", rate, True) for rate in PUBLIC_RATES]
     rows += [("clipped over what is trained", rate, False) for rate in CLEAN_RATES]
@@ -286,16 +276,12 @@ def part_a(frames: int, puppet: int = PUPPETS[0]) -> None:
 # ---- (b) One step -------------------------------------------------------------------------------
 
 
-def contributions(
-    model, compute: Callable[[], Tensor]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+def contributions(model, compute: Callable[[], Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The loss, and for each key-frame attention its output and the residual stream that this is added to."""
     found, streams, handles = [], [], []
     for block in nn.ModuleList([model.unet, model.controlnet]).modules():
         if isinstance(block, BasicTransformerBlock):
-            enter = block.register_forward_pre_hook(
-                lambda _, args: streams.append(args[0].detach())
-            )
+            enter = block.register_forward_pre_hook(lambda _, args: streams.append(args[0].detach()))
             leave = block.attn1.register_forward_hook(
                 lambda _, args, out: found.append((out.detach().float(), streams[-1].float()))
             )
@@ -359,9 +345,7 @@ def part_b(widths: Sequence[int], frames: int, puppet: int = PUPPETS[0]) -> None
 # ---- (c) Fine-tuning at several widths ----------------------------------------------------------
 
 
-def part_c(
-    widths: Sequence[int], puppets: Sequence[int], rates: Sequence[float], frames: int
-) -> None:
+def part_c(widths: Sequence[int], puppets: Sequence[int], rates: Sequence[float], frames: int) -> None:
     rows = {"not tuned": (0, False)} | {f"{rate:g}": (rate, False) for rate in rates}
     rows["0.003, clipped as the public code does"] = 3e-3, True
     print("| width | puppet | rate | loss | person, dB | background, dB | whole frame, dB |")

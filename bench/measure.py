@@ -24,14 +24,7 @@ from bench.report import GIGA, NOT_INSTALLED, Rows, describe
 from bench.step import CONTROLVIDEO, HINTS, random_weights, run
 from controlnet import ControlNet
 from memory import operations, sampling_peak, training_peak
-from posecrafter import (
-    decode_latents,
-    encode_frames,
-    invert,
-    predict_noise,
-    recompute_activations,
-    sample,
-)
+from posecrafter import decode_latents, encode_frames, invert, predict_noise, recompute_activations, sample
 from slicing import Offloaded, plans, slices
 from unet import Context, ResnetBlock2D, Transformer2DModel, UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -271,9 +264,7 @@ def fill_training(bench: Bench, row: dict) -> None:
     model = equal.networks(bench.sizes.unet, HINTS, dtype, bench.device)
     side, width = bench.sizes.side, bench.sizes.unet.widths[0]
     row["precision"] = str(dtype).removeprefix("torch.")
-    row["predicted, GB"] = predicted(
-        partial(training_peak, model, bench.sizes.short, side, side, dtype)
-    )
+    row["predicted, GB"] = predicted(partial(training_peak, model, bench.sizes.short, side, side, dtype))
     there = {"device": bench.device, "dtype": dtype}
     latents, noise = torch.randn(2, bench.sizes.short, 4, side, side, device=bench.device)
     hints = torch.randn(bench.sizes.short, width, side, side, **there)
@@ -314,12 +305,7 @@ def fill_peer(bench: Bench, name: str, row: dict) -> None:
         return
     ours = step_seconds(bench, bench.sizes.short)
     bench.release(networks=True)  # so that the card is free for the other process
-    asked = {
-        "frames": bench.sizes.short,
-        "size": sizes.pixels,
-        "device": bench.device,
-        "dtype": "float16",
-    }
+    asked = {"frames": bench.sizes.short, "size": sizes.pixels, "device": bench.device, "dtype": "float16"}
     options = [f"--{option}={value}" for option, value in asked.items()] + ["--runs=3"]
     options += ["--widths", *map(str, sizes.unet.widths)]
     if name == CONTROLVIDEO:
@@ -351,9 +337,7 @@ def fill_compiled(bench: Bench, row: dict) -> None:
     bench.release()
     networks = bench.model().unet, bench.model().controlnet
     kinds = ResnetBlock2D, Transformer2DModel
-    blocks = [
-        block for network in networks for block in network.modules() if isinstance(block, kinds)
-    ]
+    blocks = [block for network in networks for block in network.modules() if isinstance(block, kinds)]
     # A CPU's rehearsal leaves out what takes minutes: the kernels.
     backend = "inductor" if bench.device.type == "cuda" else "eager"
     try:

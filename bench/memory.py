@@ -139,9 +139,7 @@ def main(args: argparse.Namespace) -> None:
     print("| --- |" + " --- |" * len(PREDICTED))
     lines = {"on the CPU": {n: p / GIGA for n, p in peaks.items()}}
     for name, offload in (("all on the card", "never"), ("skips outside", "always")):
-        lines[name] = {
-            n: sampling_peak(model, n, side, side, offload=offload) / GIGA for n in PREDICTED
-        }
+        lines[name] = {n: sampling_peak(model, n, side, side, offload=offload) / GIGA for n in PREDICTED}
         print(f"| {name} | " + " | ".join(f"{p:.1f}" for p in lines[name].values()) + " |")
     training = training_peak(model, 8, side, side) / GIGA
     print(f"\nTraining on 8 frames, bfloat16: {training:.1f} GB")

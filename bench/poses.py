@@ -91,9 +91,7 @@ class OneStage(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("port", type=Path, help="checkout of ControlNet-v1-1-nightly")
-    parser.add_argument(
-        "--frames", type=int, default=5, help="how often each is timed (default: 5)"
-    )
+    parser.add_argument("--frames", type=int, default=5, help="how often each is timed (default: 5)")
     args = parser.parse_args()
     if not (args.port / "annotator" / "openpose").is_dir():
         parser.error(f"{args.port}: no annotator/openpose in it")
@@ -105,15 +103,9 @@ def main() -> None:
     height, width = (side // STRIDE for side in body_input(torch.from_numpy(frames)).shape[2:])
     points = shown_at(pose.body * (SIZE, SIZE, 1), body_size(SIZE, SIZE)[0] / SIZE)[None]
     points = torch.from_numpy(points).float()
-    nets.body = Directed(
-        nets.body, fields_at(points, height, width), heatmaps_at(points, height, width)
-    )
+    nets.body = Directed(nets.body, fields_at(points, height, width), heatmaps_at(points, height, width))
     Body, Hand, Face, util = import_port(args.port)
-    body, hand, face = (
-        around(Body, nets.body),
-        around(Hand, nets.hand),
-        around(Face, OneStage(nets.face)),
-    )
+    body, hand, face = (around(Body, nets.body), around(Hand, nets.hand), around(Face, OneStage(nets.face)))
     bgr = frames[0, :, :, ::-1].copy()
 
     def port_body() -> tuple:

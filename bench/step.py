@@ -130,8 +130,7 @@ def controlvideo(widths, hints, dtype, device):
         unet = UNet3DConditionModel(**sizes)
         controlnet = ControlNetModel(conditioning_embedding_out_channels=hints, **sizes)
     unet, controlnet = (
-        random_weights(network, seed, dtype).to(device)
-        for seed, network in enumerate((unet, controlnet))
+        random_weights(network, seed, dtype).to(device) for seed, network in enumerate((unet, controlnet))
     )
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
@@ -149,12 +148,7 @@ def controlvideo(widths, hints, dtype, device):
     return step
 
 
-IMPLEMENTATIONS = {
-    OURS: ours,
-    DIFFUSERS: diffusers_2d,
-    CONTROLVIDEO: controlvideo,
-    EXACT: exact,
-}
+IMPLEMENTATIONS = {OURS: ours, DIFFUSERS: diffusers_2d, CONTROLVIDEO: controlvideo, EXACT: exact}
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
@@ -193,11 +187,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def run(
-    name: str,
-    python: str,
-    options: list[str],
-    environment: dict[str, str],
-    stderr: int | None = None,
+    name: str, python: str, options: list[str], environment: dict[str, str], stderr: int | None = None
 ) -> dict:
     """What `measure` saves, in a process of this file with such options.
 

@@ -157,11 +157,7 @@ def union(masks: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
 
 
 def cut_out(
-    image: Tensor,
-    behind: Tensor,
-    known: Tensor,
-    pose: Pose,
-    masks: Mapping[str, np.ndarray] | None = None,
+    image: Tensor, behind: Tensor, known: Tensor, pose: Pose, masks: Mapping[str, np.ndarray] | None = None
 ) -> Tensor:
     """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
 
@@ -193,11 +189,7 @@ def cut_out(
 
 
 def hidden(
-    pose: Pose,
-    lent: str,
-    height: int,
-    width: int,
-    masks: Mapping[str, np.ndarray] | None = None,
+    pose: Pose, lent: str, height: int, width: int, masks: Mapping[str, np.ndarray] | None = None
 ) -> float:
     """The share of lent parts' pixels where other parts of the body are, plus that of their landmarks that lie
     outside the frame; 1 where they are not seen. masks: `part_masks`, where at hand.

@@ -188,9 +188,7 @@ def key_frames(full: Cell, ways: Iterable[str] = KEY_FRAME) -> dict[str, Cell]:
     """Each method, with its key frame sampled as the paper does or in one of the other ways."""
     rows = ablation(full)
     return {
-        f"{method}: {way}": replace(
-            rows[row], replay=KEY_FRAME[way][0], fixed_point=KEY_FRAME[way][1]
-        )
+        f"{method}: {way}": replace(rows[row], replay=KEY_FRAME[way][0], fixed_point=KEY_FRAME[way][1])
         for method, row in METHOD_ROWS.items()
         for way in ways
     }
@@ -201,9 +199,7 @@ def hard_key_frames(full: Cell) -> dict[str, Cell]:
     return {
         f"{dance}, {name}": cell
         for dance in ("turning", "crossed")
-        for name, cell in key_frames(
-            replace(full, dance=dance, ddim_steps=10), (AS_IT_IS, BOTH)
-        ).items()
+        for name, cell in key_frames(replace(full, dance=dance, ddim_steps=10), (AS_IT_IS, BOTH)).items()
     }
 
 
@@ -227,9 +223,7 @@ def repainting(full: Cell) -> dict[str, Cell]:
 
 def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Cell]]]:
     """For each part a list with one entry per puppet and seed: what is compared there, by name."""
-    subjects = [
-        (identity, seed) for seed in range(args.seeds) for identity in range(args.identities)
-    ]
+    subjects = [(identity, seed) for seed in range(args.seeds) for identity in range(args.identities)]
     swept = [full_method(identity, 0, args) for identity in range(args.sweep_identities)]
     moved = [full_method(identity, 0, args) for identity in range(args.identities)]
     haired = [one for one in swept if random_puppet(one.identity).hair_shape != "bald"]
@@ -525,12 +519,7 @@ def report(args: argparse.Namespace) -> None:
         if part not in gathered:
             continue
         values, done = gathered[part]
-        text += [
-            f"## {heading}",
-            REPLAY,
-            describe(done),
-            markdown_table(values, "", KEY_FRAME_FIGURES),
-        ]
+        text += [f"## {heading}", REPLAY, describe(done), markdown_table(values, "", KEY_FRAME_FIGURES)]
         gains = markdown_table(gained(values), "", KEY_FRAME_FIGURES, signed=True)
         text += ["Paired differences from the same method as it is:", gains]
     if "attributes" in gathered:
@@ -565,24 +554,17 @@ def report(args: argparse.Namespace) -> None:
 # ---- The command line ---------------------------------------------------------------------------
 
 
-def parse_arguments(
-    command: list[str] | None = None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_arguments(command: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--identities", type=int, default=8, help="puppets 0, 1, ... (default: 8)")
     parser.add_argument("--seeds", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--sweep-identities", type=int, default=4, help="of sweeps (default: 4)")
     parser.add_argument("--target-frames", type=int, default=24, help="(default: 24)")
     parser.add_argument(
-        "--target-every",
-        type=int,
-        default=1,
-        help="of the dance's frames, every so many (default: 1)",
+        "--target-every", type=int, default=1, help="of the dance's frames, every so many (default: 1)"
     )
     parser.add_argument("--ddim-steps", type=int, default=20, help="(default: 20)")
-    parser.add_argument(
-        "--training-steps", type=int, help="(default: the paper's, 100 for 8 frames)"
-    )
+    parser.add_argument("--training-steps", type=int, help="(default: the paper's, 100 for 8 frames)")
     parser.add_argument(
         "--training-frames",
         type=int,
@@ -592,17 +574,10 @@ def parse_arguments(
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     parser.add_argument("--processes", type=int, default=1, help="that share the work (default: 1)")
+    parser.add_argument("--only-report", action="store_true", help="compute nothing; report what there is")
+    parser.add_argument("--work", type=Path, default=Path("runs/ablate"), help="default: %(default)s")
     parser.add_argument(
-        "--only-report", action="store_true", help="compute nothing; report what there is"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/ablate"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        help="folder of the report (default: demo)",
+        "--out", type=Path, default=Path(__file__).parent, help="folder of the report (default: demo)"
     )
     return parser, parser.parse_args(command)
 

@@ -248,11 +248,7 @@ FIGURES = {
     "psnr_person": ("person ↑", ".2f", "PSNR of the true person's pixels"),
     "ssim": ("SSIM ↑", ".4f", "of whole frames"),
     "l1": ("L1 ↓", ".4f", "of whole frames, from 0 to 1"),
-    "psnr_face": (
-        "face ↑",
-        ".2f",
-        "PSNR in the box of the true face's landmarks, grown by 3 pixels",
-    ),
+    "psnr_face": ("face ↑", ".2f", "PSNR in the box of the true face's landmarks, grown by 3 pixels"),
     "psnr_hands": ("hands ↑", ".2f", "PSNR in the boxes of the true hands' landmarks, grown so"),
     "psnr_background": ("background ↑", ".2f", "PSNR of all but the true person's pixels"),
     "pck": (
@@ -360,17 +356,8 @@ def cell_path(work: Path, cell: Cell) -> Path:
 
 def tuning_name(cell: Cell) -> str:
     """One name for the cells that are sampled from the same trained tensors."""
-    trained_by = (
-        "identity",
-        "seed",
-        "training_frames",
-        "clip_frames",
-        "training_steps",
-        "learning_rate",
-    )
-    return (
-        f"{cell.identity}-{cell.seed}-{digest({name: getattr(cell, name) for name in trained_by})}"
-    )
+    trained_by = ("identity", "seed", "training_frames", "clip_frames", "training_steps", "learning_rate")
+    return f"{cell.identity}-{cell.seed}-{digest({name: getattr(cell, name) for name in trained_by})}"
 
 
 def shown(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -384,9 +371,7 @@ def save_cell(work: Path, cell: Cell, figures: dict[str, float], frames: np.ndar
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(path.with_suffix(".png"), np.concatenate(shown(frames), axis=1))
     with replacing(path) as unfinished:
-        unfinished.write_text(
-            json.dumps({"figures": figures, "cell": asdict(cell)}, indent=1) + "\n"
-        )
+        unfinished.write_text(json.dumps({"figures": figures, "cell": asdict(cell)}, indent=1) + "\n")
 
 
 def load_figures(work: Path, cell: Cell) -> dict[str, float]:
@@ -405,8 +390,7 @@ def compute(cells: Sequence[Cell], work: Path, processes: int = 1) -> None:
         shares = [[c for c in cells if c.identity % processes == i] for i in range(processes)]
         # Daemons, so that they end with this process.
         workers = [
-            spawn.Process(target=compute_share, args=(s, work, processes), daemon=True)
-            for s in shares
+            spawn.Process(target=compute_share, args=(s, work, processes), daemon=True) for s in shares
         ]
         for worker in workers:
             worker.start()

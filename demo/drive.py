@@ -42,9 +42,7 @@ def unlike(subject: int) -> int:
         return np.log([*puppet.head, puppet.torso, puppet.shoulders, puppet.hips, *arm, *leg])
 
     own = build(random_puppet(subject))
-    return max(
-        range(CANDIDATES), key=lambda other: np.linalg.norm(build(random_puppet(other)) - own)
-    )
+    return max(range(CANDIDATES), key=lambda other: np.linalg.norm(build(random_puppet(other)) - own))
 
 
 def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
@@ -122,9 +120,7 @@ def main() -> None:
         way: {key: float(np.mean([pair[way][key] for pair in every])) for key in FIGURES}
         for way in ("literal", "retargeted")
     }
-    (args.run / "metrics.json").write_text(
-        json.dumps({"mean": mean, "each": every}, indent=1) + "\n"
-    )
+    (args.run / "metrics.json").write_text(json.dumps({"mean": mean, "each": every}, indent=1) + "\n")
     save_image(args.run / "contact_sheet.png", contact_sheet(rows))
 
     print("\nliteral, retargeted" + "".join(f"{title:>20}" for title in FIGURES.values()))

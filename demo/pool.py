@@ -36,9 +36,7 @@ def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str, str]
     """The same person with hair, shirt or lower garment in another colour, and the captions' words for
     what differs: the puppet's, and the twin's."""
     which = rng.integers(puppet.hair_shape == "bald", 3)
-    name, colours = (("hair", HAIR_COLOURS), ("shirt", CLOTH_COLOURS), ("lower", CLOTH_COLOURS))[
-        which
-    ]
+    name, colours = (("hair", HAIR_COLOURS), ("shirt", CLOTH_COLOURS), ("lower", CLOTH_COLOURS))[which]
     others = [colour for colour in colours if colour != getattr(puppet, name).name]
     colour = str(rng.choice(others))
     twin = replace(puppet, **{name: Paint(colour, colours[colour])})
@@ -102,9 +100,7 @@ def render_identity(
         shown = np.s_[top : top + height, left : left + width]
         frames.append(frame[shown])
         masks.append(mask[shown])
-        poses.append(
-            stacked(place_pose(pose, side / width, side / height, -left / width, -top / height))
-        )
+        poses.append(stacked(place_pose(pose, side / width, side / height, -left / width, -top / height)))
     frames, masks = np.stack(frames), np.stack(masks)
     if in_disguise:
         frames = disguise(frames, masks, seed)
@@ -144,9 +140,7 @@ def render_pool(work: Path, identities: range, height: int, width: int) -> dict:
     return pool | {"captions": json.loads(done.read_text())}
 
 
-def as_found(
-    rng: np.random.Generator, keypoints: np.ndarray, height: int, width: int
-) -> list[Pose]:
+def as_found(rng: np.random.Generator, keypoints: np.ndarray, height: int, width: int) -> list[Pose]:
     """The poses of a clip, from all its keypoints (F, 130, 3), as they might have been found in pixels.
 
     Those outside the picture are not found. Some clips' are found almost exactly, some rather badly: a network

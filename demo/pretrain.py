@@ -75,9 +75,7 @@ HEIGHT, WIDTH = 192, 256  # pixels: the demo's frames, which show puppets from t
 IDENTITIES = range(10_000, 15_000)  # seeds of the pool's puppets; those below are for the demo
 VAE_CONFIG = VAEConfig(8, widths=(24, 48, 96), layers_per_block=1, norm_groups=6, scale=1.0)
 VAE_STEPS = (3000, 5000, 2500)  # on crops, on whole frames, of the decoder alone
-UNET = UNetConfig(
-    8, 8, (64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8
-)
+UNET = UNetConfig(8, 8, (64, 128, 160, 160), layers_per_block=1, context_dim=64, heads=2, norm_groups=8)
 HINT_WIDTHS = (16, 32, 96)
 TEXT = TextConfig(vocab_size=0, width=64, heads=2, layers=2, mlp_width=256, length=24)
 DENOISING_STEPS, ROLLOUT_STEPS = 14_000, 6000  # of training
@@ -294,11 +292,7 @@ def loss_weights(mask: np.ndarray, keypoints: np.ndarray, height: int, width: in
 
 
 def take_clips(
-    rng: Generator,
-    pool: dict,
-    latents: np.ndarray,
-    rows: tuple,
-    references: np.ndarray | None = None,
+    rng: Generator, pool: dict, latents: np.ndarray, rows: tuple, references: np.ndarray | None = None
 ) -> SimpleNamespace:
     """Clips of the pool, and what the networks are told of them.
 
@@ -438,15 +432,8 @@ class Networks(nn.ModuleDict):
         super().__init__(networks)
         self.tokens_of = cache(tokenizer)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor
-    ) -> Tensor:
-        inputs = (
-            latents,
-            timestep,
-            torch.stack([self.tokens_of(prompt) for prompt in prompts]),
-            hints,
-        )
+    def forward(self, latents: Tensor, timestep: Tensor, prompts: list[str], hints: Tensor) -> Tensor:
+        inputs = (latents, timestep, torch.stack([self.tokens_of(prompt) for prompt in prompts]), hints)
         latents, timestep, tokens, hints = (x.to(device_of(self)) for x in inputs)
         with in_bfloat16(latents.device):
             context = self["text_encoder"](tokens)
@@ -477,9 +464,7 @@ def new_networks(tokenizer: Tokenizer) -> Networks:
 
 
 @torch.inference_mode()
-def invert_pool(
-    networks: Networks, pool: dict, latents: np.ndarray, path: Path
-) -> dict[str, np.ndarray]:
+def invert_pool(networks: Networks, pool: dict, latents: np.ndarray, path: Path) -> dict[str, np.ndarray]:
     """The first frames of INVERTED puppets, inverted by the networks as they are; read from `path` if it exists.
 
     "ways": (puppets, SAMPLING_STEPS + 1, 8, h, w), from image to noise, see `posecrafter.invert`; "found": the

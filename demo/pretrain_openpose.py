@@ -315,9 +315,7 @@ def offsets(found: Pose, true: Pose) -> dict[str, np.ndarray]:
     return off
 
 
-def evaluate(
-    nets: OpenPose, seeds: Sequence[int], side: int = SIZE
-) -> dict[str, tuple[float, float]]:
+def evaluate(nets: OpenPose, seeds: Sequence[int], side: int = SIZE) -> dict[str, tuple[float, float]]:
     """Of each part, over one frame of each puppet: the share of keypoints that are found, and how far off these
     are in x and in y, root mean square, in pixels.
     """

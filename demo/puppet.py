@@ -236,8 +236,7 @@ def caption(puppet: Puppet) -> str:
     hair = "bald" if puppet.hair_shape == "bald" else f"{puppet.hair.name} hair"
     pattern = "striped " if puppet.shirt_pattern == "striped" else ""
     return (
-        f"a person, {hair}, {puppet.shirt.name} {pattern}shirt, "
-        f"{puppet.lower.name} {puppet.lower_garment}"
+        f"a person, {hair}, {puppet.shirt.name} {pattern}shirt, {puppet.lower.name} {puppet.lower_garment}"
     )
 
 
@@ -319,10 +318,7 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
         channels["turn"] = 0.5 * channels["turn"] + 0.55 * channels["body_turn"]
     elif dance == "crossed":
         channels["shoulder"], channels["elbow"] = (both(*reach) for reach in CROSSED_ARMS)
-    return [
-        State(**{name: _plain(course[f]) for name, course in channels.items()})
-        for f in range(frames)
-    ]
+    return [State(**{name: _plain(course[f]) for name, course in channels.items()}) for f in range(frames)]
 
 
 def _plain(value: np.ndarray) -> float | tuple:
@@ -458,12 +454,7 @@ FINGERS = (
 
 
 def _hand(
-    wrist: np.ndarray,
-    angle: float,
-    side: int,
-    length: float,
-    curl: tuple[float, ...],
-    spread: float,
+    wrist: np.ndarray, angle: float, side: int, length: float, curl: tuple[float, ...], spread: float
 ) -> np.ndarray:
     """The 21 points (21, 2) of a hand that points along `_down(angle)`, palm to the camera."""
     thumbward = side * _across(angle)
@@ -502,8 +493,7 @@ def _eye_outline(side: int, blink: float, points: int) -> np.ndarray:
     """(points, 2) head units around one eye, clockwise from the corner at the picture's left."""
     around = np.pi + 2 * np.pi * np.arange(points) / points
     return np.stack(
-        [side * 0.39 + 0.20 * np.cos(around), -0.07 + 0.165 * (1 - 0.92 * blink) * np.sin(around)],
-        axis=1,
+        [side * 0.39 + 0.20 * np.cos(around), -0.07 + 0.165 * (1 - 0.92 * blink) * np.sin(around)], axis=1
     )
 
 
@@ -545,16 +535,7 @@ def _pose(puppet: Puppet, state: State, bones: _Skeleton, face: np.ndarray) -> P
         [bones.shoulders, bones.elbows, bones.wrists, bones.hips, bones.knees, bones.ankles]
     )  # (6, 2, 2): joint, side, xy
     body = np.concatenate(
-        [
-            face[30:31],
-            bones.neck[None],
-            limbs[:3, 0],
-            limbs[:3, 1],
-            limbs[3:, 0],
-            limbs[3:, 1],
-            eyes,
-            ears,
-        ]
+        [face[30:31], bones.neck[None], limbs[:3, 0], limbs[:3, 1], limbs[3:, 0], limbs[3:, 1], eyes, ears]
     )
     ear_seen = [_ear_seen(puppet, state, side) for side in SIDES]
     return Pose(
@@ -683,9 +664,7 @@ def _draw_legs(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
     hem = [_between(bones.hips[i], bones.knees[i], 0.72) for i in range(2)]
     if puppet.lower_garment == "shorts":
         for i in range(2):
-            brush.limb(
-                [bones.hips[i], hem[i]], (radii[0] * 1.05, radii[0] * 1.08), puppet.lower.rgb, LINE
-            )
+            brush.limb([bones.hips[i], hem[i]], (radii[0] * 1.05, radii[0] * 1.08), puppet.lower.rgb, LINE)
     if puppet.lower_garment == "skirt":
         flare = np.array([0.052 * thick, 0.0])
         waist = np.array([0.030 * thick, 0.03])
@@ -739,8 +718,7 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
         ]
     )
     brush.polygon(
-        outline + LINE * np.sign(outline - bones.pelvis + 0.5 * puppet.torso * down),
-        _shade(shirt, 0.68),
+        outline + LINE * np.sign(outline - bones.pelvis + 0.5 * puppet.torso * down), _shade(shirt, 0.68)
     )
     brush.polygon(outline, shirt)
     if puppet.shirt_pattern == "striped":
@@ -754,9 +732,7 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton) -> None:
         brush.dot(emblem, 0.016, shirt)
     # neck and neckline
     brush.limb([collar + 0.006 * down, collar + 0.022 * down], (0.030, 0.024), puppet.skin)
-    brush.limb(
-        [bones.head.centre, collar + 0.016 * down], (0.022, 0.022), _shade(puppet.skin, 0.82)
-    )
+    brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), _shade(puppet.skin, 0.82))
 
 
 def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: np.ndarray) -> None:
@@ -778,9 +754,7 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
         brush.polygon(np.concatenate([face[2:15], lip]), _shade(puppet.hair.rgb, 0.9))
     else:
         for side in SIDES:
-            brush.dot(
-                head.front([(side * 0.55, 0.27)])[0], 0.13 * unit, _mix(skin, (225, 90, 80), 0.22)
-            )
+            brush.dot(head.front([(side * 0.55, 0.27)])[0], 0.13 * unit, _mix(skin, (225, 90, 80), 0.22))
 
     for i, side in enumerate(SIDES):
         brush.polygon(head.front(_eye_outline(side, state.blink, 16)), (252, 252, 250))
@@ -807,8 +781,7 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
     if puppet.glasses:
         for side in SIDES:
             rim = head.front(
-                np.array((side * 0.40, -0.06))
-                + 0.30 * np.stack([np.cos(around), np.sin(around)], axis=1)
+                np.array((side * 0.40, -0.06)) + 0.30 * np.stack([np.cos(around), np.sin(around)], axis=1)
             )
             brush.stroke([*rim, rim[0]], 0.075 * unit, (38, 38, 46))
         brush.stroke(head.front([(-0.12, -0.10), (0.12, -0.10)]), 0.075 * unit, (38, 38, 46))
@@ -854,9 +827,7 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
     if puppet.hair_shape == "ponytail":
         # tied at the back: it comes out on the side the face turns away from
         side = -np.sin(head.turn) * 0.9 + (0.55 if puppet.parting > 0 else -0.55)
-        tail = head.flat(
-            [(side * 0.6, -0.75), (side * 2.0, -0.65), (side * 2.7, 0.2), (side * 2.5, 1.1)]
-        )
+        tail = head.flat([(side * 0.6, -0.75), (side * 2.0, -0.65), (side * 2.7, 0.2), (side * 2.5, 1.1)])
         brush.limb(tail, [r * unit for r in (0.26, 0.34, 0.32, 0.10)], dark)
 
 

@@ -55,9 +55,7 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
             (folder / part / name).unlink(missing_ok=True)
 
 
-def save_openpose(
-    openpose: OpenPose, folder: str | Path, dtype: torch.dtype = torch.float16
-) -> None:
+def save_openpose(openpose: OpenPose, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes the `openpose/` of a model's folder, and as safely."""
     with replaced_folder(Path(folder)) as new:
         write_openpose(openpose, new, dtype)

@@ -57,9 +57,7 @@ def set_scene(width: int, target_frames: int) -> Scene:
         upper = [place_pose(poses[i], 1, 4 / 3, 0, 0) for i in chosen]
         return frames[chosen, : width * 3 // 4], upper
 
-    training = film(
-        2 * PUPPET, TRAINING_CLIP, uniform_frames(range(TRAINING_CLIP), TRAINING_FRAMES)
-    )
+    training = film(2 * PUPPET, TRAINING_CLIP, uniform_frames(range(TRAINING_CLIP), TRAINING_FRAMES))
     targets = list(range(0, 6 * target_frames, 6))  # half a second apart
     truth, poses = film(2 * PUPPET + 1, targets[-1] + 1, targets)
     return Scene(*training, poses, truth)
@@ -124,9 +122,7 @@ def noise_seen(model: Model, scene: Scene, way: Walk, step: int) -> Tensor:
     """The noise that the model predicts in a walk's latents at a sampling step, counted from 1."""
     timestep = ddim_timesteps(len(way.latents) - 1)[step - 1]
     hints = embed_hints(model, way.poses, *scene.frames.shape[1:3])
-    return predict_noise(
-        model, way.latents[step - 1], timestep, encode_prompt(model, PROMPT), hints
-    )
+    return predict_noise(model, way.latents[step - 1], timestep, encode_prompt(model, PROMPT), hints)
 
 
 def predicted_images(model: Model, scene: Scene, way: Walk, step: int) -> Tensor:

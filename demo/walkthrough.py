@@ -90,9 +90,7 @@ class Story:
 def training_frames(story: Story) -> Image.Image:
     frames = [(f"frame {i}", shrunk(frame)) for i, frame in enumerate(story.scene.frames)]
     poses = [("", shrunk(story.control(pose))) for pose in story.scene.poses]
-    return sheet(
-        [("", row[i : i + 4]) for i in range(0, len(frames), 4) for row in (frames, poses)]
-    )
+    return sheet([("", row[i : i + 4]) for i in range(0, len(frames), 4) for row in (frames, poses)])
 
 
 def selection(story: Story) -> Image.Image:

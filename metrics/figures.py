@@ -61,9 +61,7 @@ def frame_ssim(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     check_shapes(result, truth)
     if min(truth.shape[1:3]) < 11:
-        raise ValueError(
-            f"frames of {truth.shape[2]}x{truth.shape[1]} pixels are below SSIM's 11x11"
-        )
+        raise ValueError(f"frames of {truth.shape[2]}x{truth.shape[1]} pixels are below SSIM's 11x11")
     bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
     window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
 
@@ -78,9 +76,7 @@ def frame_ssim(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
         covariance = blur(a * b) - mean_a * mean_b
         c1, c2 = 0.01**2, 0.03**2
         similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-        values.append(
-            (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean().item()
-        )
+        values.append((similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean().item())
     return np.array(values)
 
 
@@ -198,9 +194,7 @@ def pose_fidelity(
     return (float(hits / count) if count else float("nan")), error
 
 
-def find_and_compare(
-    nets: OpenPose, frames: np.ndarray, asked: Sequence[Pose]
-) -> tuple[float, float]:
+def find_and_compare(nets: OpenPose, frames: np.ndarray, asked: Sequence[Pose]) -> tuple[float, float]:
     """`pose_fidelity` of what OpenPose finds in frames uint8 (F, H, W, 3), which may be nobody."""
     try:
         found = find_poses(nets, frames, whole_bodies=[], progress=True)

@@ -71,9 +71,7 @@ class LPIPS(nn.Module):
         self.net, self.lins = AlexNet(), nn.ModuleDict()
         for index, (channels, *_) in enumerate(ALEXNET.values()):
             weights = nn.Conv2d(channels, 1, 1, bias=False)
-            self.lins[f"lin{index}"] = nn.ModuleDict(
-                {"model": nn.Sequential(nn.Identity(), weights)}
-            )
+            self.lins[f"lin{index}"] = nn.ModuleDict({"model": nn.Sequential(nn.Identity(), weights)})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] and as many others -> distances (N,)."""
@@ -192,10 +190,7 @@ def mixed_7(pool: Callable[[Tensor], Tensor]) -> list[list]:
     row, column = (1, 3), (3, 1)
     return [
         [("branch1x1", 320, 1)],
-        [
-            ("branch3x3_1", 384, 1),
-            [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]],
-        ],
+        [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
         [
             ("branch3x3dbl_1", 448, 1),
             ("branch3x3dbl_2", 384, 3),
@@ -327,9 +322,7 @@ class I3D(Table):
         """
         if clips.shape[1] < self.SHORTEST:
             raise ValueError(f"I3D needs {self.SHORTEST} frames or more, not {clips.shape[1]}")
-        frames = F.interpolate(
-            clips.flatten(0, 1), size=(224, 224), mode="bilinear", align_corners=False
-        )
+        frames = F.interpolate(clips.flatten(0, 1), size=(224, 224), mode="bilinear", align_corners=False)
         x = super().forward(frames.unflatten(0, clips.shape[:2]).transpose(1, 2))
         x = F.avg_pool3d(x, (2, 7, 7), stride=1)
         return self.logits.conv3d(x).mean(dim=(2, 3, 4))
@@ -374,12 +367,7 @@ GITHUB = "https://github.com"
 FILES = {
     file.part: file
     for file in (
-        WebFile(
-            "alexnet",
-            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-            244,
-            "7be5be79",
-        ),
+        WebFile("alexnet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 244, "7be5be79"),
         WebFile(
             "lpips",
             f"{GITHUB}/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",

@@ -343,9 +343,7 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray, radius: float) -> boo
 
 def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray | None]:
     """One body per frame: the sequence that is large throughout and leaps least (Viterbi's way)."""
-    sizes = [
-        [np.ptp(body[is_seen(body), :2], axis=0).max() for body in bodies] for bodies in people
-    ]
+    sizes = [[np.ptp(body[is_seen(body), :2], axis=0).max() for body in bodies] for bodies in people]
     largest = max((size for frame in sizes for size in frame), default=1.0)
     value: list[float] = []
     bodies: list[np.ndarray] = []
@@ -358,9 +356,7 @@ def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray | None]:
         for i, body in enumerate(new):
             for j, old in enumerate(bodies):
                 both = is_seen(body) & is_seen(old)
-                leap = (
-                    np.linalg.norm((body - old)[both, :2], axis=1).mean() if both.any() else largest
-                )
+                leap = np.linalg.norm((body - old)[both, :2], axis=1).mean() if both.any() else largest
                 steps[i, j] = value[j] - min(2 * leap / largest, 1.0)
         back.append(steps.argmax(axis=1))
         value = [size / largest + steps[i].max() for i, size in enumerate(sizes[frame])]
@@ -726,9 +722,7 @@ def judge_hand(
     beside = project_on_bones(points, hand)[1] > 2 + 0.25 * radius
     outside = np.linalg.norm(points[:, None] - hand.whole, axis=2).min(axis=1) > 1 + 0.25 * radius
     x, y = np.rint(np.linspace(points[FROM], points[TO], 9)).astype(int).T
-    empty = black[y.clip(0, black.shape[0] - 1), x.clip(0, black.shape[1] - 1)].mean(
-        axis=1
-    )  # (20,)
+    empty = black[y.clip(0, black.shape[0] - 1), x.clip(0, black.shape[1] - 1)].mean(axis=1)  # (20,)
     unlike = np.einsum("id,ij,jd->", points, hand_prior(), points) / (40 * size**2)
     misfit = bare.mean() + beside.mean() + outside.mean() + empty.mean() + 0.02 * unlike
 

@@ -55,9 +55,7 @@ def fit_rotation(source: np.ndarray, target: np.ndarray, scale: float) -> np.nda
     return np.column_stack([linear, middles[1] - linear @ middles[0]])
 
 
-def near_hull(
-    points: np.ndarray, reach: float, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
+def near_hull(points: np.ndarray, reach: float, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """The pixels (N, 2) within `reach` of the convex hull of `points` (K, 2), and how far they are (N,).
 
     Pixels are (x, y) of a latent of height x width; inside the hull the distance is 0.
@@ -270,9 +268,7 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
     if far:
         yield from arm(far)
     if seen[HIPS + KNEES].all():
-        source, target = (
-            np.concatenate([p[HIPS], 0.4 * p[HIPS] + 0.6 * p[KNEES]]) for p in (here, there)
-        )
+        source, target = (np.concatenate([p[HIPS], 0.4 * p[HIPS] + 0.6 * p[KNEES]]) for p in (here, there))
         yield from part("hips", source, 0.15 * unit, fit_affine(source, target))
     for one in (*THIGHS, *SHINS):
         yield from limb(*one)

@@ -62,9 +62,7 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
     """
     tracks: list[Track] = []
     for frame, in_frame in enumerate(people):
-        new = [
-            (pose, pose.body * np.float32([aspect, 1, 1])) for pose in in_frame if has_person(pose)
-        ]
+        new = [(pose, pose.body * np.float32([aspect, 1, 1])) for pose in in_frame if has_person(pose)]
         pairs = []
         for track in tracks:
             # In sizes of the body: a leap from one frame to the next, then a walk out of sight.

@@ -185,8 +185,7 @@ def _read_part(person: dict, name: str, where: str) -> np.ndarray:
     if flat.size not in (0, *(3 * count for count in counts)):
         allowed = " or ".join(str(3 * count) for count in counts)
         raise ValueError(
-            f"{where}: {key} has {flat.size} numbers instead of {allowed} "
-            "(x, y and score of each keypoint)"
+            f"{where}: {key} has {flat.size} numbers instead of {allowed} (x, y and score of each keypoint)"
         )
     points = flat.reshape(-1, 3)
     if name == "body" and len(points) == 25:
@@ -264,9 +263,7 @@ _BLUE, _WHITE = (0, 0, 255), (255, 255, 255)
 _TURN = np.linspace(0, 2 * np.pi, 32, endpoint=False)
 
 
-def draw_pose(
-    pose: Pose, height: int, width: int, hands: bool = True, face: bool = True
-) -> np.ndarray:
+def draw_pose(pose: Pose, height: int, width: int, hands: bool = True, face: bool = True) -> np.ndarray:
     """The control image, uint8 RGB (height, width, 3): what the pose ControlNet was trained on.
 
     Drawn as ControlNet 1.1's OpenPose annotator draws it, every keypoint with a score above 0:

@@ -206,9 +206,7 @@ def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
     return moved
 
 
-def _placement(
-    driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale: float
-) -> np.ndarray:
+def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale: float) -> np.ndarray:
     """Where on the canvas: the shift (F, 2) of `moved`, the driver's joints after `_carry`.
 
     Across, the pelvis takes the driver's path times `scale`, about the path's median. A driver

@@ -53,9 +53,7 @@ def record_lpips() -> dict[str, torch.Tensor]:
         prefix, _, kind = name.rpartition(".")
         public[name] = f"{names[prefix]}.{kind}" if prefix in names else name
     shapes = {public[name]: shape for name, shape in shapes_of(network).items()}
-    weights = made_up_weights(
-        {n: s for n, s in shapes.items() if n.startswith(("features", "lin"))}
-    )
+    weights = made_up_weights({n: s for n, s in shapes.items() if n.startswith(("features", "lin"))})
     state = network.state_dict()  # its scaling layer and the second names of its lins included
     for name in state:
         stored = public[name]
@@ -64,9 +62,7 @@ def record_lpips() -> dict[str, torch.Tensor]:
         if stored in weights:
             state[name] = weights[stored]
     network.load_state_dict(state)
-    a, b = (
-        torch.from_numpy(made_up_frames(seed, 3)).permute(0, 3, 1, 2) / 127.5 - 1 for seed in (1, 2)
-    )
+    a, b = (torch.from_numpy(made_up_frames(seed, 3)).permute(0, 3, 1, 2) / 127.5 - 1 for seed in (1, 2))
     return {"lpips": network(a, b).flatten()}
 
 

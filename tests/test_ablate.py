@@ -160,9 +160,7 @@ def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
     assert cells.repaint(attributes["hair, guidance 3"])[1] == "red hair"
     text = (args.out / "RESULTS.md").read_text()
     assert (args.out / "results_words.png").exists()
-    assert (
-        "| turning: held to the pseudo video − full | " in text and "| hair, guidance 3 | " in text
-    )
+    assert "| turning: held to the pseudo video − full | " in text and "| hair, guidance 3 | " in text
 
 
 def test_several_processes_compute_the_same_cells(tmp_path):

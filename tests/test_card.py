@@ -147,9 +147,7 @@ def test_where_compilation_fails_the_row_has_the_reason_in_one_line(copied, monk
     monkeypatch.setattr(torch, "compile", compile)
     run(copied)
     assert stored(copied)[key] == {"reason": "NotImplementedError: no compiler / here"}
-    _, _, row = tables(copied.read_text())[
-        f"e: A denoising step of {TINY.short} frames with torch.compile"
-    ]
+    _, _, row = tables(copied.read_text())[f"e: A denoising step of {TINY.short} frames with torch.compile"]
     assert row[1] == "NotImplementedError: no compiler / here"
 
 

@@ -234,10 +234,7 @@ def test_a_unet_without_temporal_layers_can_be_saved(model, saved, tmp_path):
             del module.attn_temp, module.conv_temp
     plain.load_state_dict(weights(model.unet))
     save_model(Model(**{**model.__dict__, "unet": plain}), tmp_path / "plain", torch.float32)
-    files = [
-        folder / "unet/diffusion_pytorch_model.safetensors"
-        for folder in (tmp_path / "plain", saved)
-    ]
+    files = [folder / "unet/diffusion_pytorch_model.safetensors" for folder in (tmp_path / "plain", saved)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -304,11 +301,7 @@ def test_a_folder_that_diffusers_and_transformers_wrote_is_read(model, saved, tm
     for part in checkpoint.PARTS:
         assert same(weights(getattr(loaded, part)), weights(getattr(model, part)))
     assert loaded.tokenizer("a red hat").tolist() == model.tokenizer("a red hat").tolist()
-    assert (loaded.size, loaded.learning_rate, loaded.method) == (
-        512,
-        1e-4,
-        "paper",
-    )  # it does not say
+    assert (loaded.size, loaded.learning_rate, loaded.method) == (512, 1e-4, "paper")  # it does not say
 
 
 def test_half_precision_files_are_preferred_in_half_precision_only(saved, tmp_path):
@@ -328,9 +321,7 @@ def test_half_precision_files_are_preferred_in_half_precision_only(saved, tmp_pa
 def test_saving_over_a_model_leaves_none_of_its_older_weights(model, tmp_path):
     save_model(model, tmp_path, torch.float32)
     part = tmp_path / "vae"
-    (part / "diffusion_pytorch_model.safetensors").rename(
-        part / "diffusion_pytorch_model.fp16.safetensors"
-    )
+    (part / "diffusion_pytorch_model.safetensors").rename(part / "diffusion_pytorch_model.fp16.safetensors")
     newer = copy.deepcopy(model.vae)
     newer.quant_conv.bias.data += 1
     save_model(dataclasses.replace(model, vae=newer), tmp_path, torch.float32)
@@ -371,9 +362,7 @@ def as_diffusers_reads_it(part: str, tensors: dict[str, Tensor], saved: Path) ->
         "controlnet": diffusers.ControlNetModel,
         "vae": diffusers.AutoencoderKL,
     }[part]
-    network = reader.from_single_file(
-        dict(tensors), config=str(saved / part), local_files_only=True
-    )
+    network = reader.from_single_file(dict(tensors), config=str(saved / part), local_files_only=True)
     return network.state_dict()
 
 
@@ -393,9 +382,7 @@ def test_a_single_file_is_read_as_diffusers_reads_it(small, offline, saved, tmp_
 def test_a_single_file_without_the_text_model_s_prefix_is_read(small, offline, tmp_path):
     """As old versions of transformers and some merging tools leave it."""
     tensors = single_file()
-    old = {
-        name.replace("transformer.text_model.", "transformer."): t for name, t in tensors.items()
-    }
+    old = {name.replace("transformer.text_model.", "transformer."): t for name, t in tensors.items()}
     loaded = load_model(write(tmp_path / "old.safetensors", old))
     expected = load_model(write(tmp_path / "new.safetensors", tensors))
     assert same(weights(loaded.text_encoder), weights(expected.text_encoder))
@@ -403,9 +390,7 @@ def test_a_single_file_without_the_text_model_s_prefix_is_read(small, offline, t
 
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_controlnet_pth_is_read_as_diffusers_reads_it(
-    saved, offline, small, tmp_path, prefix, nested
-):
+def test_a_controlnet_pth_is_read_as_diffusers_reads_it(saved, offline, small, tmp_path, prefix, nested):
     tensors = public_tensors("controlnet_openpose.ldm")
     expected = as_diffusers_reads_it("controlnet", tensors, saved)
     renamed = {prefix + name.removeprefix("control_model."): t for name, t in tensors.items()}
@@ -896,11 +881,7 @@ def test_sd15_is_downloaded_once(hub, small, model):
 def test_the_public_openpose_is_downloaded(hub, monkeypatch, tmp_path):
     networks = OpenPose(width=0.05)
     monkeypatch.setattr("openpose.OpenPose", lambda: OpenPose(width=0.05))
-    for part, name in [
-        ("body", "body_pose_model"),
-        ("hand", "hand_pose_model"),
-        ("face", "facenet"),
-    ]:
+    for part, name in [("body", "body_pose_model"), ("hand", "hand_pose_model"), ("face", "facenet")]:
         path = tmp_path / f"{name}.pth"  # as old as these files are
         tensors = networks.get_submodule(part).state_dict()
         torch.save(tensors, path, _use_new_zipfile_serialization=False)
@@ -962,9 +943,7 @@ def test_a_cached_file_that_was_cut_is_told(hub, small, tmp_path):
     assert error_of(load_model, "sd15").startswith(f"{path}: truncated")
 
 
-def test_without_a_connection_the_error_says_what_is_missing_and_what_to_do(
-    hub, monkeypatch, tmp_path
-):
+def test_without_a_connection_the_error_says_what_is_missing_and_what_to_do(hub, monkeypatch, tmp_path):
     checkpoint.public_files(["vae", "vocab", "merges"], half=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     error = error_of(load_model, "sd15", dtype=torch.float16)
@@ -1060,12 +1039,7 @@ def test_all_names_of_the_public_files_stand_for_what_diffusers_takes_them_for(m
         ("vae.old_attention_names", ["vae"], "vae.safetensors", torch.float32),
         ("text_encoder", ["text_encoder"], "text.safetensors", torch.float32),
         ("text_encoder", ["text_encoder"], "text.safetensors", torch.float16),
-        (
-            "sd15_single_file.ldm",
-            ["unet", "vae", "text_encoder"],
-            "model.safetensors",
-            torch.float16,
-        ),
+        ("sd15_single_file.ldm", ["unet", "vae", "text_encoder"], "model.safetensors", torch.float16),
         ("sd15_single_file.ldm", ["unet", "vae", "text_encoder"], "model.ckpt", torch.bfloat16),
     ],
 )
@@ -1078,9 +1052,7 @@ def test_every_public_file_is_read_at_full_size(tmp_path, manifest, parts, name,
         with torch.device("meta"):
             network = FULL[part]()
         began = time.monotonic()
-        peak, _ = peak_memory_of(
-            partial(checkpoint.fill, network, part, path, "cpu", torch.float32)
-        )
+        peak, _ = peak_memory_of(partial(checkpoint.fill, network, part, path, "cpu", torch.float32))
         size = sum(tensor.nbytes for tensor in network.state_dict().values())
         print(f"{part}: {peak / size:.3f} times the weights, {time.monotonic() - began:.1f} s")
         names = their_names(part, small_numbers)
@@ -1097,9 +1069,7 @@ def their_names(part: str, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our name -> the number of that tensor in a public file, by diffusers' functions."""
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     if part == "text_encoder":
-        names = {
-            name.removeprefix("cond_stage_model.transformer."): n for name, n in numbers.items()
-        }
+        names = {name.removeprefix("cond_stage_model.transformer."): n for name, n in numbers.items()}
         return {n: i for n, i in names.items() if n.startswith("text_") and "position_ids" not in n}
     if part == "unet" and "conv_in.weight" not in numbers:
         return utils.convert_ldm_unet_checkpoint(numbers, {"layers_per_block": 2})
@@ -1120,9 +1090,7 @@ def their_names(part: str, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loading_all_of_sd15_takes_little_more_memory_than_its_weights(
-    tmp_path, monkeypatch, dtype
-):
+def test_loading_all_of_sd15_takes_little_more_memory_than_its_weights(tmp_path, monkeypatch, dtype):
     """From files in half precision as most people have them; the memory includes mapped files."""
     monkeypatch.setattr(checkpoint, "read_tokenizer", lambda *_: None)
     files = {}

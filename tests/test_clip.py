@@ -30,11 +30,7 @@ from metrics.figures import clip_embeddings, clip_i, clip_t
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = TextConfig(vocab_size=600, width=32, heads=4, layers=3, mlp_width=80, length=20)
-CAPTIONS = [
-    "a puppet in a red shirt waving",
-    "a tall puppet in a blue shirt jumping",
-    "the puppet's hat",
-]
+CAPTIONS = ["a puppet in a red shirt waving", "a tall puppet in a blue shirt jumping", "the puppet's hat"]
 PROMPTS = [
     "",
     " ",
@@ -205,9 +201,7 @@ def test_every_single_character_is_tokenized_as_by_transformers(tokenizers):
     chars = [
         char
         for char in characters(EVERYTHING)
-        if ord(char) < 0x3400
-        or ord(char) % 16 == 0
-        or unicodedata.category(char) not in ("Lo", "Co")
+        if ord(char) < 0x3400 or ord(char) % 16 == 0 or unicodedata.category(char) not in ("Lo", "Co")
     ]
     # After a letter and before a mark, each kind of character cuts another way.
     same_encoding(*tokenizers, [f"a{char}!" for char in chars])

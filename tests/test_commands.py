@@ -44,9 +44,7 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     torch.manual_seed(0)
     tokenizer = Tokenizer(*learn_merges(["a person, red hair"], 20), length=8)
-    unet = UNetConfig(
-        widths=(8, 16, 16, 16), layers_per_block=1, context_dim=16, heads=2, norm_groups=4
-    )
+    unet = UNetConfig(widths=(8, 16, 16, 16), layers_per_block=1, context_dim=16, heads=2, norm_groups=4)
     text = TextConfig(len(tokenizer.vocab), width=16, heads=2, layers=1, mlp_width=32, length=8)
     vae = VAEConfig(widths=(8, 8, 8), layers_per_block=1, norm_groups=4)
     networks = UNet(unet), ControlNet(unet, (4, 4, 4)), VAE(vae), TextEncoder(text)
@@ -65,10 +63,9 @@ def workplace(tmp_path_factory) -> Path:
 
 def main(workplace: Path, script: str, *arguments: object) -> None:
     """What the command line does, in this process, where torch is loaded already."""
-    module, parse = {
-        "train.py": (train, training_arguments),
-        "sample.py": (sample, sampling_arguments),
-    }[script]
+    module, parse = {"train.py": (train, training_arguments), "sample.py": (sample, sampling_arguments)}[
+        script
+    ]
     parsed = parse([str(argument) for argument in arguments])
     with contextlib.chdir(workplace):
         module.main(parsed)
@@ -266,10 +263,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
         return loss
 
     probes = len(train.FIXED_TIMESTEPS)
-    for good, words in (
-        (probes + 1, r"loss of step 2 is.*--lr 0.0001"),
-        (0, "model's own loss is"),
-    ):
+    for good, words in ((probes + 1, r"loss of step 2 is.*--lr 0.0001"), (0, "model's own loss is")):
         monkeypatch.setattr(train, "training_loss", lost_after(good))
         with pytest.raises(FloatingPointError, match=words):
             main(workplace, *TRAIN, "--run", f"runs/lost{good}", "--frames", 4)
@@ -360,9 +354,7 @@ def test_control_c_is_no_traceback(workplace, script, arguments, busy_with, monk
     assert re.fullmatch(rf"{Path(script).name}: stopped.*\n", capsys.readouterr().err)
 
 
-def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
-    workplace, trained, monkeypatch
-):
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(workplace, trained, monkeypatch):
     arguments = (*TRAIN, "--frames", 4, "--run", "runs/interrupted")
     calls = []
 
@@ -440,9 +432,7 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, train
     assert json.loads((workplace / "unsounded.json").read_text())["sound"] is False
 
 
-def test_a_single_picture_of_an_odd_size_and_kind_can_be_the_driver(
-    workplace, trained, monkeypatch
-):
+def test_a_single_picture_of_an_odd_size_and_kind_can_be_the_driver(workplace, trained, monkeypatch):
     _, (pose,), _ = clip(identity_seed=1, motion_seed=2, frames=1, size=SIZE)
     monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
     monkeypatch.setattr(driver, "find_poses", lambda nets, frames, *_, **__: [pose] * len(frames))
@@ -589,10 +579,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--fps", "inf"), "--fps inf"),
         (("--guidance", "nan"), "--guidance nan"),
         (("--out", "clip.mp4"), "would overwrite clip.json; choose an --out"),
-        (
-            ("--poses", "gap.json", "--out", "clip.mov"),
-            "would overwrite clip.json; choose an --out",
-        ),
+        (("--poses", "gap.json", "--out", "clip.mov"), "would overwrite clip.json; choose an --out"),
         (("--poses", "images", "--out", "images/new.mp4"), "would lie among the frames in images"),
         (("--out", "gap.mp4"), "its report would overwrite gap.json"),
         (("--out", "folder.mp4"), "folder.mp4: is a folder"),

@@ -130,9 +130,7 @@ def test_only_drawn_skeletons_are_drawn():
     puppet = clip(0, 1, 4, 256)[0]
     noise = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3), dtype=np.uint8)
     ramp = np.linspace(0, 255, 256).astype(np.uint8)
-    landscape = np.stack(
-        [np.broadcast_to(c, (256, 256)) for c in (ramp, ramp[:, None], ramp[::-1])], -1
-    )
+    landscape = np.stack([np.broadcast_to(c, (256, 256)) for c in (ramp, ramp[:, None], ramp[::-1])], -1)
     assert not is_drawn(puppet)
     assert not is_drawn(puppet // 5)  # dark footage
     assert not is_drawn(noise)

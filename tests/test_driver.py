@@ -86,9 +86,7 @@ def test_what_was_found_in_pixels_is_kept_until_anything_changes(tmp_path, puppe
     assert len(finder) == 5
 
 
-def test_only_the_frames_asked_for_are_looked_at_and_hands_only_where_wanted(
-    tmp_path, puppet, finder
-):
+def test_only_the_frames_asked_for_are_looked_at_and_hands_only_where_wanted(tmp_path, puppet, finder):
     (tmp_path / "frames").mkdir()
     for i, frame in enumerate(puppet[0]):
         save_image(tmp_path / "frames" / f"{i}.png", frame)
@@ -158,9 +156,7 @@ def with_sound(path, frames: np.ndarray) -> None:
 def loudness(path) -> np.ndarray:
     """The mean level of each half second."""
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", path]
-    raw = subprocess.run(
-        [*ffmpeg, "-f", "s16le", "-ac", "1", "-ar", "8000", "-"], capture_output=True
-    )
+    raw = subprocess.run([*ffmpeg, "-f", "s16le", "-ac", "1", "-ar", "8000", "-"], capture_output=True)
     samples = np.abs(np.frombuffer(raw.stdout, np.int16).astype(float))
     return samples[: len(samples) // 4000 * 4000].reshape(-1, 4000).mean(axis=1)
 

@@ -140,11 +140,7 @@ def work(tmp_path) -> Path:
     """A puppet's clip of 8 frames, a result that shows frames 2 to 6 of it a little darker, training
     frames and poses."""
     frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=8, size=SIZE)
-    for name, shown in (
-        ("truth", frames),
-        ("result", frames[2:7] // 8 * 7),
-        ("frames", frames[:2]),
-    ):
+    for name, shown in (("truth", frames), ("result", frames[2:7] // 8 * 7), ("frames", frames[:2])):
         (tmp_path / name).mkdir()
         for i, frame in enumerate(shown):
             save_image(tmp_path / name / f"{i}.png", frame)
@@ -194,9 +190,7 @@ def test_without_a_truth_the_rest_is_still_measured(work):
 
 
 def test_full_leaves_out_what_has_no_file_and_says_why(work, monkeypatch):
-    encoder = ImageEncoder(
-        ImageConfig(28, 7, width=16, heads=2, layers=1, mlp_width=32, embedding=8)
-    )
+    encoder = ImageEncoder(ImageConfig(28, 7, width=16, heads=2, layers=1, mlp_width=32, embedding=8))
 
     def load_network(kind, folder, device):
         if kind is ImageEncoder:

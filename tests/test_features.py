@@ -34,9 +34,7 @@ def weights(tmp_path_factory):
         for part, within in PARTS[kind].items():
             tensors = made_up_weights(shapes_of(network.get_submodule(within)))
             # What the public files carry beside these, which nothing here has a use for.
-            tensors["fc.weight" if part == "inception" else "classifier.1.weight"] = torch.ones(
-                2, 2
-            )
+            tensors["fc.weight" if part == "inception" else "classifier.1.weight"] = torch.ones(2, 2)
             tensors["some.bn.num_batches_tracked"] = torch.tensor(0)
             torch.save(tensors, folder / FILES[part].path)
     return folder

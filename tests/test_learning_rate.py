@@ -13,9 +13,7 @@ from controlnet import ControlNet
 from posecrafter import predict_noise, trainable_parameters, training_loss
 from unet import UNet, UNetConfig
 
-CONFIG = UNetConfig(
-    widths=(16, 32, 32, 48), layers_per_block=1, context_dim=24, heads=4, norm_groups=8
-)
+CONFIG = UNetConfig(widths=(16, 32, 32, 48), layers_per_block=1, context_dim=24, heads=4, norm_groups=8)
 
 
 @pytest.fixture

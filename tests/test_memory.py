@@ -69,9 +69,7 @@ def test_sampling_at_512_fits_the_promised_memory(full_size):
     hundred = sampling_peak(full_size, 100, 64, 64)
     thousand = sampling_peak(full_size, 1000, 64, 64)
     outside = sampling_peak(full_size, 1000, 64, 64, offload="always")
-    print(
-        f"100 frames {hundred / GB:.2f} GB, 1000 {thousand / GB:.2f}, offloaded {outside / GB:.2f}"
-    )
+    print(f"100 frames {hundred / GB:.2f} GB, 1000 {thousand / GB:.2f}, offloaded {outside / GB:.2f}")
     assert hundred <= 6 * GB
     assert thousand <= 24 * GB
     assert outside <= 12 * GB

@@ -260,10 +260,7 @@ def test_the_controlnet_on_one_frame_is_diffusers(config, hint_widths, height, w
 
 @pytest.mark.parametrize(
     "config",
-    [
-        VAEConfig(widths=(32, 64, 64, 64)),
-        VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6),
-    ],
+    [VAEConfig(widths=(32, 64, 64, 64)), VAEConfig(widths=(24, 48, 96), layers_per_block=1, norm_groups=6)],
 )
 def test_the_vae_is_diffusers(config):
     assert max(compare_vaes(filled(VAE(config)), 6, 4)) < 1e-4

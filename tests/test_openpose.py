@@ -126,10 +126,7 @@ def body_only(body: np.ndarray, height: int, width: int) -> Pose:
 @pytest.mark.parametrize("part", NETS)
 def test_a_network_computes_what_the_public_one_does_under_the_names_of_its_file(part, oracle):
     manifest = (SHARED / f"checkpoints/{NETS[part]}.tsv").read_text().split()
-    shapes = {
-        name: tuple(map(int, shape.split("x")))
-        for name, shape in zip(manifest[::2], manifest[1::2])
-    }
+    shapes = {name: tuple(map(int, shape.split("x"))) for name, shape in zip(manifest[::2], manifest[1::2])}
     with torch.device("meta"):
         net = getattr(OpenPose(), part)
     assert {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()} == shapes
@@ -216,10 +213,7 @@ def test_smoothing_is_scipys_and_the_hands_blur_is_opencvs(size):
 def test_the_same_people_are_found_as_by_the_public_port(scene, oracle, scenes):
     truth = scenes[scene]
     bodies = decode_bodies(
-        oracle[f"decode.{scene}.heatmaps"],
-        oracle[f"decode.{scene}.pafs"],
-        truth["height"],
-        truth["width"],
+        oracle[f"decode.{scene}.heatmaps"], oracle[f"decode.{scene}.pafs"], truth["height"], truth["width"]
     )
     assert len(bodies) == len(truth["people"])
     for body, person in zip(bodies, truth["people"]):
@@ -407,9 +401,7 @@ def test_two_who_cross_keep_their_identities_though_one_is_hidden_for_a_while(ta
     for i in range(60):
         behind_the_other = abs(i - 29.5) < hidden / 2
         # the detector knows no order
-        people.append(
-            [right[i]] if behind_the_other else [[right[i], left[i]], [left[i], right[i]]][i % 2]
-        )
+        people.append([right[i]] if behind_the_other else [[right[i], left[i]], [left[i], right[i]]][i % 2])
     tracks = follow_people(people, 1.0)
     assert len(tracks) == 2
     assert tracks[0].frames == list(range(60)) and len(tracks[1].frames) == 60 - hidden
@@ -456,9 +448,7 @@ def test_single_keypoints_and_hands_are_bridged_too():
     hands[:, 3] = (0.5, 0.5, 0.8)
     hands[2:4, 3] = 0
     filled = fill_gaps([Pose(left_hand=hand) for hand in hands])
-    assert [pose.left_hand[3, 2] for pose in filled] == pytest.approx(
-        [0.8, 0.8, 0.04, 0.04] + [0.8] * 4
-    )
+    assert [pose.left_hand[3, 2] for pose in filled] == pytest.approx([0.8, 0.8, 0.04, 0.04] + [0.8] * 4)
     assert not is_seen(filled[3].left_hand[4:]).any()
 
 
@@ -488,9 +478,7 @@ def test_finding_poses_follows_one_and_says_when_there_is_nobody_to_follow():
     script = [[standing(30, 80, 40), standing(90 + i, 90, 80)] for i in range(9)]
     script[4] = []
     large = find_poses(acted(script, height, width), frames)
-    small = find_poses(
-        acted(script, height, width), frames, person=2, whole_bodies=[0], smooth=True
-    )
+    small = find_poses(acted(script, height, width), frames, person=2, whole_bodies=[0], smooth=True)
     assert all(position(pose) > 0.65 for pose in large)
     assert all(position(pose) < 0.35 for pose in small)
     assert (large[4].body[:, 2] == np.float32(INTERPOLATED)).all()

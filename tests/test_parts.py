@@ -137,9 +137,7 @@ def test_parts_that_are_not_asked_for_their_pixels_take_no_search(monkeypatch):
 def test_no_part_moves_between_equal_poses():
     _, (pose,), _ = clip(3, 6, 1)
     parts = parts_of(pose, pose)
-    assert len(parts) == 5 + 2 * (
-        4 + 2
-    )  # hair, head, face, torso, hips; four of an arm, two of a leg
+    assert len(parts) == 5 + 2 * (4 + 2)  # hair, head, face, torso, hips; four of an arm, two of a leg
     for part in parts.values():
         assert np.abs(part.to_other - np.eye(2, 3)).max() < 1e-9
         assert 0 <= part.weight.min() and part.weight.max() == 1
@@ -169,10 +167,7 @@ def test_a_rotation_keeps_the_size_it_is_given_and_refuses_a_mirror():
     assert np.linalg.det(larger[:, :2]) == pytest.approx(4)
     assert np.allclose(larger[:, :2] @ HAND.mean(axis=0) + larger[:, 2], turned.mean(axis=0))
     jaw = np.array([[-3, 0], [-2, 2], [0, 3], [2, 2], [3, 0]], float)
-    assert (
-        fit_rotation(jaw, jaw * (-1, 1), 1.0) is None
-        and fit_rotation(jaw[:1], jaw[:1], 1.0) is None
-    )
+    assert fit_rotation(jaw, jaw * (-1, 1), 1.0) is None and fit_rotation(jaw[:1], jaw[:1], 1.0) is None
 
 
 def test_hair_goes_with_the_outline_of_the_head_and_the_face_with_its_landmarks():
@@ -193,9 +188,7 @@ def test_fingers_move_one_by_one():
     straight, bent = (pose_of(who, replace(state, curl=curl)) for curl in (flat, curled))
     moved = [part for part in body_parts(bent, straight, SIDE, SIDE) if part.name == "left_fingers"]
     assert len(moved) == 15
-    for joint, part in zip(
-        [j for first in (1, 5, 9, 13, 17) for j in range(first, first + 3)], moved
-    ):
+    for joint, part in zip([j for first in (1, 5, 9, 13, 17) for j in range(first, first + 3)], moved):
         assert np.allclose(
             mapped(part, *bent.left_hand[joint, :2]), straight.left_hand[joint, :2], atol=1e-6
         )
@@ -212,12 +205,7 @@ def test_what_a_pose_lacks_or_foreshortens_is_left_out():
 def test_a_speaker_filmed_to_the_waist_is_moved_as_far_as_seen():
     _, (pose,), _ = clip(3, 6, 1)
     pose.body[8:14] = 0
-    whole = {
-        "hair",
-        "head",
-        "face",
-        *(f"{side}_{part}" for side in ("left", "right") for part in ARM),
-    }
+    whole = {"hair", "head", "face", *(f"{side}_{part}" for side in ("left", "right") for part in ARM)}
     assert parts_of(pose, pose).keys() == whole
     pose.body[2] = 0  # nor a shoulder
     assert parts_of(pose, pose).keys() == {"face", "left_hand", "right_hand"}
@@ -227,9 +215,7 @@ def test_a_hand_that_is_not_seen_goes_along_with_its_forearm():
     """Body keypoints alone are what most pose files have."""
     down, outwards = standing((0.3, 0.75)), standing((0.05, 0.5))
     forearm = parts_of(down, outwards)["right_forearm"]
-    assert weight_at(forearm, 0.3, 0.87) == 1 and np.allclose(
-        mapped(forearm, 0.3, 0.85), (-0.05, 0.5)
-    )
+    assert weight_at(forearm, 0.3, 0.87) == 1 and np.allclose(mapped(forearm, 0.3, 0.85), (-0.05, 0.5))
     _, (pose,), _ = clip(3, 6, 1)
     before = parts_of(pose, pose)
     pose.left_hand[:] = 0
@@ -259,9 +245,7 @@ def test_sizes_are_the_bodys_own():
     whole, half = (list(body_parts(each, each, 512, 512)) for each in (pose, small))
     for large, part in zip(whole, half, strict=True):
         assert large.name == part.name
-        assert 0.2 < part.weight.sum() / large.weight.sum() < 0.45, (
-            part.name
-        )  # a quarter, and soft edges
+        assert 0.2 < part.weight.sum() / large.weight.sum() < 0.45, part.name  # a quarter, and soft edges
 
 
 def test_arms_cover_the_body_and_a_turned_body_covers_its_far_arm():
@@ -275,14 +259,6 @@ def test_arms_cover_the_body_and_a_turned_body_covers_its_far_arm():
         return [part.name for part in body_parts(pose, pose, SIDE, SIDE)]
 
     assert order(facing).index("torso") < min(map(order(facing).index, ("right_hand", "left_hand")))
-    assert (
-        order(right).index("left_hand")
-        < order(right).index("torso")
-        < order(right).index("right_hand")
-    )
-    assert (
-        order(left).index("right_hand")
-        < order(left).index("torso")
-        < order(left).index("left_hand")
-    )
+    assert order(right).index("left_hand") < order(right).index("torso") < order(right).index("right_hand")
+    assert order(left).index("right_hand") < order(left).index("torso") < order(left).index("left_hand")
     assert far_arm(facing, 0.7) is None and far_arm(right, 0.3) == "left"

@@ -21,7 +21,8 @@ from poses.pose import (
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the reference drawings and clips, which are not in this repository, are not here"
+    not SHARED.is_dir(),
+    reason="the reference drawings and clips, which are not in this repository, are not here",
 )
 
 NOSE = 0
@@ -49,9 +50,7 @@ def write(path: Path, content) -> Path:
 def somebody(seed=0) -> Pose:
     """A pose with every keypoint seen, somewhere on the canvas."""
     random = np.random.default_rng(seed)
-    return Pose(
-        *(random.uniform(0.1, 0.9, (count, 3)).astype(np.float32) for count in (18, 70, 21, 21))
-    )
+    return Pose(*(random.uniform(0.1, 0.9, (count, 3)).astype(np.float32) for count in (18, 70, 21, 21)))
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -104,8 +103,7 @@ def test_pixels_without_a_canvas_size_are_an_error_that_says_what_to_give(tmp_pa
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     for number in (10, 9, 1, 100):
         write(
-            tmp_path / f"clip_{number}_keypoints.json",
-            {"version": 1.3, "people": [person((number, 5, 1))]},
+            tmp_path / f"clip_{number}_keypoints.json", {"version": 1.3, "people": [person((number, 5, 1))]}
         )
     poses = load_poses(tmp_path, width=100, height=100)
     assert [round(100 * pose.body[NOSE, 0]) for pose in poses] == [1, 9, 10, 100]
@@ -167,21 +165,12 @@ def test_of_several_people_the_largest_and_surest_is_taken(tmp_path):
             {"people": [{"pose_keypoints_2d": [1, 2, 3]}]},
             "pose_keypoints_2d has 3 numbers instead of 54 or 75",
         ),
-        (
-            {"people": [{"hand_left_keypoints_2d": [1] * 62}]},
-            "hand_left_keypoints_2d has 62 numbers",
-        ),
-        (
-            {"people": [{"face_keypoints_2d": ["a"] * 210}]},
-            "face_keypoints_2d is not a list of num",
-        ),
+        ({"people": [{"hand_left_keypoints_2d": [1] * 62}]}, "hand_left_keypoints_2d has 62 numbers"),
+        ({"people": [{"face_keypoints_2d": ["a"] * 210}]}, "face_keypoints_2d is not a list of num"),
         ({"people": [[1, 2, 3]]}, '"people" is not a list of objects'),
         ({"bodies": []}, "not an OpenPose frame"),
         ([1, 2], "not an OpenPose frame"),
-        (
-            {"people": [person((50, 50, 1))], "canvas_width": "big", "canvas_height": 9},
-            "not pixels",
-        ),
+        ({"people": [person((50, 50, 1))], "canvas_width": "big", "canvas_height": 9}, "not pixels"),
     ],
 )
 def test_a_malformed_frame_is_named(tmp_path, frame, complaint):
@@ -381,9 +370,7 @@ def test_small_canvases_show_the_large_drawing_reduced():
 
 def test_lines_grow_with_canvases_whose_short_side_is_above_512():
     pose = body(k1=(0.5, 0.2), k8=(0.5, 0.8))
-    widths = {
-        size: int(draw_pose(pose, size, size)[size // 2].any(axis=1).sum()) for size in (512, 1024)
-    }
+    widths = {size: int(draw_pose(pose, size, size)[size // 2].any(axis=1).sum()) for size in (512, 1024)}
     assert 7 <= widths[512] <= 9 and 14 <= widths[1024] <= 18
 
 

@@ -101,9 +101,7 @@ def test_training_loss_and_every_gradient_equal_the_public_code(model, oracle):
     assert parameters.keys() == norms.keys()
     for network in (model.unet, model.controlnet):
         network.zero_grad()
-    loss = training_loss(
-        model, oracle["latents"], oracle["hint"], oracle["context"], 637, oracle["noise"]
-    )
+    loss = training_loss(model, oracle["latents"], oracle["hint"], oracle["context"], 637, oracle["noise"])
     loss.backward()
     assert abs(loss.item() - oracle["train.loss"].item()) < 1e-4
     for name, norm in norms.items():

@@ -26,9 +26,7 @@ SEEDS = (16_000, 16_001)
 def pool() -> dict:
     """Two puppets, not in disguise."""
     rows, captions = zip(*(pools.render_identity(seed, HEIGHT, WIDTH, 0.0) for seed in SEEDS))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
-        "captions": captions
-    }
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"captions": captions}
 
 
 def random_latents(pool: dict, channels: int = 4) -> np.ndarray:
@@ -81,9 +79,7 @@ def test_what_is_outside_the_picture_is_not_found(pool):
     assert 0 < outside[0].sum() < 130
     found = pools.as_found(np.random.default_rng(0), true, HEIGHT, WIDTH)
     found = np.array([pools.stacked(pose) for pose in found])
-    assert (found[outside] == 0).all() and np.array_equal(
-        found[~outside][:, 2], true[~outside][:, 2]
-    )
+    assert (found[outside] == 0).all() and np.array_equal(found[~outside][:, 2], true[~outside][:, 2])
 
 
 def test_a_crop_shows_a_part_of_the_person_and_what_is_small_weighs_most(pool):
@@ -161,9 +157,7 @@ def test_most_clips_share_what_is_left_of_the_noise_at_the_last_timestep(monkeyp
     shared = 0
     for clip in noise:
         for identity in torch.from_numpy(latents[:, : pools.POSES]):
-            starts = (
-                clip[:, None] + ratio * identity
-            )  # (FRAMES, POSES, 4, h, w): one of each is true
+            starts = clip[:, None] + ratio * identity  # (FRAMES, POSES, 4, h, w): one of each is true
             same = (starts[0][:, None] - starts[1][None]).abs() < 1e-4
             # all but what has been moved
             shared += bool((same.float().mean((2, 3, 4)) > 0.4).any())
@@ -183,9 +177,7 @@ def test_at_first_frame_0_is_less_noisy_and_does_not_count(pool):
     latents = 0 * random_latents(pool)
     for progress, some in ((0.0, True), (0.3, False)):
         batch = pretrain.training_batch(np.random.default_rng(1), pool, latents, progress, CLIPS)
-        noisiness = (
-            (batch["latents"] / batch["noise"]).nanmedian(-1)[0].nanmedian(-1)[0].median(-1)[0]
-        )
+        noisiness = (batch["latents"] / batch["noise"]).nanmedian(-1)[0].nanmedian(-1)[0].median(-1)[0]
         first, other, *_ = noisiness.unflatten(0, (CLIPS, FRAMES)).unbind(1)
         early = (first - other).abs() > 1e-5
         assert early.any() == some and (first <= other + 1e-5).all()
@@ -422,9 +414,7 @@ def test_the_decoder_learns_out_of_latents_that_stay(monkeypatch, pool, tmp_path
     vae = pretrain.VAE(replace(pretrain.VAE_CONFIG, widths=(6, 6, 6), norm_groups=3))
     before = {name: weight.clone() for name, weight in vae.state_dict().items()}
     pretrain.train_vae(vae, pool, tmp_path)
-    changed = {
-        n.split(".")[0] for n, w in vae.state_dict().items() if not torch.equal(w, before[n])
-    }
+    changed = {n.split(".")[0] for n, w in vae.state_dict().items() if not torch.equal(w, before[n])}
     assert {"decoder", "post_quant_conv"} <= changed
     encoder = [n for n, w in before.items() if n.startswith(("encoder", "quant_conv"))]
     still = [n for n in encoder if torch.equal(vae.state_dict()[n], before[n])]

@@ -7,15 +7,7 @@ import torch
 from checkpoint import DEMO
 from demo import pretrain_openpose
 from demo.pool import stacked
-from demo.pretrain_openpose import (
-    PARTS,
-    SIZES,
-    body_batch,
-    evaluate,
-    face_batch,
-    hand_batch,
-    varied,
-)
+from demo.pretrain_openpose import PARTS, SIZES, body_batch, evaluate, face_batch, hand_batch, varied
 from demo.puppet import motion, pose_of, random_puppet, render
 from openpose import (
     HAND_MAP,
@@ -79,9 +71,7 @@ def test_hand_targets_decode_to_the_hands(puppet):
     assert list(boxes) == ["left_hand", "right_hand"]
     sizes = [(side, side) for _, _, side in boxes.values()]
     hands = decode_hands(separable(to_map, maps[:, :21], to_map), sizes)
-    for hand, true, (x, y, _) in zip(
-        hands, np.split(keypoints[0, PARTS["hands"]], 2), boxes.values()
-    ):
+    for hand, true, (x, y, _) in zip(hands, np.split(keypoints[0, PARTS["hands"]], 2), boxes.values()):
         assert is_seen(hand).all()
         assert np.abs(hand + (x, y, 0) - true)[:, :2].max() < 1
 

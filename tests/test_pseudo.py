@@ -84,23 +84,17 @@ def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
     anywhere = torch.ones(1, 32, 32, dtype=torch.bool)
     seen = uncovered([outwards, down], down, anywhere)
     assert seen.shape == (2, 1, 32, 32)
-    assert torch.equal(
-        seen[1], empty_places([down], 32, 32)[0]
-    )  # in its own pose it leaves nothing
+    assert torch.equal(seen[1], empty_places([down], 32, 32)[0])  # in its own pose it leaves nothing
     assert seen[:, 0, 0, 0].all()
     beside = seen[0] & ~empty_places([outwards], 32, 32)[0]
     assert beside.any() and not (beside & torch.from_numpy(may_cover(outwards, 32, 32))).any()
     assert torch.from_numpy(covered(down, 32, 32) > 0)[beside[0]].all()
-    x, y = (
-        latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)
-    )  # of the forearm
+    x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
     assert seen[0, 0, y, x]
     nowhere = uncovered([outwards, down], down, ~anywhere)
     assert nowhere[0, 0, y, x] and not nowhere[1].any()  # there a guess is better than a forearm
 
-    turned = deepcopy(
-        down
-    )  # seen from behind: no part of the reference moves there by any map, and yet
+    turned = deepcopy(down)  # seen from behind: no part of the reference moves there by any map, and yet
     turned.body[[2, 3, 4, 5, 6, 7]] = turned.body[[5, 6, 7, 2, 3, 4]]
     turned.body[[8, 9, 10, 11, 12, 13]] = turned.body[[11, 12, 13, 8, 9, 10]]
     assert not uncovered([turned], down, anywhere)[
@@ -133,9 +127,7 @@ def scene(identity: int = 0, **changes) -> tuple[np.ndarray, Pose, np.ndarray]:
 def empty_room(identity: int = 0) -> np.ndarray:
     """The puppet's background: the median of many frames, in each of which it stands elsewhere."""
     steps = np.linspace(-0.45, 0.45, 9)
-    return np.median([scene(identity, root=float(step))[0] for step in steps], axis=0).astype(
-        np.uint8
-    )
+    return np.median([scene(identity, root=float(step))[0] for step in steps], axis=0).astype(np.uint8)
 
 
 EVERYWHERE = torch.ones(1, SIDE // 4, SIDE // 4, dtype=torch.bool)  # in latent pixels
@@ -182,9 +174,7 @@ def test_head_and_hands_come_from_the_frame_where_they_look_most_alike():
     gaping, open_pose, _ = scene(mouth=1.0, curl=((0.1,) * 5,) * 2)
     truth, target, _ = scene(mouth=0.9, curl=((0.15,) * 5,) * 2, root=0.08)
     room = empty_room()
-    both, _ = pseudo_video(
-        np.stack([shut, gaping]), [shut_pose, open_pose], 0, [target], room, EVERYWHERE
-    )
+    both, _ = pseudo_video(np.stack([shut, gaping]), [shut_pose, open_pose], 0, [target], room, EVERYWHERE)
     one, _ = pseudo_video(shut[None], [shut_pose], 0, [target], room, EVERYWHERE)
     for name in ("face", "left_hand", "right_hand"):
         x, y = latent_points(getattr(target, name), SIDE, SIDE).round().astype(int).T
@@ -261,10 +251,7 @@ def test_a_hand_before_the_body_or_outside_the_frame_is_hidden():
     assert aside < 0.3 < 0.9 < hidden(before, "left_hand", SIDE, SIDE)
     assert hidden(outside, "left_hand", SIDE, SIDE) == 1 == hidden(Pose(), "face", SIDE, SIDE)
     raised = deepcopy(pose)
-    raised.body[6:8, :2] = raised.body[0, :2] + (
-        (0.2, 0.1),
-        (0, -0.05),
-    )  # a forearm before the head
+    raised.body[6:8, :2] = raised.body[0, :2] + ((0.2, 0.1), (0, -0.05))  # a forearm before the head
     assert hidden(pose, "head", SIDE, SIDE) < hidden(raised, "head", SIDE, SIDE)
 
 
@@ -288,9 +275,7 @@ def test_what_is_nearly_the_pseudo_video_becomes_it():
 
 
 DOWN, OUTWARDS = standing((0.3, 0.75)), standing((0.05, 0.5))
-OLD, NEW = (
-    latent_points(p.body, 32, 32)[[3, 4]].mean(0).round().astype(int) for p in (DOWN, OUTWARDS)
-)
+OLD, NEW = (latent_points(p.body, 32, 32)[[3, 4]].mean(0).round().astype(int) for p in (DOWN, OUTWARDS))
 
 
 def forearm(edits, step: int | None) -> tuple[float, float]:

@@ -42,19 +42,7 @@ STAR = State(
     gaze=(0, 0),
 )
 NECK, RIGHT_WRIST, LEFT_WRIST, RIGHT_HIP, LEFT_HIP, RIGHT_EAR = 1, 4, 7, 8, 11, 16
-BONES = (
-    (1, 2),
-    (2, 3),
-    (3, 4),
-    (1, 5),
-    (5, 6),
-    (6, 7),
-    (8, 9),
-    (9, 10),
-    (11, 12),
-    (12, 13),
-    (8, 11),
-)
+BONES = ((1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13), (8, 11))
 
 
 def pixels(array, points):
@@ -84,12 +72,7 @@ def test_a_longer_dance_begins_like_a_shorter_one():
 def test_the_pose_has_all_points_in_their_places_and_only_ears_can_be_unseen():
     for seed in range(12):
         _, pose, _ = render(random_puppet(seed), motion(seed, 3)[2])
-        assert [len(p) for p in (pose.body, pose.face, pose.left_hand, pose.right_hand)] == [
-            18,
-            70,
-            21,
-            21,
-        ]
+        assert [len(p) for p in (pose.body, pose.face, pose.left_hand, pose.right_hand)] == [18, 70, 21, 21]
         assert all(p.dtype == np.float32 for p in (pose.body, pose.face, pose.left_hand))
         assert (pose.body[:RIGHT_EAR, 2] == 1).all() and (pose.face[:, 2] == 1).all()
         assert (pose.left_hand[:, 2] == 1).all() and (pose.right_hand[:, 2] == 1).all()
@@ -228,10 +211,7 @@ def test_a_turned_puppet_is_slimmer_and_hides_its_far_arm():
         facing = abs(front.body[2, 0] - front.body[5, 0])
         assert width == pytest.approx(np.cos(turn) * facing, rel=1e-3)
         assert np.allclose(pose.body[2:14, 1], front.body[2:14, 1], atol=1e-6)
-        hands = [
-            pose.right_hand,
-            pose.left_hand,
-        ]  # a puppet turned to our right has the right one near
+        hands = [pose.right_hand, pose.left_hand]  # a puppet turned to our right has the right one near
         near, far = hands if turn > 0 else hands[::-1]
         off = [np.abs(pixels(frame, hand).astype(int) - puppet.skin).max(1) for hand in (near, far)]
         assert np.mean(off[0]) < 20 < 30 < np.mean(off[1])

@@ -63,9 +63,7 @@ def bones(poses: list[Pose]) -> np.ndarray:
 
 def distance(poses: list[Pose], others: list[Pose], part: str = "body") -> float:
     """The mean distance of keypoints that both have."""
-    both = np.stack(
-        [is_seen(getattr(a, part)) & is_seen(getattr(b, part)) for a, b in zip(poses, others)]
-    )
+    both = np.stack([is_seen(getattr(a, part)) & is_seen(getattr(b, part)) for a, b in zip(poses, others)])
     return float(np.linalg.norm(points(poses, part) - points(others, part), axis=2)[both].mean())
 
 
@@ -108,12 +106,7 @@ def test_the_result_is_the_subject_itself_in_the_drivers_states(subject, driver)
     ]
     truth = poses_of(subject, states)
     result = retarget(followed, training, 1.0)
-    for part, most in (
-        ("body", 0.008),
-        ("face", 0.012),
-        ("left_hand", 0.006),
-        ("right_hand", 0.006),
-    ):
+    for part, most in (("body", 0.008), ("face", 0.012), ("left_hand", 0.006), ("right_hand", 0.006)):
         error, literal = (distance(poses, truth, part) for poses in (result, followed))
         assert error < most < literal / 5, part
 
@@ -170,9 +163,7 @@ def test_feet_stand_on_the_subjects_ground_and_jumps_are_scaled():
 def test_a_foot_out_of_sight_for_a_while_does_not_make_the_body_jump():
     followed, training = poses_of(child(), STEPS), poses_of(adult(), OTHER_STEPS)
     whole = retarget(followed, training, 1.0)
-    gap = [
-        without(pose, *ANKLES) if 10 <= frame < 13 else pose for frame, pose in enumerate(followed)
-    ]
+    gap = [without(pose, *ANKLES) if 10 <= frame < 13 else pose for frame, pose in enumerate(followed)]
     for pose, full in zip(retarget(gap, training, 1.0), whole):
         assert np.abs(pose.body[1] - full.body[1]).max() < 0.03
     assert not is_seen(retarget(gap, training, 1.0)[11].body)[ANKLES].any()
@@ -192,9 +183,7 @@ def test_a_driver_elsewhere_on_the_canvas_comes_near_the_subject_and_one_nearby_
 
 
 def test_without_feet_the_neck_comes_as_high_as_in_the_training_frames():
-    followed = [
-        place_pose(pose, 1.4, 1.4, -0.2, 0.3) for pose in upper_body(poses_of(child(), STEPS))
-    ]
+    followed = [place_pose(pose, 1.4, 1.4, -0.2, 0.3) for pose in upper_body(poses_of(child(), STEPS))]
     training = upper_body(poses_of(adult(), OTHER_STEPS))
     for subject in (training, training[:1], poses_of(adult(), OTHER_STEPS)):
         result = retarget(followed, subject, 1.0)
@@ -212,9 +201,7 @@ def test_what_is_missing_stays_missing_and_what_is_seen_stays_seen():
     def thinned(part: np.ndarray) -> np.ndarray:
         return np.where(random.random((len(part), 1)) < 0.5, part, 0)
 
-    followed = [
-        Pose(*(thinned(part) for part in vars(pose).values())) for pose in poses_of(child(), STEPS)
-    ]
+    followed = [Pose(*(thinned(part) for part in vars(pose).values())) for pose in poses_of(child(), STEPS)]
     followed[3] = Pose()
     result = retarget(followed, poses_of(adult(), OTHER_STEPS), 1.0)
     assert len(result) == len(followed)
@@ -231,9 +218,7 @@ def test_what_is_missing_stays_missing_and_what_is_seen_stays_seen():
 def test_joints_whose_parents_are_missing_stay_about_where_they_were(missing):
     followed, training = poses_of(child(), STEPS), poses_of(adult(), OTHER_STEPS)
     whole = retarget(followed, training, 1.0)
-    holes = [
-        without(pose, *missing) if frame % 3 == 1 else pose for frame, pose in enumerate(followed)
-    ]
+    holes = [without(pose, *missing) if frame % 3 == 1 else pose for frame, pose in enumerate(followed)]
     result = retarget(holes, training, 1.0)
     for part in ("body", "face", "left_hand", "right_hand"):
         assert distance(result, whole, part) < 0.02, part
@@ -243,9 +228,7 @@ def test_joints_whose_parents_are_missing_stay_about_where_they_were(missing):
 # ------------------------------------------------------------------------------------ face and hands
 
 
-@pytest.mark.parametrize(
-    "part, ratio", [("face", 1 / 0.87), ("left_hand", 1.25), ("right_hand", 1.25)]
-)
+@pytest.mark.parametrize("part, ratio", [("face", 1 / 0.87), ("left_hand", 1.25), ("right_hand", 1.25)])
 def test_face_and_hands_keep_their_shape_and_take_the_subjects_size(part, ratio):
     followed = poses_of(child(), STEPS)
     result = retarget(followed, poses_of(adult(), OTHER_STEPS), 1.0)
@@ -280,10 +263,7 @@ def test_a_close_up_of_two_faces_is_retargeted_by_them():
     def face_only(poses: list[Pose]) -> list[Pose]:
         return [Pose(body=without(pose, *range(1, 14)).body, face=pose.face) for pose in poses]
 
-    followed, training = (
-        face_only(poses_of(child(), STEPS)),
-        face_only(poses_of(adult(), OTHER_STEPS)),
-    )
+    followed, training = (face_only(poses_of(child(), STEPS)), face_only(poses_of(adult(), OTHER_STEPS)))
     ratios = proportions(followed, training, 1.0)
     assert ratios["scale"] == ratios["head"]
     assert all(map(has_person, retarget(followed, training, 1.0)))
@@ -310,16 +290,10 @@ def test_clips_that_share_no_bone_are_refused():
 # -------------------------------------------------------------------------------------------- sample.py
 
 
-def test_the_training_clips_own_poses_are_recognised_however_they_are_written(
-    tmp_path, monkeypatch
-):
+def test_the_training_clips_own_poses_are_recognised_however_they_are_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"clip": "clip.mp4", "poses": str(tmp_path / "clip.json")}
-    own = [
-        tmp_path / "clip.json",
-        tmp_path / "elsewhere" / ".." / "clip.json",
-        tmp_path / "clip.mp4",
-    ]
+    own = [tmp_path / "clip.json", tmp_path / "elsewhere" / ".." / "clip.json", tmp_path / "clip.mp4"]
     assert all(is_training_clip(path, settings) for path in own)
     assert not is_training_clip(tmp_path / "other.json", settings)
     assert not is_training_clip(tmp_path / "other.json", {"clip": "clip.mp4"})

@@ -64,9 +64,7 @@ def test_in_slices_the_noise_is_controlvideo_s(networks, numbers, offload):
     from safetensors.torch import load_file
 
     oracle = load_file(path)
-    latents, hint, expected = (
-        oracle[name][0].transpose(0, 1) for name in ("latents", "hint", "eps.501")
-    )
+    latents, hint, expected = (oracle[name][0].transpose(0, 1) for name in ("latents", "hint", "eps.501"))
     inputs = latents, 501, oracle["context"][0], hint
     sliced = predict(networks, *inputs, numbers=numbers, offload=offload)
     assert worst(sliced, predict_with_gradients(networks, *inputs)) < 1e-5

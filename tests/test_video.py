@@ -174,7 +174,9 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the dance clip, which is not in this repository, is not here")
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the dance clip, which is not in this repository, is not here"
+)
 def test_real_footage_reads():
     frames, fps = read_frames(SHARED / "clips" / "dance.mp4", range(0, 36, 5))
     assert frames.shape == (8, 512, 288, 3) and fps == 24
