@@ -9,13 +9,14 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import keep_freed_memory, sampling_arguments, training_arguments
+from command import keep_freed_memory, run_command, sampling_arguments, training_arguments
 
 if __name__ == "__main__":  # before torch is imported
     keep_freed_memory()
@@ -31,7 +32,6 @@ from video import contact_sheet, save_image, write_video
 HEIGHT, WIDTH, FPS = 192, 256, 12
 TRAINING_FRAMES, TARGET_FRAMES = 36, 48
 HELD_OUT = 10_000  # the model was trained on puppets numbered from here; those below are new to it
-FIGURES = ("psnr", "psnr_person", "ssim")
 
 
 def film(identity: int, motion: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,16 +55,10 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     command += ["--ddim-steps", 10, "--out", run / "result.mp4", *sample_options]
     sample_arguments = sampling_arguments(list(map(str, command)))
 
-    make_anew(run)
     truth, person = film(identity, 2 * identity + 1, TARGET_FRAMES)
-    write_video(run / "truth.mp4", truth, FPS)
     frames, _ = film(identity, 2 * identity, TRAINING_FRAMES)
-    (run / "clip").mkdir()
-    for i, frame in enumerate(frames):  # as PNG, which loses nothing
-        save_image(run / "clip" / f"{i:04d}.png", frame)
-
-    command = [run / "clip", "--model", "demo", "--run", run]
-    train.main(training_arguments(list(map(str, command))))
+    make_anew(run, frames, truth)
+    train.main(training_arguments([str(run / "clip"), "--model", "demo", "--run", str(run)]))
     # Poses are all that the true video is looked at for.
     target_poses = read_driver(run / "truth.mp4", model="demo", smooth=True).poses
     save_poses(run / "poses.json", target_poses, WIDTH, HEIGHT)
@@ -81,8 +75,8 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
     return metrics, {"pose": drawn, "truth": truth, "result": result}
 
 
-def make_anew(run: Path) -> None:
-    """An empty folder with a note that makes it this demo's, to be replaced by the next.
+def make_anew(run: Path, frames: np.ndarray, truth: np.ndarray) -> None:
+    """A folder of the clip's frames and the true video, with a note that the next demo may replace it.
 
     Raises ValueError for a folder that holds anything and no such note.
     """
@@ -90,46 +84,48 @@ def make_anew(run: Path) -> None:
     if run.exists() and any(run.iterdir()) and not note.exists():
         raise ValueError(f"{run}: holds something that is not a dance; choose another --run")
     shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
+    (run / "clip").mkdir(parents=True)
     note.write_text("The next run of the demo replaces this folder.\n")
+    for i, frame in enumerate(frames):  # as PNG, which loses nothing
+        save_image(run / "clip" / f"{i:04d}.png", frame)
+    write_video(run / "truth.mp4", truth, FPS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--identity", type=int, nargs="+", default=[0], help="puppets (default: 0)")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    args, sample_options = parser.parse_known_args()
+def report(run: Path, every: dict, rows: dict, figures: Sequence[str], beside: tuple[str, str]) -> None:
+    """Writes the contact sheet of `rows` and the metrics of all dances, and prints these.
+
+    `every` has a dance's metrics under its name. The metric beside each of `figures` has a column of its own,
+    which `beside` gives a title; it is called like the figure, with a suffix.
+    """
+    title, suffix = beside
+    names = [name for name, value in next(iter(every.values())).items() if isinstance(value, float)]
+    mean = {name: float(np.mean([metrics[name] for metrics in every.values()])) for name in names}
+    each = list(every.values())
+    metrics = {"mean": mean, "each": each} if len(each) > 1 else each[0]
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    save_image(run / "contact_sheet.png", contact_sheet(rows))
+    print(f"\n{'':>8}" + "".join(f"{name:>14}{title:>8}" for name in figures))
+    for label, metrics in (every | {"mean": mean} if len(each) > 1 else every).items():
+        pairs = ((metrics[name], metrics[name + suffix]) for name in figures)
+        print(f"{label:>8}" + "".join(f"{ours:14.3f}{other:8.3f}" for ours, other in pairs))
+
+
+def main(args: argparse.Namespace) -> None:
     if not all(0 <= identity < HELD_OUT for identity in args.identity):
-        parser.error(f"--identity: the puppets that the model has not seen are 0 to {HELD_OUT - 1}")
-
-    every, rows = [], {}
+        raise ValueError(f"--identity: the puppets that the model has not seen are 0 to {HELD_OUT - 1}")
+    every, rows, several = {}, {}, len(args.identity) > 1
     for identity in args.identity:
-        several = len(args.identity) > 1
         run = args.run / str(identity) if several else args.run
-        metrics, clips = dance(identity, run, sample_options)
-        every.append(metrics)
+        every[f"puppet {identity}"], clips = dance(identity, run, args.sample_options)
         rows |= {f"{name} {identity}" if several else name: clips[name] for name in clips}
-    names = [name for name in every[0] if name != "identity"]
-    mean = {name: float(np.mean([metrics[name] for metrics in every])) for name in names}
-    metrics = {"mean": mean, "each": every} if len(every) > 1 else every[0]
-    (args.run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    save_image(args.run / "contact_sheet.png", contact_sheet(rows))
-
-    print(f"\n{'':>8}" + "".join(f"{name:>14}{'copied':>8}" for name in FIGURES))
-    for metrics in [*every, mean] if len(every) > 1 else every:
-        name = "mean" if metrics is mean else f"puppet {metrics['identity']}"
-        pairs = ((metrics[key], metrics[key + "_copy_reference"]) for key in FIGURES)
-        print(f"{name:>8}" + "".join(f"{ours:14.3f}{copied:8.3f}" for ours, copied in pairs))
+    report(args.run, every, rows, ("psnr", "psnr_person", "ssim"), ("copied", "_copy_reference"))
     print("(copied: the reference frame in place of the result)")
     print(f"Look at {args.run}/contact_sheet.png; result.mp4 and truth.mp4 are beside it.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        print(f"dance.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("dance.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--identity", type=int, nargs="+", default=[0], help="puppets (default: 0)")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    args, sample_options = parser.parse_known_args()
+    run_command("dance.py", main, argparse.Namespace(**vars(args), sample_options=sample_options))

@@ -6,7 +6,6 @@ contact sheet and the figures of all of them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,24 +13,23 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import keep_freed_memory, sampling_arguments, training_arguments
+from command import keep_freed_memory, run_command, sampling_arguments, training_arguments
 
 if __name__ == "__main__":  # before torch is imported
     keep_freed_memory()
 
 import sample
 import train
-from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew
-from demo.puppet import Puppet, clip, motion, random_puppet, render
+from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew, report
+from demo.motion import motion
+from demo.puppet import Puppet, clip, pose_of, random_puppet, render
 from metrics.figures import psnr
-from poses.pose import Pose, draw_pose, is_seen, save_poses
+from poses.pose import draw_pose, save_poses
 from poses.retarget import retarget
 from run import load_run
-from video import contact_sheet, save_image, write_video
 
 SIZE = 192  # pixels: whole bodies in square frames, since legs have proportions too
 CANDIDATES = 100  # puppets among which a subject's driver is looked for
-FIGURES = {"psnr": "PSNR", "psnr_person": "person's", "pixels_off": "pose, pixels off"}
 
 
 def unlike(subject: int) -> int:
@@ -51,92 +49,51 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
     Writes everything to `run`; an earlier pair there is replaced. Raises ValueError for a folder that
     holds anything else.
     """
-    make_anew(run)
-    (run / "clip").mkdir()
     frames, poses, _ = clip(subject, 2 * subject, TRAINING_FRAMES, SIZE)
-    _, driver_poses, _ = clip(driver, 2 * driver + 1, TARGET_FRAMES, SIZE)
     states = motion(2 * driver + 1, TARGET_FRAMES)
     truth, true_poses, person = zip(*(render(random_puppet(subject), s, SIZE) for s in states))
     truth, person = np.stack(truth), np.stack(person)
+    make_anew(run, frames, truth)
+    driver_poses = [pose_of(random_puppet(driver), state) for state in states]
     save_poses(run / "poses.source.poses.json", driver_poses, SIZE, SIZE)
     save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
-    for i, frame in enumerate(frames):  # as PNG, which loses nothing
-        save_image(run / "clip" / f"{i:04d}.png", frame)
-    write_video(run / "truth.mp4", truth, FPS)
 
     command = [run / "clip", "--poses", run / "clip.poses.json", "--model", "demo", "--run", run]
     train.main(training_arguments(list(map(str, command))))
     retargeted_poses = retarget(driver_poses, load_run(run).poses, 1.0)
 
-    metrics: dict = {"subject": subject, "driver": driver}
-    results = {}
-    for way, followed in (("literal", driver_poses), ("retargeted", retargeted_poses)):
-        option = "--retarget" if way == "retargeted" else "--no-retarget"
+    metrics, rows = {"subject": subject, "driver": driver}, {"truth": truth}
+    for way, followed in (("retargeted", retargeted_poses), ("literal", driver_poses)):
+        suffix, option = ("_literal", "--no-retarget") if way == "literal" else ("", "--retarget")
         command = ["--poses", run / "poses.source.poses.json", "--run", run, "--fps", FPS, option]
         command += ["--ddim-steps", 20, "--out", run / f"{way}.mp4", *sample_options]
-        results[way] = sample.main(sampling_arguments(list(map(str, command))))
-        metrics[way] = {
-            "psnr": psnr(results[way], truth),
-            "psnr_person": psnr(results[way], truth, person),
-            "pixels_off": SIZE * mean_distance(followed, true_poses),
-        }
-
-    def drawn(poses: list[Pose]) -> list[np.ndarray]:
-        return [draw_pose(pose, SIZE, SIZE) for pose in poses]
-
-    return metrics, {
-        "literal pose": drawn(driver_poses),
-        "retargeted pose": drawn(retargeted_poses),
-        "truth": truth,
-        "literal": results["literal"],
-        "retargeted": results["retargeted"],
-    }
+        result = sample.main(sampling_arguments(list(map(str, command))))
+        # Of the body without the ears, which hair may cover.
+        off = [np.linalg.norm((a.body - b.body)[:16, :2], axis=1) for a, b in zip(followed, true_poses)]
+        metrics["psnr" + suffix] = psnr(result, truth)
+        metrics["psnr_person" + suffix] = psnr(result, truth, person)
+        metrics["pixels_off" + suffix] = SIZE * float(np.mean(off))
+        rows |= {f"{way} pose": [draw_pose(pose, SIZE, SIZE) for pose in followed], way: result}
+    return metrics, rows
 
 
-def mean_distance(poses: list[Pose], truth: list[Pose]) -> float:
-    """How far the body keypoints are from the true ones, in canvas widths."""
-    distances = []
-    for pose, true in zip(poses, truth):
-        both = is_seen(pose.body) & is_seen(true.body)
-        distances += np.linalg.norm(pose.body[both, :2] - true.body[both, :2], axis=1).tolist()
-    return float(np.mean(distances))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=4, help="subjects 0, 1, ... (default: 4)")
-    parser.add_argument("--run", type=Path, default=Path("runs/drive"), help="default: %(default)s")
-    args, sample_options = parser.parse_known_args()
+def main(args: argparse.Namespace) -> None:
     if not 1 <= args.pairs <= CANDIDATES:
-        parser.error(f"--pairs {args.pairs}: give 1 to {CANDIDATES}")
-
-    every, rows = [], {}
+        raise ValueError(f"--pairs {args.pairs}: give 1 to {CANDIDATES}")
+    every, rows = {}, {}
     for subject in range(args.pairs):
         driver = unlike(subject)
-        metrics, clips = drive(subject, driver, args.run / f"{subject}-{driver}", sample_options)
-        every.append(metrics)
+        run = args.run / f"{subject}-{driver}"
+        every[f"{subject} as {driver}"], clips = drive(subject, driver, run, args.sample_options)
         rows |= {f"{name} {subject}": clip for name, clip in clips.items()}
-    mean = {
-        way: {key: float(np.mean([pair[way][key] for pair in every])) for key in FIGURES}
-        for way in ("literal", "retargeted")
-    }
-    (args.run / "metrics.json").write_text(json.dumps({"mean": mean, "each": every}, indent=1) + "\n")
-    save_image(args.run / "contact_sheet.png", contact_sheet(rows))
-
-    print("\nliteral, retargeted" + "".join(f"{title:>20}" for title in FIGURES.values()))
-    for pair in [*every, mean]:
-        name = "mean" if pair is mean else f"{pair['subject']} as {pair['driver']}"
-        values = (f"{pair['literal'][key]:13.2f}{pair['retargeted'][key]:7.2f}" for key in FIGURES)
-        print(f"{name:>19}" + "".join(values))
+    report(args.run, every, rows, ("psnr", "psnr_person", "pixels_off"), ("literal", "_literal"))
+    print("(pixels_off: how far the joints that were followed are from the true ones)")
     print(f"Look at {args.run}/contact_sheet.png; the videos are in the folders of the pairs.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        print(f"drive.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("drive.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=4, help="subjects 0, 1, ... (default: 4)")
+    parser.add_argument("--run", type=Path, default=Path("runs/drive"), help="default: %(default)s")
+    args, sample_options = parser.parse_known_args()
+    run_command("drive.py", main, argparse.Namespace(**vars(args), sample_options=sample_options))

@@ -5,12 +5,14 @@ Angles are in radians. 'Right' is the puppet's own right, which is the left of t
 """
 
 from dataclasses import dataclass
-from typing import Annotated, get_origin
+from typing import Annotated, NamedTuple, get_origin
 
 import numpy as np
 
 Pair = tuple[float, float]  # (right, left)
 
+FLOOR = 0.955  # where the soles stand, in canvas units from the top
+SIDES = np.array((-1, 1))  # the direction of the picture in which the right and the left side lie
 # Ranges of (shoulder, elbow): arms held low, wide, high, or swinging through everything.
 ARM_STYLES = (
     ((-0.05, 1.2), (-1.5, 1.0)),
@@ -20,6 +22,25 @@ ARM_STYLES = (
 )
 CROSSED_ARMS = ((0.05, 0.45), (-2.4, -1.7))  # the same
 DANCES = ("facing", "turning", "crossed")  # the camera; to the sides; arms over the chest
+
+
+@dataclass(frozen=True)
+class Build:
+    """The lengths of a puppet in canvas units, with the ranges that `random_puppet` draws them from.
+
+    The ranges of torso and arms are shares of the average."""
+
+    build: Annotated[float, 0.85, 1.2]  # thickness of the limbs, 1 on average
+    head: Pair  # half-width and half-height
+    neck: Annotated[float, 0.014, 0.026]
+    torso: Annotated[float, 0.95, 1.06]  # from the middle of the hips to the middle of the shoulders
+    shoulders: Annotated[float, 0.072, 0.090]  # half the distance between the shoulder joints
+    hips: Annotated[float, 0.040, 0.052]  # half the distance between the hip joints
+    upper_arm: Annotated[float, 0.95, 1.06]
+    forearm: Annotated[float, 0.95, 1.06]
+    hand: Annotated[float, 0.104, 0.114]  # from the wrist to the tip of the middle finger
+    thigh: float
+    shin: float
 
 
 @dataclass(frozen=True)
@@ -97,3 +118,155 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
 
 def _plain(value: np.ndarray) -> float | tuple:
     return tuple(_plain(v) for v in value) if np.ndim(value) else float(value)
+
+
+# ---- Where the points are ------------------------------------------------------------------------
+
+
+def down(angle: float | np.ndarray) -> np.ndarray:
+    """The direction (..., 2) that straight down becomes when swung by `angle` towards picture right."""
+    return np.stack([np.sin(angle), np.cos(angle)], axis=-1)
+
+
+def across(angle: float | np.ndarray) -> np.ndarray:
+    """The direction (..., 2) that picture right becomes when swung along with `down(angle)`."""
+    return np.stack([np.cos(angle), -np.sin(angle)], axis=-1)
+
+
+class Head(NamedTuple):
+    """Places points of the head, given in head units, on the canvas.
+
+    In head units the head is about the unit ball: x to picture right, y down, z to the camera.
+    """
+
+    centre: np.ndarray  # (2,)
+    size: Pair  # half-width, half-height
+    tilt: float
+    turn: float
+    nod: float
+
+    def flat(self, points) -> np.ndarray:
+        """(N, 2) head units on the head's silhouette, which turning does not move -> (N, 2)."""
+        x, y = (np.asarray(points, float) * self.size).T
+        return self.centre + np.outer(x, across(-self.tilt)) + np.outer(y, down(-self.tilt))
+
+    def solid(self, points) -> np.ndarray:
+        """(N, 3) head units on the head itself, turned and nodded with it -> (N, 2)."""
+        x, y, z = np.asarray(points, float).T
+        aside = x * np.cos(self.turn) + z * np.sin(self.turn)
+        depth = z * np.cos(self.turn) - x * np.sin(self.turn)
+        return self.flat(np.stack([aside, y * np.cos(self.nod) + depth * np.sin(self.nod)], axis=1))
+
+    def front(self, points) -> np.ndarray:
+        """(N, 2) head units on the front of the face, lifted onto the ball -> (N, 2)."""
+        x, y = np.asarray(points, float).T
+        return self.solid(np.stack([x, y, np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))], axis=1))
+
+
+class Skeleton(NamedTuple):
+    """The joints of a puppet in a state, in canvas units."""
+
+    neck: np.ndarray  # (2,)
+    pelvis: np.ndarray  # (2,)
+    arms: np.ndarray  # (3, 2, 2): shoulders, elbows, wrists; right, left; x, y
+    legs: np.ndarray  # (4, 2, 2): hips, knees, ankles, toes; right, left; x, y
+    hands: np.ndarray  # (2, 21, 2)
+    head: Head
+
+
+def skeleton(puppet: Build, state: State) -> Skeleton:
+    sides = SIDES[:, None]
+    hips = sides * puppet.hips * across(state.sway)
+    knees = hips + puppet.thigh * down(SIDES * state.hip)
+    ankles = knees + puppet.shin * down(SIDES * np.subtract(state.hip, state.knee))
+    toes = ankles + ((0, 0.012) + (0.036, 0.008) * down(SIDES * state.foot))
+    # The legs decide how high the pelvis is: the lower foot stands on the floor.
+    pelvis = np.array([0.5 + state.root, FLOOR - 0.030 - state.hop - ankles[:, 1].max()])
+
+    neck = pelvis - puppet.torso * down(-state.lean)
+    shoulders = neck + sides * puppet.shoulders * across(state.shrug - state.lean)
+    angle = SIDES * state.shoulder - state.lean
+    elbows = shoulders + puppet.upper_arm * down(angle)
+    angle = angle + SIDES * state.elbow
+    wrists = elbows + puppet.forearm * down(angle)
+    hands = hands_of(
+        wrists, angle + SIDES * state.wrist, puppet.hand, np.array(state.curl), np.array(state.spread)
+    )
+    tilt = state.lean + state.neck
+    centre = neck - puppet.neck * down(-state.lean) - 0.97 * puppet.head[1] * down(-tilt)
+
+    def turned(points) -> np.ndarray:
+        """A paper puppet that turns about its pelvis only becomes narrower."""
+        return points - (points - pelvis) * (1 - np.cos(state.body_turn), 0)
+
+    legs = turned(pelvis + [hips, knees, ankles, toes])
+    legs[3, :, 0] += 0.03 * np.sin(state.body_turn)  # toes that faced us point forward
+    head = Head(turned(centre), puppet.head, tilt, state.turn, state.nod)
+    arms = np.stack([shoulders, elbows, wrists])
+    return Skeleton(turned(neck), pelvis, turned(arms), legs, turned(hands), head)
+
+
+# Fingers from thumb to little: where the base sits (along the hand, towards the thumb) and the length of the
+# finger, all as shares of the hand's length.
+FINGERS = (
+    (0.16, 0.16, 0.42),
+    (0.48, 0.21, 0.44),
+    (0.52, 0.07, 0.48),
+    (0.49, -0.07, 0.44),
+    (0.43, -0.20, 0.35),
+)
+
+
+def hands_of(
+    wrists: np.ndarray, angle: np.ndarray, length: float, curl: np.ndarray, spread: np.ndarray
+) -> np.ndarray:
+    """The points (2, 21, 2) of hands that point along `down(angle)`, palms to the camera.
+
+    `curl` is (2, 5), the angle `spread` between neighbouring fingers (2,), and so is `angle`.
+    """
+    points = [wrists]
+    for finger, (along, beside, reach) in enumerate(FINGERS):
+        base = wrists + length * (along * down(angle) + beside * (SIDES[:, None] * across(angle)))
+        points.append(base)
+        # The thumb stands away from the hand; the others fan out around the middle finger.
+        fan = 0.75 + spread - 0.7 * curl[:, 0] if finger == 0 else (2 - finger) * spread
+        for joint, share in enumerate((0.45, 0.30, 0.25), start=1):
+            # Seen from the front a curling finger only becomes shorter, then folds back.
+            bend = curl[:, finger] * (0.35, 0.9)[finger > 0] * joint
+            base = base + (length * reach * share * np.cos(bend))[:, None] * down(angle + SIDES * fan)
+            points.append(base)
+    return np.stack(points, axis=1)
+
+
+def eye_outline(side: int, blink: float, points: int) -> np.ndarray:
+    """(points, 2) head units around one eye, clockwise from the corner at the picture's left."""
+    around = np.pi + 2 * np.pi * np.arange(points) / points
+    x, y = side * 0.39 + 0.20 * np.cos(around), -0.07 + 0.165 * (1 - 0.92 * blink) * np.sin(around)
+    return np.stack([x, y], axis=1)
+
+
+def face_of(jaw: float, state: State, head: Head) -> np.ndarray:
+    """The 70 landmarks (70, 2) of the face in canvas units."""
+    around = np.pi * np.arange(17) / 16
+    wide = np.sign(np.cos(around)) * np.abs(np.cos(around)) ** (1.05 - 0.35 * jaw)
+    chin = np.stack([-0.95 * wide, -0.06 + 1.04 * np.sin(around), 0.3 * np.sin(around)], axis=1)
+    t = np.linspace(-1, 1, 5)
+    brow = np.stack([0.23 * t, -0.37 - 0.09 * state.brow - 0.07 * (1 - t**2)], axis=1)
+    nose = [(0, -0.08, 1.0), (0, 0.04, 1.06), (0, 0.15, 1.12), (0, 0.25, 1.16)]
+    nostrils = [(x, 0.33 - 0.3 * abs(x), 1.02) for x in (-0.14, -0.07, 0, 0.07, 0.14)]
+    eyes = [eye_outline(side, state.blink, 6) for side in SIDES]
+    pupils = [(side * 0.39 + 0.08 * state.gaze[0], -0.06 + 0.04 * state.gaze[1]) for side in SIDES]
+
+    def lip(t: np.ndarray, drop: float) -> np.ndarray:
+        width = 0.31 + 0.07 * state.smile - 0.07 * state.mouth
+        middle = 0.53 + 0.06 * state.smile + drop - (0.06 * 2 * state.smile + drop) * t**2
+        return np.stack([width * t, middle], axis=1)
+
+    outer, inner, gap = np.linspace(-1, 1, 7), np.linspace(-0.8, 0.8, 5), 0.27 * state.mouth
+    lips = [lip(outer, -0.075), lip(outer[5:0:-1], gap + 0.095)]
+    lips += [lip(inner, -0.015), lip(inner[3:0:-1], gap + 0.015)]
+    front = [brow - (0.40, 0), brow + (0.40, 0), *eyes, *lips, pupils]
+    placed = [head.front(points) for points in front]
+    return np.concatenate(
+        [head.solid(chin), *placed[:2], head.solid(nose), head.solid(nostrils), *placed[2:]]
+    )

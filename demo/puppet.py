@@ -17,14 +17,12 @@ from typing import Annotated, NamedTuple, get_origin
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from demo.motion import DANCES, Pair, State, motion
+from demo.motion import DANCES, SIDES, Build, Head, Skeleton, State, eye_outline, face_of, motion, skeleton
 from poses.pose import Pose
 
 RGB = tuple[int, int, int]
 
 SUPERSAMPLE = 4  # frames are drawn this many times larger, then reduced, for smooth edges
-FLOOR = 0.955  # where the soles stand, in canvas units from the top
-SIDES = np.array((-1, 1))  # the direction of the picture in which the right and the left side lie
 LINE = 0.0035  # width of the darker outline that keeps crossing limbs apart
 
 
@@ -68,8 +66,8 @@ class Background:
 
 
 @dataclass(frozen=True)
-class Puppet:
-    """One identity. Lengths and half-widths are in canvas units. `random_puppet` draws from what stands here."""
+class Puppet(Build):
+    """One identity, with the ranges or the options and their odds that `random_puppet` draws from."""
 
     skin: RGB
     hair: Paint
@@ -89,17 +87,6 @@ class Puppet:
     # Length of the sleeve as a share of the whole arm: 0.16 a cap, 0.97 long.
     sleeve: Annotated[float, (0.16, 0.30, 0.52, 0.97), (0.12, 0.40, 0.13, 0.35)]
     lower_garment: Annotated[str, ("trousers", "shorts", "skirt"), (0.55, 0.25, 0.2)]
-    build: Annotated[float, 0.85, 1.2]  # thickness of the limbs, 1 on average
-    head: Pair  # half-width and half-height
-    neck: Annotated[float, 0.014, 0.026]
-    torso: Annotated[float, 0.95, 1.06]  # from the middle of the hips to the middle of the shoulders
-    shoulders: Annotated[float, 0.072, 0.090]  # half the distance between the shoulder joints
-    hips: Annotated[float, 0.040, 0.052]  # half the distance between the hip joints
-    upper_arm: Annotated[float, 0.95, 1.06]
-    forearm: Annotated[float, 0.95, 1.06]
-    hand: Annotated[float, 0.104, 0.114]  # from the wrist to the tip of the middle finger
-    thigh: float
-    shin: float
     background: Background
 
 
@@ -129,7 +116,7 @@ def random_puppet(seed: int) -> Puppet:
     size = rng.uniform(0.95, 1.05)
     legs = size * rng.uniform(0.94, 1.06)
     head_height = rng.uniform(0.091, 0.100)
-    for name, kind in Puppet.__annotations__.items():
+    for name, kind in (Puppet.__annotations__ | Build.__annotations__).items():
         if get_origin(kind) is Annotated:
             draw = choose if isinstance(kind.__metadata__[0], tuple) else rng.uniform
             who[name] = draw(*kind.__metadata__)
@@ -174,168 +161,16 @@ def caption(puppet: Puppet) -> str:
     return f"a person, {hair}, {shirt}, {puppet.lower.name} {puppet.lower_garment}"
 
 
-# ---- Where its points are -----------------------------------------------------------------------
-
-
-def _down(angle: float | np.ndarray) -> np.ndarray:
-    """The direction (..., 2) that straight down becomes when swung by `angle` towards picture right."""
-    return np.stack([np.sin(angle), np.cos(angle)], axis=-1)
-
-
-def _across(angle: float | np.ndarray) -> np.ndarray:
-    """The direction (..., 2) that picture right becomes when swung along with `_down(angle)`."""
-    return np.stack([np.cos(angle), -np.sin(angle)], axis=-1)
-
-
-class _Head(NamedTuple):
-    """Places points of the head, given in head units, on the canvas.
-
-    In head units the head is about the unit ball: x to picture right, y down, z to the camera.
-    """
-
-    centre: np.ndarray  # (2,)
-    size: Pair  # half-width, half-height
-    tilt: float
-    turn: float
-    nod: float
-
-    def flat(self, points) -> np.ndarray:
-        """(N, 2) head units on the head's silhouette, which turning does not move -> (N, 2)."""
-        x, y = (np.asarray(points, float) * self.size).T
-        return self.centre + np.outer(x, _across(-self.tilt)) + np.outer(y, _down(-self.tilt))
-
-    def solid(self, points) -> np.ndarray:
-        """(N, 3) head units on the head itself, turned and nodded with it -> (N, 2)."""
-        x, y, z = np.asarray(points, float).T
-        across = x * np.cos(self.turn) + z * np.sin(self.turn)
-        depth = z * np.cos(self.turn) - x * np.sin(self.turn)
-        return self.flat(np.stack([across, y * np.cos(self.nod) + depth * np.sin(self.nod)], axis=1))
-
-    def front(self, points) -> np.ndarray:
-        """(N, 2) head units on the front of the face, lifted onto the ball -> (N, 2)."""
-        x, y = np.asarray(points, float).T
-        return self.solid(np.stack([x, y, np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))], axis=1))
-
-
-class _Skeleton(NamedTuple):
-    """The joints of a puppet in a state, in canvas units."""
-
-    neck: np.ndarray  # (2,)
-    pelvis: np.ndarray  # (2,)
-    arms: np.ndarray  # (3, 2, 2): shoulders, elbows, wrists; right, left; x, y
-    legs: np.ndarray  # (4, 2, 2): hips, knees, ankles, toes; right, left; x, y
-    hands: np.ndarray  # (2, 21, 2)
-    head: _Head
-
-
-def _skeleton(puppet: Puppet, state: State) -> _Skeleton:
-    sides = SIDES[:, None]
-    hips = sides * puppet.hips * _across(state.sway)
-    knees = hips + puppet.thigh * _down(SIDES * state.hip)
-    ankles = knees + puppet.shin * _down(SIDES * np.subtract(state.hip, state.knee))
-    toes = ankles + ((0, 0.012) + (0.036, 0.008) * _down(SIDES * state.foot))
-    # The legs decide how high the pelvis is: the lower foot stands on the floor.
-    pelvis = np.array([0.5 + state.root, FLOOR - 0.030 - state.hop - ankles[:, 1].max()])
-
-    neck = pelvis - puppet.torso * _down(-state.lean)
-    shoulders = neck + sides * puppet.shoulders * _across(state.shrug - state.lean)
-    angle = SIDES * state.shoulder - state.lean
-    elbows = shoulders + puppet.upper_arm * _down(angle)
-    angle = angle + SIDES * state.elbow
-    wrists = elbows + puppet.forearm * _down(angle)
-    hands = _hands(
-        wrists, angle + SIDES * state.wrist, puppet.hand, np.array(state.curl), np.array(state.spread)
-    )
-    tilt = state.lean + state.neck
-    centre = neck - puppet.neck * _down(-state.lean) - 0.97 * puppet.head[1] * _down(-tilt)
-
-    def turned(points) -> np.ndarray:
-        """A paper puppet that turns about its pelvis only becomes narrower."""
-        return points - (points - pelvis) * (1 - np.cos(state.body_turn), 0)
-
-    legs = turned(pelvis + [hips, knees, ankles, toes])
-    legs[3, :, 0] += 0.03 * np.sin(state.body_turn)  # toes that faced us point forward
-    head = _Head(turned(centre), puppet.head, tilt, state.turn, state.nod)
-    arms = np.stack([shoulders, elbows, wrists])
-    return _Skeleton(turned(neck), pelvis, turned(arms), legs, turned(hands), head)
-
-
-# Fingers from thumb to little: where the base sits (along the hand, towards the thumb) and the length of the
-# finger, all as shares of the hand's length.
-FINGERS = (
-    (0.16, 0.16, 0.42),
-    (0.48, 0.21, 0.44),
-    (0.52, 0.07, 0.48),
-    (0.49, -0.07, 0.44),
-    (0.43, -0.20, 0.35),
-)
-
-
-def _hands(
-    wrists: np.ndarray, angle: np.ndarray, length: float, curl: np.ndarray, spread: np.ndarray
-) -> np.ndarray:
-    """The points (2, 21, 2) of hands that point along `_down(angle)`, palms to the camera.
-
-    `curl` is (2, 5), the angle `spread` between neighbouring fingers (2,), and so is `angle`.
-    """
-    points = [wrists]
-    for finger, (along, beside, reach) in enumerate(FINGERS):
-        base = wrists + length * (along * _down(angle) + beside * (SIDES[:, None] * _across(angle)))
-        points.append(base)
-        # The thumb stands away from the hand; the others fan out around the middle finger.
-        fan = 0.75 + spread - 0.7 * curl[:, 0] if finger == 0 else (2 - finger) * spread
-        for joint, share in enumerate((0.45, 0.30, 0.25), start=1):
-            # Seen from the front a curling finger only becomes shorter, then folds back.
-            bend = curl[:, finger] * (0.35, 0.9)[finger > 0] * joint
-            base = base + (length * reach * share * np.cos(bend))[:, None] * _down(angle + SIDES * fan)
-            points.append(base)
-    return np.stack(points, axis=1)
-
-
-def _eye_outline(side: int, blink: float, points: int) -> np.ndarray:
-    """(points, 2) head units around one eye, clockwise from the corner at the picture's left."""
-    around = np.pi + 2 * np.pi * np.arange(points) / points
-    x, y = side * 0.39 + 0.20 * np.cos(around), -0.07 + 0.165 * (1 - 0.92 * blink) * np.sin(around)
-    return np.stack([x, y], axis=1)
-
-
-def _face(puppet: Puppet, state: State, head: _Head) -> np.ndarray:
-    """The 70 landmarks (70, 2) of the face in canvas units."""
-    around = np.pi * np.arange(17) / 16
-    wide = np.sign(np.cos(around)) * np.abs(np.cos(around)) ** (1.05 - 0.35 * puppet.jaw)
-    jaw = np.stack([-0.95 * wide, -0.06 + 1.04 * np.sin(around), 0.3 * np.sin(around)], axis=1)
-    t = np.linspace(-1, 1, 5)
-    brow = np.stack([0.23 * t, -0.37 - 0.09 * state.brow - 0.07 * (1 - t**2)], axis=1)
-    nose = [(0, -0.08, 1.0), (0, 0.04, 1.06), (0, 0.15, 1.12), (0, 0.25, 1.16)]
-    nostrils = [(x, 0.33 - 0.3 * abs(x), 1.02) for x in (-0.14, -0.07, 0, 0.07, 0.14)]
-    eyes = [_eye_outline(side, state.blink, 6) for side in SIDES]
-    pupils = [(side * 0.39 + 0.08 * state.gaze[0], -0.06 + 0.04 * state.gaze[1]) for side in SIDES]
-
-    def lip(t: np.ndarray, drop: float) -> np.ndarray:
-        width = 0.31 + 0.07 * state.smile - 0.07 * state.mouth
-        middle = 0.53 + 0.06 * state.smile + drop - (0.06 * 2 * state.smile + drop) * t**2
-        return np.stack([width * t, middle], axis=1)
-
-    outer, inner, gap = np.linspace(-1, 1, 7), np.linspace(-0.8, 0.8, 5), 0.27 * state.mouth
-    lips = [lip(outer, -0.075), lip(outer[5:0:-1], gap + 0.095)]
-    lips += [lip(inner, -0.015), lip(inner[3:0:-1], gap + 0.015)]
-    front = [brow - (0.40, 0), brow + (0.40, 0), *eyes, *lips, pupils]
-    placed = [head.front(points) for points in front]
-    return np.concatenate(
-        [head.solid(jaw), *placed[:2], head.solid(nose), head.solid(nostrils), *placed[2:]]
-    )
-
-
 def pose_of(puppet: Puppet, state: State) -> Pose:
     """The pose that `render` gives, without the picture."""
-    bones = _skeleton(puppet, state)
-    return _pose(puppet, state, bones, _face(puppet, state, bones.head))
+    bones = skeleton(puppet, state)
+    return _pose(puppet, state, bones, face_of(puppet.jaw, state, bones.head))
 
 
 EARS = [(side * 0.97, 0.0, -0.1) for side in SIDES]  # in head units
 
 
-def _pose(puppet: Puppet, state: State, bones: _Skeleton, face: np.ndarray) -> Pose:
+def _pose(puppet: Puppet, state: State, bones: Skeleton, face: np.ndarray) -> Pose:
     eyes, ears = bones.head.front([(side * 0.39, -0.07) for side in SIDES]), bones.head.solid(EARS)
     limbs = [limb[:3, i] for limb in (bones.arms, bones.legs) for i in range(2)]
     body = np.concatenate([face[30:31], bones.neck[None], *limbs, eyes, ears])
@@ -360,8 +195,8 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     puppet's own pixels, bool (size, size). Outside the mask and its soft edge the frame is the puppet's
     background, the same in every state.
     """
-    bones = _skeleton(puppet, state)
-    face = _face(puppet, state, bones.head)
+    bones = skeleton(puppet, state)
+    face = face_of(puppet.jaw, state, bones.head)
     # The background is transparent and everything drawn is opaque: the alpha channel is the mask.
     canvas = _draw_background(puppet.background, size * SUPERSAMPLE).copy()
     brush = _Brush(canvas)
@@ -477,7 +312,7 @@ def _draw_legs(brush: _Brush, puppet: Puppet, legs: np.ndarray, far_to_near: tup
     brush.limb(hips, (thigh, thigh), cloth)
 
 
-def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton, body_turn: float) -> None:
+def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float) -> None:
     shirt, thick = puppet.shirt.rgb, puppet.build
     down = (bones.pelvis - bones.neck) / puppet.torso
     across = np.array([down[1], -down[0]])
@@ -513,7 +348,7 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: _Skeleton, body_turn: floa
     brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), _shade(puppet.skin, 0.82))
 
 
-def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: np.ndarray) -> None:
+def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: Head, face: np.ndarray) -> None:
     skin, hair, line = puppet.skin, puppet.hair.rgb, _shade(puppet.skin, 0.68)
     unit = puppet.head[0]  # head units to canvas units, for widths and radii
     if puppet.hair_shape not in EAR_COVERING:
@@ -533,7 +368,7 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
             brush.dot(cheek, 0.13 * unit, _mix(skin, (225, 90, 80), 0.22))
 
     for side, pupil in zip(SIDES, face[68:]):
-        eye = head.front(_eye_outline(side, state.blink, 16))
+        eye = head.front(eye_outline(side, state.blink, 16))
         brush.polygon(eye, (252, 252, 250))
         if state.blink < 0.8:
             squeeze = (1, min(1, 1.25 * (1 - state.blink)))
@@ -564,7 +399,7 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: _Head, face: n
         _draw_front_hair(brush, puppet, head)
 
 
-def _draw_front_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
+def _draw_front_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
     """The cap of hair between the crown's silhouette and the hairline."""
     shape, hair, unit = puppet.hair_shape, puppet.hair.rgb, puppet.head[0]
     crown = _arc(np.pi + 0.12, 2 * np.pi - 0.12, 24)  # picture left over the top to right
@@ -581,7 +416,7 @@ def _draw_front_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
     brush.stroke(shine, 0.07 * unit, _mix(hair, (255, 255, 255), 0.25))
 
 
-def _draw_back_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
+def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
     """What hangs behind head and shoulders, or stands above them."""
     shape, dark, unit = puppet.hair_shape, _shade(puppet.hair.rgb, 0.78), puppet.head[0]
     if shape in ("long", "bob"):
@@ -601,7 +436,7 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: _Head) -> None:
         brush.limb(tail, [r * unit for r in (0.26, 0.34, 0.32, 0.10)], dark)
 
 
-def _draw_arm(brush: _Brush, puppet: Puppet, bones: _Skeleton, i: int) -> None:
+def _draw_arm(brush: _Brush, puppet: Puppet, bones: Skeleton, i: int) -> None:
     shoulder, elbow, wrist = bones.arms[:, i]
     radii = np.array((0.026, 0.020, 0.0145)) * puppet.build
     brush.limb(bones.arms[:, i], radii, puppet.skin, LINE)

@@ -58,9 +58,9 @@ def test_the_demo_deletes_no_folder_but_its_own(tmp_path):
     with pytest.raises(ValueError, match="not a dance"):
         dance(0, tmp_path, [])
     assert (tmp_path / "truth.mp4").exists()
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
     for _ in range(2):  # what it made it replaces, though it was stopped early
-        make_anew(tmp_path / "demo")
-        (tmp_path / "demo" / "clip").mkdir()
+        make_anew(tmp_path / "demo", frames, frames)
     with pytest.raises(SystemExit):
         dance(0, tmp_path / "demo", ["--guidanse", "3"])
     assert (tmp_path / "demo" / "clip").exists()
