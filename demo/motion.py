@@ -1,7 +1,7 @@
-"""How puppets move: a `State` is one moment, and `motion` gives the moments of a dance.
+"""How puppets are built, stand and move: a `State` is one moment, and `motion` gives the moments of a dance.
 
-Angles are in radians. 'Right' is the puppet's own right, which is the left of the picture, and pairs are always
-(right, left).
+Lengths are in canvas units: 1 is the side of the square canvas, x runs right and y runs down. Angles are in
+radians. 'Right' is the puppet's own right, which is the left of the picture, and pairs are always (right, left).
 """
 
 from dataclasses import dataclass
@@ -159,8 +159,12 @@ class Head(NamedTuple):
 
     def front(self, points) -> np.ndarray:
         """(N, 2) head units on the front of the face, lifted onto the ball -> (N, 2)."""
-        x, y = np.asarray(points, float).T
-        return self.solid(np.stack([x, y, np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))], axis=1))
+        return self.solid(_lifted(points))
+
+
+def _lifted(points) -> np.ndarray:
+    x, y = np.asarray(points, float).T
+    return np.stack([x, y, np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))], axis=1)
 
 
 class Skeleton(NamedTuple):
@@ -172,9 +176,11 @@ class Skeleton(NamedTuple):
     legs: np.ndarray  # (4, 2, 2): hips, knees, ankles, toes; right, left; x, y
     hands: np.ndarray  # (2, 21, 2)
     head: Head
+    face: np.ndarray  # (70, 2)
 
 
-def skeleton(puppet: Build, state: State) -> Skeleton:
+def skeleton(puppet: Build, jaw: float, state: State) -> Skeleton:
+    """The joints and landmarks of a puppet; `jaw` runs from 0, pointed, to 1, square."""
     sides = SIDES[:, None]
     hips = sides * puppet.hips * across(state.sway)
     knees = hips + puppet.thigh * down(SIDES * state.hip)
@@ -189,9 +195,7 @@ def skeleton(puppet: Build, state: State) -> Skeleton:
     elbows = shoulders + puppet.upper_arm * down(angle)
     angle = angle + SIDES * state.elbow
     wrists = elbows + puppet.forearm * down(angle)
-    hands = hands_of(
-        wrists, angle + SIDES * state.wrist, puppet.hand, np.array(state.curl), np.array(state.spread)
-    )
+    hands = hands_of(wrists, angle + SIDES * state.wrist, puppet.hand, state)
     tilt = state.lean + state.neck
     centre = neck - puppet.neck * down(-state.lean) - 0.97 * puppet.head[1] * down(-tilt)
 
@@ -203,39 +207,33 @@ def skeleton(puppet: Build, state: State) -> Skeleton:
     legs[3, :, 0] += 0.03 * np.sin(state.body_turn)  # toes that faced us point forward
     head = Head(turned(centre), puppet.head, tilt, state.turn, state.nod)
     arms = np.stack([shoulders, elbows, wrists])
-    return Skeleton(turned(neck), pelvis, turned(arms), legs, turned(hands), head)
+    return Skeleton(turned(neck), pelvis, turned(arms), legs, turned(hands), head, _face(jaw, state, head))
 
 
-# Fingers from thumb to little: where the base sits (along the hand, towards the thumb) and the length of the
-# finger, all as shares of the hand's length.
-FINGERS = (
-    (0.16, 0.16, 0.42),
-    (0.48, 0.21, 0.44),
-    (0.52, 0.07, 0.48),
-    (0.49, -0.07, 0.44),
-    (0.43, -0.20, 0.35),
-)
+# Of the fingers from thumb to little: how far along the hand and how far towards the thumb the base sits, and the
+# length, all as shares of the hand's length.
+FINGER_ALONG, FINGER_BESIDE = (0.16, 0.48, 0.52, 0.49, 0.43), (0.16, 0.21, 0.07, -0.07, -0.20)
+FINGER_LENGTH, FINGER_BENDS = np.array((0.42, 0.44, 0.48, 0.44, 0.35)), (0.35, 0.9, 0.9, 0.9, 0.9)
 
 
-def hands_of(
-    wrists: np.ndarray, angle: np.ndarray, length: float, curl: np.ndarray, spread: np.ndarray
-) -> np.ndarray:
-    """The points (2, 21, 2) of hands that point along `down(angle)`, palms to the camera.
+def hands_of(wrists: np.ndarray, angle: np.ndarray, length: float, state: State) -> np.ndarray:
+    """The points (2, 21, 2) of hands that point along `down(angle)`, palms to the camera; angles are (2,)."""
+    curl, spread, sides = np.array(state.curl), np.array(state.spread)[:, None], SIDES[:, None]
+    along, beside = np.outer(FINGER_ALONG, (1, 1)), np.outer(FINGER_BESIDE, (1, 1))
+    away = along * down(angle)[:, None] + beside * (sides * across(angle))[:, None]  # (2, 5, 2)
+    # The thumb stands away from the hand; the others fan out around the middle finger.
+    fan = (2 - np.arange(5)) * spread
+    fan[:, 0] = 0.75 + spread[:, 0] - 0.7 * curl[:, 0]
+    # Seen from the front a curling finger only becomes shorter, then folds back.
+    share, joint = np.array((0.45, 0.30, 0.25))[:, None, None], np.arange(1, 4)[:, None, None]
+    bones = length * FINGER_LENGTH * share * np.cos(curl * FINGER_BENDS * joint)  # (3, 2, 5)
+    bones = bones[..., None] * down(angle[:, None] + sides * fan)
+    fingers = np.cumsum([wrists[:, None] + length * away, *bones], axis=0)  # (4, 2, 5, 2)
+    return np.concatenate([wrists[:, None], np.moveaxis(fingers, 0, 2).reshape(2, 20, 2)], axis=1)
 
-    `curl` is (2, 5), the angle `spread` between neighbouring fingers (2,), and so is `angle`.
-    """
-    points = [wrists]
-    for finger, (along, beside, reach) in enumerate(FINGERS):
-        base = wrists + length * (along * down(angle) + beside * (SIDES[:, None] * across(angle)))
-        points.append(base)
-        # The thumb stands away from the hand; the others fan out around the middle finger.
-        fan = 0.75 + spread - 0.7 * curl[:, 0] if finger == 0 else (2 - finger) * spread
-        for joint, share in enumerate((0.45, 0.30, 0.25), start=1):
-            # Seen from the front a curling finger only becomes shorter, then folds back.
-            bend = curl[:, finger] * (0.35, 0.9)[finger > 0] * joint
-            base = base + (length * reach * share * np.cos(bend))[:, None] * down(angle + SIDES * fan)
-            points.append(base)
-    return np.stack(points, axis=1)
+
+EYES = [(side * 0.39, -0.07) for side in SIDES]  # in head units, as all that follows
+EARS = [(side * 0.97, 0.0, -0.1) for side in SIDES]
 
 
 def eye_outline(side: int, blink: float, points: int) -> np.ndarray:
@@ -245,7 +243,7 @@ def eye_outline(side: int, blink: float, points: int) -> np.ndarray:
     return np.stack([x, y], axis=1)
 
 
-def face_of(jaw: float, state: State, head: Head) -> np.ndarray:
+def _face(jaw: float, state: State, head: Head) -> np.ndarray:
     """The 70 landmarks (70, 2) of the face in canvas units."""
     around = np.pi * np.arange(17) / 16
     wide = np.sign(np.cos(around)) * np.abs(np.cos(around)) ** (1.05 - 0.35 * jaw)
@@ -265,8 +263,6 @@ def face_of(jaw: float, state: State, head: Head) -> np.ndarray:
     outer, inner, gap = np.linspace(-1, 1, 7), np.linspace(-0.8, 0.8, 5), 0.27 * state.mouth
     lips = [lip(outer, -0.075), lip(outer[5:0:-1], gap + 0.095)]
     lips += [lip(inner, -0.015), lip(inner[3:0:-1], gap + 0.015)]
-    front = [brow - (0.40, 0), brow + (0.40, 0), *eyes, *lips, pupils]
-    placed = [head.front(points) for points in front]
-    return np.concatenate(
-        [head.solid(chin), *placed[:2], head.solid(nose), head.solid(nostrils), *placed[2:]]
-    )
+    brows = np.concatenate([brow - (0.40, 0), brow + (0.40, 0)])
+    front = _lifted(np.concatenate([*eyes, *lips, pupils]))
+    return head.solid(np.concatenate([chin, _lifted(brows), nose, nostrils, front]))

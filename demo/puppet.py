@@ -1,14 +1,11 @@
 """Paper puppets: 2-D people whose every pose has an exact true frame and exact keypoints.
 
 A `Puppet` says who it is (seeded by `random_puppet`), a `State` says how it stands (a moment of `motion`), and
-`render` draws the one in the other. The two are independent: any puppet can take any state, so for every edited
-pose there is a true frame to compare with.
-
-Lengths are in canvas units: 1 is the side of the square canvas, x runs right and y runs down. Angles are in
-radians. 'Right' is the puppet's own right, which is the left of the picture, and pairs are always (right, left).
-Puppets face the camera and show it their palms.
+`render` draws the one in the other. Any puppet can take any state, so every edited pose has a true frame to
+compare with. Puppets face the camera and show it their palms; `demo/motion.py` says what units they have.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +14,19 @@ from typing import Annotated, NamedTuple, get_origin
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from demo.motion import DANCES, SIDES, Build, Head, Skeleton, State, eye_outline, face_of, motion, skeleton
+from demo.motion import (
+    DANCES,
+    EARS,
+    EYES,
+    SIDES,
+    Build,
+    Head,
+    Skeleton,
+    State,
+    eye_outline,
+    motion,
+    skeleton,
+)
 from poses.pose import Pose
 
 RGB = tuple[int, int, int]
@@ -90,9 +99,6 @@ class Puppet(Build):
     background: Background
 
 
-# ---- Who it is ----------------------------------------------------------------------------------
-
-
 def random_puppet(seed: int) -> Puppet:
     """The puppet number `seed`: same seed, same person."""
     rng = np.random.default_rng(seed)
@@ -121,7 +127,7 @@ def random_puppet(seed: int) -> Puppet:
             draw = choose if isinstance(kind.__metadata__[0], tuple) else rng.uniform
             who[name] = draw(*kind.__metadata__)
         elif name == "shirt_accent":
-            accents = sorted(CLOTH_COLOURS.values(), key=lambda rgb: _distance(rgb, shirt.rgb))
+            accents = sorted(CLOTH_COLOURS.values(), key=lambda rgb: math.dist(rgb, shirt.rgb))
             who[name] = jittered(choose(accents[6:]))
         elif name == "head":
             who[name] = (head_height * rng.uniform(0.84, 0.96), head_height)
@@ -136,22 +142,16 @@ def random_puppet(seed: int) -> Puppet:
 def _random_background(rng: np.random.Generator, worn: list[RGB]) -> Background:
     def colour(lightness: float) -> RGB:
         """Of a few soft colours the one farthest from everything the puppet wears."""
-        candidates = []
-        for _ in range(6):
-            tint = rng.uniform(0, 1, 3)
-            tint = (tint - tint.mean()) * rng.uniform(20, 110)
-            candidates.append(tuple(int(c) for c in np.clip(lightness + tint, 20, 245)))
-        return max(candidates, key=lambda rgb: min(_distance(rgb, other) for other in worn))
+        draws = rng.uniform((0, 0, 0, 20), (1, 1, 1, 110), (6, 4))
+        tints = (draws[:, :3] - draws[:, :3].mean(axis=1, keepdims=True)) * draws[:, 3:]
+        candidates = np.clip(lightness + tints, 20, 245).astype(int).tolist()
+        return tuple(max(candidates, key=lambda rgb: min(math.dist(rgb, other) for other in worn)))
 
     lightness = rng.uniform(75, 225)
     step = rng.uniform(18, 45) * rng.choice((-1, 1))
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     colours = (colour(lightness), colour(lightness + step), colour(lightness - step))
     return Background(kind, colours, seed=int(rng.integers(2**31)))
-
-
-def _distance(a: RGB, b: RGB) -> float:
-    return float(np.linalg.norm(np.subtract(a, b)))
 
 
 def caption(puppet: Puppet) -> str:
@@ -161,26 +161,17 @@ def caption(puppet: Puppet) -> str:
     return f"a person, {hair}, {shirt}, {puppet.lower.name} {puppet.lower_garment}"
 
 
-def pose_of(puppet: Puppet, state: State) -> Pose:
-    """The pose that `render` gives, without the picture."""
-    bones = skeleton(puppet, state)
-    return _pose(puppet, state, bones, face_of(puppet.jaw, state, bones.head))
-
-
-EARS = [(side * 0.97, 0.0, -0.1) for side in SIDES]  # in head units
-
-
-def _pose(puppet: Puppet, state: State, bones: Skeleton, face: np.ndarray) -> Pose:
-    eyes, ears = bones.head.front([(side * 0.39, -0.07) for side in SIDES]), bones.head.solid(EARS)
+def pose_of(puppet: Puppet, state: State, bones: Skeleton | None = None) -> Pose:
+    """The pose that `render` gives, without the picture. Only ears can have score 0."""
+    bones = bones or skeleton(puppet, puppet.jaw, state)
     limbs = [limb[:3, i] for limb in (bones.arms, bones.legs) for i in range(2)]
-    body = np.concatenate([face[30:31], bones.neck[None], *limbs, eyes, ears])
-
-    def scored(points: np.ndarray) -> np.ndarray:
-        return np.concatenate([points, np.ones((len(points), 1))], axis=1).astype(np.float32)
-
-    pose = Pose(
-        scored(body), scored(face), left_hand=scored(bones.hands[1]), right_hand=scored(bones.hands[0])
+    eyes, ears = bones.head.front(EYES), bones.head.solid(EARS)
+    body = np.concatenate([bones.face[30:31], bones.neck[None], *limbs, eyes, ears])
+    parts = (
+        np.pad(points, ((0, 0), (0, 1)), constant_values=1)
+        for points in (body, bones.face, *bones.hands[::-1])
     )
+    pose = Pose(*(part.astype(np.float32) for part in parts))
     pose.body[16:, 2] = (SIDES * state.turn < 0.25) & (puppet.hair_shape not in EAR_COVERING)
     return pose
 
@@ -195,8 +186,7 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     puppet's own pixels, bool (size, size). Outside the mask and its soft edge the frame is the puppet's
     background, the same in every state.
     """
-    bones = skeleton(puppet, state)
-    face = face_of(puppet.jaw, state, bones.head)
+    bones = skeleton(puppet, puppet.jaw, state)
     # The background is transparent and everything drawn is opaque: the alpha channel is the mask.
     canvas = _draw_background(puppet.background, size * SUPERSAMPLE).copy()
     brush = _Brush(canvas)
@@ -207,12 +197,12 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
         _draw_arm(brush, puppet, bones, side)
     _draw_legs(brush, puppet, bones.legs, far_to_near)
     _draw_torso(brush, puppet, bones, state.body_turn)
-    _draw_head(brush, puppet, state, bones.head, face)
+    _draw_head(brush, puppet, state, bones.head, bones.face)
     for side in far_to_near[hidden:]:
         _draw_arm(brush, puppet, bones, side)
     frame = np.asarray(canvas.convert("RGB").reduce(SUPERSAMPLE))
     mask = np.asarray(canvas.getchannel("A").reduce(SUPERSAMPLE)) >= 128
-    return frame, _pose(puppet, state, bones, face), mask
+    return frame, pose_of(puppet, state, bones), mask
 
 
 def clip(
@@ -239,15 +229,15 @@ class _Brush:
         """A filled shape; given its centre, with a darker outline."""
         if centre is not None:
             self.polygon(points + LINE * np.sign(points - centre), _shade(rgb, 0.68))
-        self.draw.polygon(self.pixels(points), fill=(*rgb, 255))
+        self.draw.polygon(self.pixels(points), fill=rgb)
 
     def dot(self, centre, radius: float, rgb: RGB) -> None:
         (x, y), r = np.asarray(centre) * self.scale, radius * self.scale
-        self.draw.ellipse((x - r, y - r, x + r, y + r), fill=(*rgb, 255))
+        self.draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
 
     def stroke(self, points, width: float, rgb: RGB) -> None:
         pixels = max(1, round(width * self.scale))
-        self.draw.line(self.pixels(points), fill=(*rgb, 255), width=pixels, joint="curve")
+        self.draw.line(self.pixels(points), fill=rgb, width=pixels, joint="curve")
 
     def limb(self, points, radii, rgb: RGB, outline: float = 0.0) -> None:
         """A round-ended limb through `points`, as thick at each as its radius says."""
@@ -280,18 +270,17 @@ def _arc(start: float, stop: float, points: int) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-CIRCLE = _arc(0, 2 * np.pi, 33)[:-1]
+CIRCLE = _arc(0, 2 * np.pi, 33)
 
 
 def _draw_legs(brush: _Brush, puppet: Puppet, legs: np.ndarray, far_to_near: tuple[int, int]) -> None:
     radii = np.array((0.037, 0.027, 0.019)) * puppet.build
     thigh, _, shin = radii
-    cloth = puppet.lower.rgb
-    trousers = puppet.lower_garment == "trousers"
+    garment, cloth = puppet.lower_garment, puppet.lower.rgb
     for i in far_to_near:
         _, knee, ankle, toe = legs[:, i]
         brush.limb([ankle, toe], (0.018, 0.019), puppet.shoes, LINE)
-        if trousers:
+        if garment == "trousers":
             brush.limb(legs[:3, i], radii * (1, 1, 1.15), cloth, LINE)
         else:
             brush.limb(legs[:3, i], radii, puppet.skin, LINE)
@@ -299,15 +288,13 @@ def _draw_legs(brush: _Brush, puppet: Puppet, legs: np.ndarray, far_to_near: tup
             brush.limb([_between(knee, ankle, 0.80), ankle], (shin * 1.1, shin), sock)
         brush.limb([_between(ankle, toe, 0.45), toe], (0.018, 0.019), puppet.shoes)
     hips, hems = legs[0], _between(legs[0], legs[1], 0.72)
-    if puppet.lower_garment == "shorts":
+    if garment == "shorts":
         for hip_and_hem in zip(hips, hems):
             brush.limb(hip_and_hem, (thigh * 1.05, thigh * 1.08), cloth, LINE)
-    if puppet.lower_garment == "skirt":
-        flare, waist = np.array([0.052 * puppet.build, 0.0]), np.array([0.030 * puppet.build, 0.03])
-        fold = (hems[0] + hems[1]) / 2 + (0, 0.018)
-        skirt = np.array(
-            [hips[0] - waist, hips[1] + waist * (1, -1), hems[1] + flare, fold, hems[0] - flare]
-        )
+    if garment == "skirt":
+        flare, waist = np.array([0.052 * puppet.build, 0]), np.array([0.030 * puppet.build, 0.03])
+        top, fold = (hips[0] - waist, hips[1] + waist * (1, -1)), hems.mean(axis=0) + (0, 0.018)
+        skirt = np.array([*top, hems[1] + flare, fold, hems[0] - flare])
         brush.polygon(skirt, cloth, skirt.mean(axis=0))
     brush.limb(hips, (thigh, thigh), cloth)
 
@@ -381,20 +368,15 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: Head, face: np
     brush.stroke(face[28:31], 0.05 * unit, _shade(skin, 0.85))  # the nose
     brush.stroke(face[31:36], 0.08 * unit, _shade(skin, 0.66))
 
-    brush.polygon(
-        face[48:60], _mix(_shade(skin, 0.8), (190, 50, 60), 0.6)
-    )  # the lips, and what lies between
+    brush.polygon(face[48:60], _mix(_shade(skin, 0.8), (190, 50, 60), 0.6))  # lips
     brush.polygon(face[60:68], (92, 22, 30))
     if state.mouth > 0.15:  # upper teeth
         biting_edge = _between(face[[63, 62, 61]], face[[65, 66, 67]], 0.35)
         brush.polygon(np.concatenate([face[60:65], biting_edge]), (250, 248, 242))
     if puppet.glasses:
-        rims = [head.front((side * 0.40, -0.06) + 0.30 * CIRCLE) for side in SIDES]
-        for course in (
-            *(np.append(rim, rim[:1], axis=0) for rim in rims),
-            head.front([(-0.12, -0.10), (0.12, -0.10)]),
-        ):
-            brush.stroke(course, 0.075 * unit, (38, 38, 46))
+        rims = [(side * 0.40, -0.06) + 0.30 * CIRCLE for side in SIDES]
+        for course in (*rims, [(-0.12, -0.10), (0.12, -0.10)]):
+            brush.stroke(head.front(course), 0.075 * unit, (38, 38, 46))
     if puppet.hair_shape != "bald":
         _draw_front_hair(brush, puppet, head)
 
@@ -455,16 +437,13 @@ def _draw_arm(brush: _Brush, puppet: Puppet, bones: Skeleton, i: int) -> None:
 def _draw_hand(brush: _Brush, hand: np.ndarray, skin: RGB) -> None:
     knuckles = hand[[5, 9, 13, 17]]
     palm = [_between(hand[0], hand[1], 0.6), hand[1], *knuckles]
-    fingers = [*hand[5:].reshape(4, 4, 2), hand[1:5]]
-    for finger in fingers:
-        brush.limb(finger, (0.0096, 0.0094, 0.0091, 0.0086), _shade(skin, 0.68))
-    for point in palm:
-        brush.dot(point, 0.0125, _shade(skin, 0.68))
-    for finger in fingers:
-        brush.limb(finger, (0.0073, 0.0071, 0.0068, 0.0063), skin)
+    outline, inside = (0.0096, 0.0094, 0.0091, 0.0086), (0.0073, 0.0071, 0.0068, 0.0063)
+    for radii, palm_radius, rgb in ((outline, 0.0125, _shade(skin, 0.68)), (inside, 0.0100, skin)):
+        for finger in (*hand[5:].reshape(4, 4, 2), hand[1:5]):
+            brush.limb(finger, radii, rgb)
+        for point in palm:
+            brush.dot(point, palm_radius, rgb)
     brush.polygon([*hand[:2], *knuckles], skin)
-    for point in palm:
-        brush.dot(point, 0.0100, skin)
 
 
 @lru_cache(maxsize=256)
