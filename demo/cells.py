@@ -26,6 +26,7 @@ from beyond.pseudo import hold_to_pseudo_video, moved_person, without_people
 from checkpoint import DEMO, Model, load_model
 from command import keep_freed_memory
 from demo.drive import unlike
+from demo.motion import motion
 from demo.puppet import (
     CLOTH_COLOURS,
     HAIR_COLOURS,
@@ -33,7 +34,6 @@ from demo.puppet import (
     Puppet,
     caption,
     clip,
-    motion,
     pose_of,
     random_puppet,
     render,

@@ -212,23 +212,25 @@ def skeleton(puppet: Build, jaw: float, state: State) -> Skeleton:
 
 # Of the fingers from thumb to little: how far along the hand and how far towards the thumb the base sits, and the
 # length, all as shares of the hand's length.
-FINGER_ALONG, FINGER_BESIDE = (0.16, 0.48, 0.52, 0.49, 0.43), (0.16, 0.21, 0.07, -0.07, -0.20)
-FINGER_LENGTH, FINGER_BENDS = np.array((0.42, 0.44, 0.48, 0.44, 0.35)), (0.35, 0.9, 0.9, 0.9, 0.9)
+ALONG = np.array((0.16, 0.48, 0.52, 0.49, 0.43))
+BESIDE = np.array((0.16, 0.21, 0.07, -0.07, -0.20))
+LENGTH = np.array((0.42, 0.44, 0.48, 0.44, 0.35))
 
 
 def hands_of(wrists: np.ndarray, angle: np.ndarray, length: float, state: State) -> np.ndarray:
     """The points (2, 21, 2) of hands that point along `down(angle)`, palms to the camera; angles are (2,)."""
     curl, spread, sides = np.array(state.curl), np.array(state.spread)[:, None], SIDES[:, None]
-    along, beside = np.outer(FINGER_ALONG, (1, 1)), np.outer(FINGER_BESIDE, (1, 1))
-    away = along * down(angle)[:, None] + beside * (sides * across(angle))[:, None]  # (2, 5, 2)
+    bases = (
+        ALONG[:, None] * down(angle)[:, None] + BESIDE[:, None] * (sides * across(angle))[:, None]
+    )  # (2, 5, 2)
     # The thumb stands away from the hand; the others fan out around the middle finger.
     fan = (2 - np.arange(5)) * spread
     fan[:, 0] = 0.75 + spread[:, 0] - 0.7 * curl[:, 0]
     # Seen from the front a curling finger only becomes shorter, then folds back.
     share, joint = np.array((0.45, 0.30, 0.25))[:, None, None], np.arange(1, 4)[:, None, None]
-    bones = length * FINGER_LENGTH * share * np.cos(curl * FINGER_BENDS * joint)  # (3, 2, 5)
+    bones = length * LENGTH * share * np.cos(curl * (0.35, 0.9, 0.9, 0.9, 0.9) * joint)  # (3, 2, 5)
     bones = bones[..., None] * down(angle[:, None] + sides * fan)
-    fingers = np.cumsum([wrists[:, None] + length * away, *bones], axis=0)  # (4, 2, 5, 2)
+    fingers = np.cumsum([wrists[:, None] + length * bases, *bones], axis=0)  # (4, 2, 5, 2)
     return np.concatenate([wrists[:, None], np.moveaxis(fingers, 0, 2).reshape(2, 20, 2)], axis=1)
 
 

@@ -9,17 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import trange
 
-from demo.puppet import (
-    CLOTH_COLOURS,
-    DANCES,
-    HAIR_COLOURS,
-    Paint,
-    Puppet,
-    caption,
-    motion,
-    random_puppet,
-    render,
-)
+from demo.motion import DANCES, motion
+from demo.puppet import CLOTH_COLOURS, HAIR_COLOURS, Paint, Puppet, caption, random_puppet, render
 from demo.scenery import disguise
 from poses.pose import Pose, place_pose
 

@@ -27,9 +27,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command import keep_freed_memory
+from demo.motion import motion
 from demo.pool import latent_pixels, render_pool, stacked
 from demo.pretrain import HEIGHT, IDENTITIES, WIDTH, optimise
-from demo.puppet import motion, random_puppet, render
+from demo.puppet import random_puppet, render
 from demo.save import save_openpose
 from openpose import (
     LEAST_SIDE,

@@ -8,7 +8,6 @@ compare with. Puppets face the camera and show it their palms; `demo/motion.py` 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, NamedTuple, get_origin
 
 import numpy as np
@@ -27,9 +26,8 @@ from demo.motion import (
     motion,
     skeleton,
 )
+from demo.scenery import RGB, Background, draw_background, mix, random_background, shade
 from poses.pose import Pose
-
-RGB = tuple[int, int, int]
 
 SUPERSAMPLE = 4  # frames are drawn this many times larger, then reduced, for smooth edges
 LINE = 0.0035  # width of the darker outline that keeps crossing limbs apart
@@ -55,7 +53,6 @@ EYE_COLOURS = tuple(map(ImageColor.getrgb, "#523422 #325aa0 #347850 #5a6068".spl
 HAIR_SHAPES = ("short", "long", "bob", "bun", "ponytail", "curly", "spiky", "bald")
 HAIR_SHAPE_ODDS = (0.22, 0.16, 0.12, 0.11, 0.11, 0.11, 0.11, 0.06)
 EAR_COVERING = ("long", "bob", "curly")
-BACKGROUNDS = ("flat", "gradient", "room", "window", "stripes", "shapes", "noise")
 
 
 class Paint(NamedTuple):
@@ -63,15 +60,6 @@ class Paint(NamedTuple):
 
     name: str
     rgb: RGB
-
-
-@dataclass(frozen=True)
-class Background:
-    """What stands behind a puppet; never moves."""
-
-    kind: str  # one of BACKGROUNDS
-    colours: tuple[RGB, RGB, RGB]
-    seed: int  # places the shapes and the noise
 
 
 @dataclass(frozen=True)
@@ -135,23 +123,8 @@ def random_puppet(seed: int) -> Puppet:
     for part, length in (("torso", 0.225), ("upper_arm", 0.128), ("forearm", 0.116)):
         who[part] *= length * size
     worn = [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
-    background = _random_background(rng, worn)
+    background = random_background(rng, worn)
     return Puppet(**who, thigh=0.168 * legs, shin=0.165 * legs, background=background)
-
-
-def _random_background(rng: np.random.Generator, worn: list[RGB]) -> Background:
-    def colour(lightness: float) -> RGB:
-        """Of a few soft colours the one farthest from everything the puppet wears."""
-        draws = rng.uniform((0, 0, 0, 20), (1, 1, 1, 110), (6, 4))
-        tints = (draws[:, :3] - draws[:, :3].mean(axis=1, keepdims=True)) * draws[:, 3:]
-        candidates = np.clip(lightness + tints, 20, 245).astype(int).tolist()
-        return tuple(max(candidates, key=lambda rgb: min(math.dist(rgb, other) for other in worn)))
-
-    lightness = rng.uniform(75, 225)
-    step = rng.uniform(18, 45) * rng.choice((-1, 1))
-    kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    colours = (colour(lightness), colour(lightness + step), colour(lightness - step))
-    return Background(kind, colours, seed=int(rng.integers(2**31)))
 
 
 def caption(puppet: Puppet) -> str:
@@ -188,7 +161,7 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     """
     bones = skeleton(puppet, puppet.jaw, state)
     # The background is transparent and everything drawn is opaque: the alpha channel is the mask.
-    canvas = _draw_background(puppet.background, size * SUPERSAMPLE).copy()
+    canvas = draw_background(puppet.background, size * SUPERSAMPLE).copy()
     brush = _Brush(canvas)
     far_to_near = (1, 0) if state.body_turn > 0 else (0, 1)
     hidden = abs(state.body_turn) > 0.4  # then the body hides the far arm
@@ -210,8 +183,9 @@ def clip(
 ) -> tuple[np.ndarray, list[Pose], np.ndarray]:
     """A dancing puppet: frames uint8 (F, size, size, 3), F poses, masks bool (F, size, size)."""
     puppet = random_puppet(identity_seed)
-    drawn = [render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance)]
-    images, poses, masks = zip(*drawn)
+    images, poses, masks = zip(
+        *(render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance))
+    )
     return np.stack(images), list(poses), np.stack(masks)
 
 
@@ -228,7 +202,7 @@ class _Brush:
     def polygon(self, points, rgb: RGB, centre: np.ndarray | None = None) -> None:
         """A filled shape; given its centre, with a darker outline."""
         if centre is not None:
-            self.polygon(points + LINE * np.sign(points - centre), _shade(rgb, 0.68))
+            self.polygon(points + LINE * np.sign(points - centre), shade(rgb, 0.68))
         self.draw.polygon(self.pixels(points), fill=rgb)
 
     def dot(self, centre, radius: float, rgb: RGB) -> None:
@@ -242,22 +216,13 @@ class _Brush:
     def limb(self, points, radii, rgb: RGB, outline: float = 0.0) -> None:
         """A round-ended limb through `points`, as thick at each as its radius says."""
         if outline:
-            self.limb(points, np.add(radii, outline), _shade(rgb, 0.68))
+            self.limb(points, np.add(radii, outline), shade(rgb, 0.68))
         for a, b, ra, rb in zip(points, points[1:], radii, radii[1:]):
             along = (b - a) / (np.hypot(*(b - a)) + 1e-9)
             normal = np.array([-along[1], along[0]])
             self.polygon([a + ra * normal, b + rb * normal, b - rb * normal, a - ra * normal], rgb)
         for point, radius in zip(points, radii):
             self.dot(point, radius, rgb)
-
-
-def _shade(rgb: RGB, factor: float) -> RGB:
-    """Darker for factors below 1, lighter above."""
-    return tuple(min(255, int(c * factor)) for c in rgb)
-
-
-def _mix(a: RGB, b: RGB, share: float) -> RGB:
-    return tuple(int(x + share * (y - x)) for x, y in zip(a, b))
 
 
 def _between(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
@@ -284,7 +249,7 @@ def _draw_legs(brush: _Brush, puppet: Puppet, legs: np.ndarray, far_to_near: tup
             brush.limb(legs[:3, i], radii * (1, 1, 1.15), cloth, LINE)
         else:
             brush.limb(legs[:3, i], radii, puppet.skin, LINE)
-            sock = _mix(puppet.shoes, (255, 255, 255), 0.6)
+            sock = mix(puppet.shoes, (255, 255, 255), 0.6)
             brush.limb([_between(knee, ankle, 0.80), ankle], (shin * 1.1, shin), sock)
         brush.limb([_between(ankle, toe, 0.45), toe], (0.018, 0.019), puppet.shoes)
     hips, hems = legs[0], _between(legs[0], legs[1], 0.72)
@@ -332,11 +297,11 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float
         brush.dot(emblem, 0.016, shirt)
     # The neck and the neckline.
     brush.limb([collar + 0.006 * down, collar + 0.022 * down], (0.030, 0.024), puppet.skin)
-    brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), _shade(puppet.skin, 0.82))
+    brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), shade(puppet.skin, 0.82))
 
 
 def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: Head, face: np.ndarray) -> None:
-    skin, hair, line = puppet.skin, puppet.hair.rgb, _shade(puppet.skin, 0.68)
+    skin, hair, line = puppet.skin, puppet.hair.rgb, shade(puppet.skin, 0.68)
     unit = puppet.head[0]  # head units to canvas units, for widths and radii
     if puppet.hair_shape not in EAR_COVERING:
         for ear in head.solid(EARS):  # the far ear of a turned head vanishes behind the skull by itself
@@ -349,10 +314,10 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: Head, face: np
     brush.polygon(head.flat(skull), skin)
     if puppet.beard:
         lip = head.front([(0.45, 0.42), (0.2, 0.37), (-0.2, 0.37), (-0.45, 0.42)])
-        brush.polygon(np.concatenate([face[2:15], lip]), _shade(hair, 0.9))
+        brush.polygon(np.concatenate([face[2:15], lip]), shade(hair, 0.9))
     else:
         for cheek in head.front([(-0.55, 0.27), (0.55, 0.27)]):
-            brush.dot(cheek, 0.13 * unit, _mix(skin, (225, 90, 80), 0.22))
+            brush.dot(cheek, 0.13 * unit, mix(skin, (225, 90, 80), 0.22))
 
     for side, pupil in zip(SIDES, face[68:]):
         eye = head.front(eye_outline(side, state.blink, 16))
@@ -362,13 +327,13 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: Head, face: np
             brush.polygon(pupil + 0.125 * unit * CIRCLE * squeeze, puppet.eyes)
             brush.polygon(pupil + 0.065 * unit * CIRCLE * squeeze, (15, 12, 14))
         brush.stroke(eye[:9], 0.065 * unit, (46, 32, 30))  # the lid
-    brow = (70, 50, 40) if puppet.hair_shape == "bald" else _shade(hair, 0.72)
+    brow = (70, 50, 40) if puppet.hair_shape == "bald" else shade(hair, 0.72)
     brush.stroke(face[17:22], puppet.brow_width * unit * 1.3, brow)
     brush.stroke(face[22:27], puppet.brow_width * unit * 1.3, brow)
-    brush.stroke(face[28:31], 0.05 * unit, _shade(skin, 0.85))  # the nose
-    brush.stroke(face[31:36], 0.08 * unit, _shade(skin, 0.66))
+    brush.stroke(face[28:31], 0.05 * unit, shade(skin, 0.85))  # the nose
+    brush.stroke(face[31:36], 0.08 * unit, shade(skin, 0.66))
 
-    brush.polygon(face[48:60], _mix(_shade(skin, 0.8), (190, 50, 60), 0.6))  # lips
+    brush.polygon(face[48:60], mix(shade(skin, 0.8), (190, 50, 60), 0.6))  # lips
     brush.polygon(face[60:68], (92, 22, 30))
     if state.mouth > 0.15:  # upper teeth
         biting_edge = _between(face[[63, 62, 61]], face[[65, 66, 67]], 0.35)
@@ -395,12 +360,12 @@ def _draw_front_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
         for curl in head.flat((0, -0.10) + 1.02 * _arc(np.pi - 0.35, 2 * np.pi + 0.35, 11)):
             brush.dot(curl, 0.27 * unit, hair)
     shine = head.flat((0, -0.05) + (0.82, 0.88) * _arc(np.pi * 1.25, np.pi * 1.5, 7))
-    brush.stroke(shine, 0.07 * unit, _mix(hair, (255, 255, 255), 0.25))
+    brush.stroke(shine, 0.07 * unit, mix(hair, (255, 255, 255), 0.25))
 
 
 def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
     """What hangs behind head and shoulders, or stands above them."""
-    shape, dark, unit = puppet.hair_shape, _shade(puppet.hair.rgb, 0.78), puppet.head[0]
+    shape, dark, unit = puppet.hair_shape, shade(puppet.hair.rgb, 0.78), puppet.head[0]
     if shape in ("long", "bob"):
         length = 2.1 if shape == "long" else 0.95
         for side in SIDES:
@@ -438,49 +403,9 @@ def _draw_hand(brush: _Brush, hand: np.ndarray, skin: RGB) -> None:
     knuckles = hand[[5, 9, 13, 17]]
     palm = [_between(hand[0], hand[1], 0.6), hand[1], *knuckles]
     outline, inside = (0.0096, 0.0094, 0.0091, 0.0086), (0.0073, 0.0071, 0.0068, 0.0063)
-    for radii, palm_radius, rgb in ((outline, 0.0125, _shade(skin, 0.68)), (inside, 0.0100, skin)):
+    for radii, palm_radius, rgb in ((outline, 0.0125, shade(skin, 0.68)), (inside, 0.0100, skin)):
         for finger in (*hand[5:].reshape(4, 4, 2), hand[1:5]):
             brush.limb(finger, radii, rgb)
         for point in palm:
             brush.dot(point, palm_radius, rgb)
     brush.polygon([*hand[:2], *knuckles], skin)
-
-
-@lru_cache(maxsize=256)
-def _draw_background(background: Background, side: int) -> Image.Image:
-    """The transparent (alpha 0) background, RGBA, side x side pixels."""
-    rng = np.random.default_rng(background.seed)
-    kind, (a, b, c) = background.kind, background.colours
-    share = np.zeros((side, side, 1))  # of colour b against colour a
-    if kind == "gradient":
-        share += np.linspace(0, 1, side)[:, None, None]
-    if kind == "noise":
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
-        share += np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))[..., None] / 255
-    image = Image.fromarray((a + share * np.subtract(b, a)).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-
-    def box(left: float, top: float, right: float, bottom: float, rgb: RGB) -> None:
-        draw.rectangle([side * v for v in (left, top, right, bottom)], fill=rgb)
-
-    if kind in ("room", "window"):
-        floor, left = rng.uniform(0.70, 0.85), rng.uniform(0.03, 0.62)
-        box(0, floor, 1, 1, b)
-        box(0, floor - 0.012, 1, floor + 0.008, _shade(b, 0.75))
-        if kind == "window":
-            box(left, 0.1, left + 0.34, 0.5, _shade(c, 0.7))
-            for x in (left + 0.02, left + 0.18):
-                for y in (0.12, 0.31):
-                    box(x, y, x + 0.14, y + 0.17, _mix(c, (190, 225, 250), 0.6))
-    elif kind == "stripes":
-        count, start, slant = rng.integers(4, 9), rng.uniform(0, 0.1), rng.uniform(-0.3, 0.3)
-        for i in range(-4, 2 * count + 4, 2):
-            x, w = start + i / (2 * count), 1 / (2 * count)
-            draw.polygon([side * v for v in (x, 0, x + w, 0, x + w + slant, 1, x + slant, 1)], fill=b)
-    elif kind == "shapes":
-        for rgb in (b, c, b, c, b):
-            x, y, r = rng.uniform((0, 0, 0.06), (1, 1, 0.2))
-            shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-            shape([side * v for v in (x - r, y - r, x + r, y + r)], fill=rgb)
-    image.putalpha(0)
-    return image

@@ -1,15 +1,97 @@
-"""Puppets in disguise: other colours, other light, and scenes that look more like the world behind them.
+"""What stands behind puppets, and puppets in disguise.
 
 A base model that has only seen flat puppets in a dozen cloth colours maps everything to those. So it also sees
 puppets under random colour transforms, shading and grain, in front of landscapes of noise, shapes and lettering.
 """
 
 import colorsys
+import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+RGB = tuple[int, int, int]
+
 LETTERS = "ABCDEFGHIKLMNOPRSTUVWXYZabcdefghiklmnoprstuvwxyz0123456789"
+BACKGROUNDS = ("flat", "gradient", "room", "window", "stripes", "shapes", "noise")
+
+
+@dataclass(frozen=True)
+class Background:
+    """What stands behind a puppet; never moves."""
+
+    kind: str  # one of BACKGROUNDS
+    colours: tuple[RGB, RGB, RGB]
+    seed: int  # places the shapes and the noise
+
+
+def random_background(rng: np.random.Generator, worn: list[RGB]) -> Background:
+    def colour(lightness: float) -> RGB:
+        """Of a few soft colours the one farthest from everything the puppet wears."""
+        draws = rng.uniform((0, 0, 0, 20), (1, 1, 1, 110), (6, 4))
+        tints = (draws[:, :3] - draws[:, :3].mean(axis=1, keepdims=True)) * draws[:, 3:]
+        candidates = np.clip(lightness + tints, 20, 245).astype(int).tolist()
+        return tuple(max(candidates, key=lambda rgb: min(math.dist(rgb, other) for other in worn)))
+
+    lightness = rng.uniform(75, 225)
+    step = rng.uniform(18, 45) * rng.choice((-1, 1))
+    kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    colours = (colour(lightness), colour(lightness + step), colour(lightness - step))
+    return Background(kind, colours, seed=int(rng.integers(2**31)))
+
+
+@lru_cache(maxsize=256)
+def draw_background(background: Background, side: int) -> Image.Image:
+    """The transparent (alpha 0) background, RGBA, side x side pixels."""
+    rng = np.random.default_rng(background.seed)
+    kind, (a, b, c) = background.kind, background.colours
+    share = np.zeros((side, side, 1))  # of colour b against colour a
+    if kind == "gradient":
+        share += np.linspace(0, 1, side)[:, None, None]
+    if kind == "noise":
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
+        share += np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))[..., None] / 255
+    image = Image.fromarray((a + share * np.subtract(b, a)).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+
+    def box(left: float, top: float, right: float, bottom: float, rgb: RGB) -> None:
+        draw.rectangle([side * v for v in (left, top, right, bottom)], fill=rgb)
+
+    if kind in ("room", "window"):
+        floor, left = rng.uniform(0.70, 0.85), rng.uniform(0.03, 0.62)
+        box(0, floor, 1, 1, b)
+        box(0, floor - 0.012, 1, floor + 0.008, shade(b, 0.75))
+        if kind == "window":
+            box(left, 0.1, left + 0.34, 0.5, shade(c, 0.7))
+            for x in (left + 0.02, left + 0.18):
+                for y in (0.12, 0.31):
+                    box(x, y, x + 0.14, y + 0.17, mix(c, (190, 225, 250), 0.6))
+    elif kind == "stripes":
+        count, start, slant = rng.integers(4, 9), rng.uniform(0, 0.1), rng.uniform(-0.3, 0.3)
+        for i in range(-4, 2 * count + 4, 2):
+            x, w = start + i / (2 * count), 1 / (2 * count)
+            draw.polygon([side * v for v in (x, 0, x + w, 0, x + w + slant, 1, x + slant, 1)], fill=b)
+    elif kind == "shapes":
+        for rgb in (b, c, b, c, b):
+            x, y, r = rng.uniform((0, 0, 0.06), (1, 1, 0.2))
+            shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+            shape([side * v for v in (x - r, y - r, x + r, y + r)], fill=rgb)
+    image.putalpha(0)
+    return image
+
+
+def shade(rgb: RGB, factor: float) -> RGB:
+    """Darker for factors below 1, lighter above."""
+    return tuple(min(255, int(c * factor)) for c in rgb)
+
+
+def mix(a: RGB, b: RGB, share: float) -> RGB:
+    return tuple(int(x + share * (y - x)) for x, y in zip(a, b))
+
+
+# ---- Disguise -----------------------------------------------------------------------------------
 
 
 def smooth_field(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from demo.puppet import clip, motion, pose_of, random_puppet
+from demo.motion import motion
+from demo.puppet import clip, pose_of, random_puppet
 from poses.parts import body_parts, far_arm, fit_affine, fit_rotation, may_cover, near_hull
 from poses.pose import Pose, place_pose
 

@@ -6,9 +6,10 @@ import torch
 
 from checkpoint import DEMO
 from demo import pretrain_openpose
+from demo.motion import motion
 from demo.pool import stacked
 from demo.pretrain_openpose import PARTS, SIZES, body_batch, evaluate, face_batch, hand_batch, varied
-from demo.puppet import motion, pose_of, random_puppet, render
+from demo.puppet import pose_of, random_puppet, render
 from openpose import (
     HAND_MAP,
     OpenPose,

@@ -27,7 +27,8 @@ from beyond.pseudo import (
     unlikeness,
     without_people,
 )
-from demo.puppet import clip, motion, pose_of, random_puppet, render
+from demo.motion import motion
+from demo.puppet import clip, pose_of, random_puppet, render
 from metrics.figures import psnr
 from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor, move
 from poses.parts import body_parts, covered, latent_points, may_cover

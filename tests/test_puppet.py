@@ -5,17 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from demo.puppet import (
-    CLOTH_COLOURS,
-    DANCES,
-    HAIR_COLOURS,
-    State,
-    caption,
-    clip,
-    motion,
-    random_puppet,
-    render,
-)
+from demo.motion import DANCES, State, motion
+from demo.puppet import CLOTH_COLOURS, HAIR_COLOURS, caption, clip, random_puppet, render
 
 # arms out, mouth shut, looking straight ahead
 STAR = State(
