@@ -168,19 +168,18 @@ def _lifted(points) -> np.ndarray:
 
 
 class Skeleton(NamedTuple):
-    """The joints of a puppet in a state, in canvas units."""
+    """The points of a puppet in a state, in canvas units."""
 
-    neck: np.ndarray  # (2,)
     pelvis: np.ndarray  # (2,)
-    arms: np.ndarray  # (3, 2, 2): shoulders, elbows, wrists; right, left; x, y
-    legs: np.ndarray  # (4, 2, 2): hips, knees, ankles, toes; right, left; x, y
-    hands: np.ndarray  # (2, 21, 2)
-    head: Head
+    body: np.ndarray  # (18, 2), as in a `Pose`
+    toes: np.ndarray  # (2, 2)
+    hands: np.ndarray  # (2, 21, 2): right, left
     face: np.ndarray  # (70, 2)
+    head: Head
 
 
 def skeleton(puppet: Build, jaw: float, state: State) -> Skeleton:
-    """The joints and landmarks of a puppet; `jaw` runs from 0, pointed, to 1, square."""
+    """Where the points of a puppet are; `jaw` runs from 0, pointed, to 1, square."""
     sides = SIDES[:, None]
     hips = sides * puppet.hips * across(state.sway)
     knees = hips + puppet.thigh * down(SIDES * state.hip)
@@ -203,11 +202,14 @@ def skeleton(puppet: Build, jaw: float, state: State) -> Skeleton:
         """A paper puppet that turns about its pelvis only becomes narrower."""
         return points - (points - pelvis) * (1 - np.cos(state.body_turn), 0)
 
-    legs = turned(pelvis + [hips, knees, ankles, toes])
-    legs[3, :, 0] += 0.03 * np.sin(state.body_turn)  # toes that faced us point forward
     head = Head(turned(centre), puppet.head, tilt, state.turn, state.nod)
-    arms = np.stack([shoulders, elbows, wrists])
-    return Skeleton(turned(neck), pelvis, turned(arms), legs, turned(hands), head, _face(jaw, state, head))
+    face = _face(jaw, state, head)
+    arms, legs = np.stack([shoulders, elbows, wrists], axis=1), np.stack([hips, knees, ankles], axis=1)
+    limbs = turned(np.concatenate([[neck], *arms, *(pelvis + legs)]))
+    ears = head.solid([(side * 0.97, 0.0, -0.1) for side in SIDES])
+    body = np.concatenate([face[30:31], limbs, head.front([(side * 0.39, -0.07) for side in SIDES]), ears])
+    toes = turned(pelvis + toes) + (0.03 * np.sin(state.body_turn), 0)  # they point forward
+    return Skeleton(pelvis, body, toes, turned(hands), face, head)
 
 
 # Of the fingers from thumb to little: how far along the hand and how far towards the thumb the base sits, and the
@@ -232,10 +234,6 @@ def hands_of(wrists: np.ndarray, angle: np.ndarray, length: float, state: State)
     bones = bones[..., None] * down(angle[:, None] + sides * fan)
     fingers = np.cumsum([wrists[:, None] + length * bases, *bones], axis=0)  # (4, 2, 5, 2)
     return np.concatenate([wrists[:, None], np.moveaxis(fingers, 0, 2).reshape(2, 20, 2)], axis=1)
-
-
-EYES = [(side * 0.39, -0.07) for side in SIDES]  # in head units, as all that follows
-EARS = [(side * 0.97, 0.0, -0.1) for side in SIDES]
 
 
 def eye_outline(side: int, blink: float, points: int) -> np.ndarray:

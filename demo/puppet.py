@@ -11,21 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple, get_origin
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageDraw
+from PIL.ImageColor import getrgb
 
-from demo.motion import (
-    DANCES,
-    EARS,
-    EYES,
-    SIDES,
-    Build,
-    Head,
-    Skeleton,
-    State,
-    eye_outline,
-    motion,
-    skeleton,
-)
+from demo.motion import DANCES, SIDES, Build, Head, Skeleton, State, eye_outline, motion, skeleton
 from demo.scenery import RGB, Background, draw_background, mix, random_background, shade
 from poses.pose import Pose
 
@@ -35,7 +24,7 @@ LINE = 0.0035  # width of the darker outline that keeps crossing limbs apart
 
 def _palette(words: str) -> dict[str, RGB]:
     """Colours by the words that a caption says for them, from "red #cd2d30 orange #f08728 ..."."""
-    return {name: ImageColor.getrgb(code) for name, code in zip(words.split()[::2], words.split()[1::2])}
+    return {name: getrgb(code) for name, code in zip(words.split()[::2], words.split()[1::2])}
 
 
 CLOTH_COLOURS = _palette(
@@ -46,10 +35,8 @@ HAIR_COLOURS = _palette(
     "black #262022 brown #684228 blond #e8c46c red #c0421e grey #a0a0a4 blue #3c69cd pink #ee82b4"
 )
 HAIR_ODDS = (0.24, 0.22, 0.18, 0.18, 0.08, 0.05, 0.05)  # in the order of HAIR_COLOURS
-SKIN_TONES = tuple(
-    map(ImageColor.getrgb, "#ffe0c4 #f6ceac #eabc96 #deaa80 #c68e66 #a6704c #84563a #66422e".split())
-)
-EYE_COLOURS = tuple(map(ImageColor.getrgb, "#523422 #325aa0 #347850 #5a6068".split()))
+SKIN_TONES = tuple(map(getrgb, "#ffe0c4 #f6ceac #eabc96 #deaa80 #c68e66 #a6704c #84563a #66422e".split()))
+EYE_COLOURS = tuple(map(getrgb, "#523422 #325aa0 #347850 #5a6068".split()))
 HAIR_SHAPES = ("short", "long", "bob", "bun", "ponytail", "curly", "spiky", "bald")
 HAIR_SHAPE_ODDS = (0.22, 0.16, 0.12, 0.11, 0.11, 0.11, 0.11, 0.06)
 EAR_COVERING = ("long", "bob", "curly")
@@ -137,14 +124,9 @@ def caption(puppet: Puppet) -> str:
 def pose_of(puppet: Puppet, state: State, bones: Skeleton | None = None) -> Pose:
     """The pose that `render` gives, without the picture. Only ears can have score 0."""
     bones = bones or skeleton(puppet, puppet.jaw, state)
-    limbs = [limb[:3, i] for limb in (bones.arms, bones.legs) for i in range(2)]
-    eyes, ears = bones.head.front(EYES), bones.head.solid(EARS)
-    body = np.concatenate([bones.face[30:31], bones.neck[None], *limbs, eyes, ears])
-    parts = (
-        np.pad(points, ((0, 0), (0, 1)), constant_values=1)
-        for points in (body, bones.face, *bones.hands[::-1])
-    )
-    pose = Pose(*(part.astype(np.float32) for part in parts))
+    parts = (bones.body, bones.face, *bones.hands[::-1])
+    scored = (np.pad(part, ((0, 0), (0, 1)), constant_values=1) for part in parts)
+    pose = Pose(*(part.astype(np.float32) for part in scored))
     pose.body[16:, 2] = (SIDES * state.turn < 0.25) & (puppet.hair_shape not in EAR_COVERING)
     return pose
 
@@ -168,9 +150,9 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     _draw_back_hair(brush, puppet, bones.head)
     for side in far_to_near[:hidden]:
         _draw_arm(brush, puppet, bones, side)
-    _draw_legs(brush, puppet, bones.legs, far_to_near)
+    _draw_legs(brush, puppet, bones, far_to_near)
     _draw_torso(brush, puppet, bones, state.body_turn)
-    _draw_head(brush, puppet, state, bones.head, bones.face)
+    _draw_head(brush, puppet, state, bones)
     for side in far_to_near[hidden:]:
         _draw_arm(brush, puppet, bones, side)
     frame = np.asarray(canvas.convert("RGB").reduce(SUPERSAMPLE))
@@ -183,9 +165,8 @@ def clip(
 ) -> tuple[np.ndarray, list[Pose], np.ndarray]:
     """A dancing puppet: frames uint8 (F, size, size, 3), F poses, masks bool (F, size, size)."""
     puppet = random_puppet(identity_seed)
-    images, poses, masks = zip(
-        *(render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance))
-    )
+    drawn = (render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance))
+    images, poses, masks = zip(*drawn)
     return np.stack(images), list(poses), np.stack(masks)
 
 
@@ -238,21 +219,22 @@ def _arc(start: float, stop: float, points: int) -> np.ndarray:
 CIRCLE = _arc(0, 2 * np.pi, 33)
 
 
-def _draw_legs(brush: _Brush, puppet: Puppet, legs: np.ndarray, far_to_near: tuple[int, int]) -> None:
+def _draw_legs(brush: _Brush, puppet: Puppet, bones: Skeleton, far_to_near: tuple[int, int]) -> None:
+    legs = bones.body[8:14].reshape(2, 3, 2)
     radii = np.array((0.037, 0.027, 0.019)) * puppet.build
     thigh, _, shin = radii
     garment, cloth = puppet.lower_garment, puppet.lower.rgb
     for i in far_to_near:
-        _, knee, ankle, toe = legs[:, i]
+        (_, knee, ankle), toe = legs[i], bones.toes[i]
         brush.limb([ankle, toe], (0.018, 0.019), puppet.shoes, LINE)
         if garment == "trousers":
-            brush.limb(legs[:3, i], radii * (1, 1, 1.15), cloth, LINE)
+            brush.limb(legs[i], radii * (1, 1, 1.15), cloth, LINE)
         else:
-            brush.limb(legs[:3, i], radii, puppet.skin, LINE)
+            brush.limb(legs[i], radii, puppet.skin, LINE)
             sock = mix(puppet.shoes, (255, 255, 255), 0.6)
             brush.limb([_between(knee, ankle, 0.80), ankle], (shin * 1.1, shin), sock)
         brush.limb([_between(ankle, toe, 0.45), toe], (0.018, 0.019), puppet.shoes)
-    hips, hems = legs[0], _between(legs[0], legs[1], 0.72)
+    hips, hems = legs[:, 0], _between(legs[:, 0], legs[:, 1], 0.72)
     if garment == "shorts":
         for hip_and_hem in zip(hips, hems):
             brush.limb(hip_and_hem, (thigh * 1.05, thigh * 1.08), cloth, LINE)
@@ -266,9 +248,9 @@ def _draw_legs(brush: _Brush, puppet: Puppet, legs: np.ndarray, far_to_near: tup
 
 def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float) -> None:
     shirt, thick = puppet.shirt.rgb, puppet.build
-    down = (bones.pelvis - bones.neck) / puppet.torso
+    neck, right, left = bones.body[[1, 2, 5]]
+    down = (bones.pelvis - neck) / puppet.torso
     across = np.array([down[1], -down[0]])
-    right, left = bones.arms[0]
     slim = np.cos(body_turn)
     depth = np.hypot(slim, 0.5 * np.sin(body_turn)) / slim  # a body is half as deep as it is wide
 
@@ -278,11 +260,11 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float
         half = top + (hem - top) * share - 0.012 * np.sin(np.pi * share)
         half -= 0.004 * (puppet.lower_garment == "skirt")
         tilt = ((left - right) / (2 * puppet.shoulders) * (1 - share) + across * share * slim) * depth
-        middle = bones.neck + (0.008 + share * (puppet.torso + 0.002)) * down
+        middle = neck + (0.008 + share * (puppet.torso + 0.002)) * down
         return middle - half * tilt, middle + half * tilt
 
     right_edge, left_edge = zip(*map(edges, np.linspace(0, 1, 6)))
-    collar = bones.neck - 0.018 * down
+    collar = neck - 0.018 * down
     aside = 0.028 * slim * depth * across
     outline = np.array([collar - aside, collar + aside, *left_edge, *right_edge[::-1]])
     brush.polygon(outline, shirt, bones.pelvis - 0.5 * puppet.torso * down)
@@ -291,7 +273,7 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float
             (a, b), (c, d) = edges(share), edges(share + 0.095)
             brush.polygon([a, b, d, c], puppet.shirt_accent)
     if puppet.shirt_pattern == "emblem":
-        emblem = bones.neck + 0.36 * puppet.torso * down
+        emblem = neck + 0.36 * puppet.torso * down
         emblem = emblem + 0.5 * puppet.shoulders * np.sin(body_turn) * across
         brush.dot(emblem, 0.034, puppet.shirt_accent)
         brush.dot(emblem, 0.016, shirt)
@@ -300,11 +282,12 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float
     brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), shade(puppet.skin, 0.82))
 
 
-def _draw_head(brush: _Brush, puppet: Puppet, state: State, head: Head, face: np.ndarray) -> None:
+def _draw_head(brush: _Brush, puppet: Puppet, state: State, bones: Skeleton) -> None:
+    head, face = bones.head, bones.face
     skin, hair, line = puppet.skin, puppet.hair.rgb, shade(puppet.skin, 0.68)
     unit = puppet.head[0]  # head units to canvas units, for widths and radii
     if puppet.hair_shape not in EAR_COVERING:
-        for ear in head.solid(EARS):  # the far ear of a turned head vanishes behind the skull by itself
+        for ear in bones.body[16:]:  # the far ear of a turned head vanishes behind the skull by itself
             brush.dot(ear, 0.20 * unit + LINE, line)
             brush.dot(ear, 0.20 * unit, skin)
     skull = (0, -0.12) + (0.97, 0.88) * CIRCLE
@@ -384,9 +367,10 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
 
 
 def _draw_arm(brush: _Brush, puppet: Puppet, bones: Skeleton, i: int) -> None:
-    shoulder, elbow, wrist = bones.arms[:, i]
+    arm = bones.body[2:8].reshape(2, 3, 2)[i]
+    shoulder, elbow, wrist = arm
     radii = np.array((0.026, 0.020, 0.0145)) * puppet.build
-    brush.limb(bones.arms[:, i], radii, puppet.skin, LINE)
+    brush.limb(arm, radii, puppet.skin, LINE)
     _draw_hand(brush, bones.hands[i], puppet.skin)
     # The sleeve covers a share of the way from shoulder to wrist.
     upper = puppet.upper_arm / (puppet.upper_arm + puppet.forearm)

@@ -130,10 +130,9 @@ def random_scene(rng: np.random.Generator, size: int) -> np.ndarray:
         w, h = size * rng.lognormal(-2.3, 0.8, 2)
         colour = tuple(random_colour(rng).astype(int))
         kind = rng.integers(4)
-        if kind == 0:
-            draw.ellipse((x - w, y - h, x + w, y + h), fill=colour)
-        elif kind == 1:
-            draw.rectangle((x - w, y - h, x + w, y + h), fill=colour)
+        if kind < 2:
+            shape = draw.rectangle if kind else draw.ellipse
+            shape((x - w, y - h, x + w, y + h), fill=colour)
         elif kind == 2:
             corners = np.array([x, y]) + rng.uniform(-2, 2, (3, 2)) * (w, h)
             draw.polygon(corners.ravel().tolist(), fill=colour)
