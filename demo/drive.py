@@ -24,7 +24,7 @@ from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew, report
 from demo.motion import motion
 from demo.puppet import Puppet, clip, pose_of, random_puppet, render
 from metrics.figures import psnr
-from poses.pose import draw_pose, save_poses
+from poses.pose import draw_pose, is_seen, save_poses
 from poses.retarget import retarget
 from run import load_run
 
@@ -68,11 +68,13 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
         command = ["--poses", run / "poses.source.poses.json", "--run", run, "--fps", FPS, option]
         command += ["--ddim-steps", 20, "--out", run / f"{way}.mp4", *sample_options]
         result = sample.main(sampling_arguments(list(map(str, command))))
-        # Of the body without the ears, which hair may cover.
-        off = [np.linalg.norm((a.body - b.body)[:16, :2], axis=1) for a, b in zip(followed, true_poses)]
+        seen = (is_seen(a.body) & is_seen(b.body) for a, b in zip(followed, true_poses))
+        off = np.concatenate(
+            [(a.body - b.body)[both, :2] for a, b, both in zip(followed, true_poses, seen)]
+        )
         metrics["psnr" + suffix] = psnr(result, truth)
         metrics["psnr_person" + suffix] = psnr(result, truth, person)
-        metrics["pixels_off" + suffix] = SIZE * float(np.mean(off))
+        metrics["pixels_off" + suffix] = SIZE * float(np.linalg.norm(off, axis=1).mean(dtype=float))
         rows |= {f"{way} pose": [draw_pose(pose, SIZE, SIZE) for pose in followed], way: result}
     return metrics, rows
 

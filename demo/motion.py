@@ -151,20 +151,15 @@ class Head(NamedTuple):
         return self.centre + np.outer(x, across(-self.tilt)) + np.outer(y, down(-self.tilt))
 
     def solid(self, points) -> np.ndarray:
-        """(N, 3) head units on the head itself, turned and nodded with it -> (N, 2)."""
-        x, y, z = np.asarray(points, float).T
+        """Head units on the head itself, turned and nodded with it -> (N, 2).
+
+        Points are (N, 3), or (N, 2) on the front of the face, which are lifted onto the ball.
+        """
+        x, y, *depth = np.asarray(points, float).T
+        z = depth[0] if depth else np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))
         aside = x * np.cos(self.turn) + z * np.sin(self.turn)
-        depth = z * np.cos(self.turn) - x * np.sin(self.turn)
-        return self.flat(np.stack([aside, y * np.cos(self.nod) + depth * np.sin(self.nod)], axis=1))
-
-    def front(self, points) -> np.ndarray:
-        """(N, 2) head units on the front of the face, lifted onto the ball -> (N, 2)."""
-        return self.solid(_lifted(points))
-
-
-def _lifted(points) -> np.ndarray:
-    x, y = np.asarray(points, float).T
-    return np.stack([x, y, np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))], axis=1)
+        z = z * np.cos(self.turn) - x * np.sin(self.turn)
+        return self.flat(np.stack([aside, y * np.cos(self.nod) + z * np.sin(self.nod)], axis=1))
 
 
 class Skeleton(NamedTuple):
@@ -206,8 +201,8 @@ def skeleton(puppet: Build, jaw: float, state: State) -> Skeleton:
     face = _face(jaw, state, head)
     arms, legs = np.stack([shoulders, elbows, wrists], axis=1), np.stack([hips, knees, ankles], axis=1)
     limbs = turned(np.concatenate([[neck], *arms, *(pelvis + legs)]))
-    ears = head.solid([(side * 0.97, 0.0, -0.1) for side in SIDES])
-    body = np.concatenate([face[30:31], limbs, head.front([(side * 0.39, -0.07) for side in SIDES]), ears])
+    eyes, ears = [(side * 0.39, -0.07) for side in SIDES], [(side * 0.97, 0.0, -0.1) for side in SIDES]
+    body = np.concatenate([face[30:31], limbs, head.solid(eyes), head.solid(ears)])
     toes = turned(pelvis + toes) + (0.03 * np.sin(state.body_turn), 0)  # they point forward
     return Skeleton(pelvis, body, toes, turned(hands), face, head)
 
@@ -263,6 +258,5 @@ def _face(jaw: float, state: State, head: Head) -> np.ndarray:
     outer, inner, gap = np.linspace(-1, 1, 7), np.linspace(-0.8, 0.8, 5), 0.27 * state.mouth
     lips = [lip(outer, -0.075), lip(outer[5:0:-1], gap + 0.095)]
     lips += [lip(inner, -0.015), lip(inner[3:0:-1], gap + 0.015)]
-    brows = np.concatenate([brow - (0.40, 0), brow + (0.40, 0)])
-    front = _lifted(np.concatenate([*eyes, *lips, pupils]))
-    return head.solid(np.concatenate([chin, _lifted(brows), nose, nostrils, front]))
+    parts = (chin, brow - (0.40, 0), brow + (0.40, 0), nose, nostrils, *eyes, *lips, pupils)
+    return np.concatenate([head.solid(part) for part in parts])

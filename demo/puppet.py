@@ -109,8 +109,9 @@ def random_puppet(seed: int) -> Puppet:
     who["beard"] &= who["hair_shape"] in ("short", "bald", "spiky")
     for part, length in (("torso", 0.225), ("upper_arm", 0.128), ("forearm", 0.116)):
         who[part] *= length * size
-    worn = [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
-    background = random_background(rng, worn)
+    background = random_background(
+        rng, [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
+    )
     return Puppet(**who, thigh=0.168 * legs, shin=0.165 * legs, background=background)
 
 
@@ -186,9 +187,12 @@ class _Brush:
             self.polygon(points + LINE * np.sign(points - centre), shade(rgb, 0.68))
         self.draw.polygon(self.pixels(points), fill=rgb)
 
-    def dot(self, centre, radius: float, rgb: RGB) -> None:
-        (x, y), r = np.asarray(centre) * self.scale, radius * self.scale
-        self.draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
+    def dots(self, centres, radii, rgb: RGB) -> None:
+        """Discs around the centres (N, 2), with one radius for all or one for each."""
+        for (x, y), r in zip(
+            np.asarray(centres) * self.scale, np.broadcast_to(radii, len(centres)) * self.scale
+        ):
+            self.draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
 
     def stroke(self, points, width: float, rgb: RGB) -> None:
         pixels = max(1, round(width * self.scale))
@@ -202,8 +206,7 @@ class _Brush:
             along = (b - a) / (np.hypot(*(b - a)) + 1e-9)
             normal = np.array([-along[1], along[0]])
             self.polygon([a + ra * normal, b + rb * normal, b - rb * normal, a - ra * normal], rgb)
-        for point, radius in zip(points, radii):
-            self.dot(point, radius, rgb)
+        self.dots(points, radii, rgb)
 
 
 def _between(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
@@ -275,8 +278,8 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float
     if puppet.shirt_pattern == "emblem":
         emblem = neck + 0.36 * puppet.torso * down
         emblem = emblem + 0.5 * puppet.shoulders * np.sin(body_turn) * across
-        brush.dot(emblem, 0.034, puppet.shirt_accent)
-        brush.dot(emblem, 0.016, shirt)
+        brush.dots([emblem], 0.034, puppet.shirt_accent)
+        brush.dots([emblem], 0.016, shirt)
     # The neck and the neckline.
     brush.limb([collar + 0.006 * down, collar + 0.022 * down], (0.030, 0.024), puppet.skin)
     brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), shade(puppet.skin, 0.82))
@@ -287,23 +290,22 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, bones: Skeleton) -> 
     skin, hair, line = puppet.skin, puppet.hair.rgb, shade(puppet.skin, 0.68)
     unit = puppet.head[0]  # head units to canvas units, for widths and radii
     if puppet.hair_shape not in EAR_COVERING:
-        for ear in bones.body[16:]:  # the far ear of a turned head vanishes behind the skull by itself
-            brush.dot(ear, 0.20 * unit + LINE, line)
-            brush.dot(ear, 0.20 * unit, skin)
+        # The far ear of a turned head vanishes behind the skull by itself.
+        brush.dots(bones.body[16:], 0.20 * unit + LINE, line)
+        brush.dots(bones.body[16:], 0.20 * unit, skin)
     skull = (0, -0.12) + (0.97, 0.88) * CIRCLE
     brush.polygon(face[:17] + (0, LINE), line)
     brush.polygon(head.flat(skull * (1 + LINE / unit)), line)
     brush.polygon(face[:17], skin)
     brush.polygon(head.flat(skull), skin)
     if puppet.beard:
-        lip = head.front([(0.45, 0.42), (0.2, 0.37), (-0.2, 0.37), (-0.45, 0.42)])
+        lip = head.solid([(0.45, 0.42), (0.2, 0.37), (-0.2, 0.37), (-0.45, 0.42)])
         brush.polygon(np.concatenate([face[2:15], lip]), shade(hair, 0.9))
     else:
-        for cheek in head.front([(-0.55, 0.27), (0.55, 0.27)]):
-            brush.dot(cheek, 0.13 * unit, mix(skin, (225, 90, 80), 0.22))
+        brush.dots(head.solid([(-0.55, 0.27), (0.55, 0.27)]), 0.13 * unit, mix(skin, (225, 90, 80), 0.22))
 
     for side, pupil in zip(SIDES, face[68:]):
-        eye = head.front(eye_outline(side, state.blink, 16))
+        eye = head.solid(eye_outline(side, state.blink, 16))
         brush.polygon(eye, (252, 252, 250))
         if state.blink < 0.8:
             squeeze = (1, min(1, 1.25 * (1 - state.blink)))
@@ -324,7 +326,7 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, bones: Skeleton) -> 
     if puppet.glasses:
         rims = [(side * 0.40, -0.06) + 0.30 * CIRCLE for side in SIDES]
         for course in (*rims, [(-0.12, -0.10), (0.12, -0.10)]):
-            brush.stroke(head.front(course), 0.075 * unit, (38, 38, 46))
+            brush.stroke(head.solid(course), 0.075 * unit, (38, 38, 46))
     if puppet.hair_shape != "bald":
         _draw_front_hair(brush, puppet, head)
 
@@ -338,10 +340,10 @@ def _draw_front_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
         crown[1:-1:2] *= 1.16
     x = np.linspace(0.92, -0.92, 9)
     hairline = -puppet.fringe + 0.22 * puppet.parting * x + 0.38 * np.abs(x) ** 3
-    brush.polygon(np.concatenate([head.flat(crown), head.front(np.stack([x, hairline], axis=1))]), hair)
+    brush.polygon(np.concatenate([head.flat(crown), head.solid(np.stack([x, hairline], axis=1))]), hair)
     if shape == "curly":
-        for curl in head.flat((0, -0.10) + 1.02 * _arc(np.pi - 0.35, 2 * np.pi + 0.35, 11)):
-            brush.dot(curl, 0.27 * unit, hair)
+        curls = head.flat((0, -0.10) + 1.02 * _arc(np.pi - 0.35, 2 * np.pi + 0.35, 11))
+        brush.dots(curls, 0.27 * unit, hair)
     shine = head.flat((0, -0.05) + (0.82, 0.88) * _arc(np.pi * 1.25, np.pi * 1.5, 7))
     brush.stroke(shine, 0.07 * unit, mix(hair, (255, 255, 255), 0.25))
 
@@ -356,9 +358,9 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
             brush.limb(strand, (0.62 * unit, 0.46 * unit), dark)
         brush.polygon(head.flat([(-0.9, 0), (0.9, 0), (0.9, length), (-0.9, length)]), dark)
     if shape == "bun":
-        bun = head.flat([(-0.15 * np.sin(head.turn), -1.22)])[0]
-        brush.dot(bun, 0.44 * unit, dark)
-        brush.dot(bun, 0.36 * unit, puppet.hair.rgb)
+        bun = head.flat([(-0.15 * np.sin(head.turn), -1.22)])
+        brush.dots(bun, 0.44 * unit, dark)
+        brush.dots(bun, 0.36 * unit, puppet.hair.rgb)
     if shape == "ponytail":
         # It is tied at the back, so it comes out on the side that the face turns away from.
         side = -np.sin(head.turn) * 0.9 + (0.55 if puppet.parting > 0 else -0.55)
@@ -367,8 +369,7 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
 
 
 def _draw_arm(brush: _Brush, puppet: Puppet, bones: Skeleton, i: int) -> None:
-    arm = bones.body[2:8].reshape(2, 3, 2)[i]
-    shoulder, elbow, wrist = arm
+    arm = shoulder, elbow, wrist = bones.body[2:8].reshape(2, 3, 2)[i]
     radii = np.array((0.026, 0.020, 0.0145)) * puppet.build
     brush.limb(arm, radii, puppet.skin, LINE)
     _draw_hand(brush, bones.hands[i], puppet.skin)
@@ -390,6 +391,5 @@ def _draw_hand(brush: _Brush, hand: np.ndarray, skin: RGB) -> None:
     for radii, palm_radius, rgb in ((outline, 0.0125, shade(skin, 0.68)), (inside, 0.0100, skin)):
         for finger in (*hand[5:].reshape(4, 4, 2), hand[1:5]):
             brush.limb(finger, radii, rgb)
-        for point in palm:
-            brush.dot(point, palm_radius, rgb)
+        brush.dots(palm, palm_radius, rgb)
     brush.polygon([*hand[:2], *knuckles], skin)
