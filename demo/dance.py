@@ -44,10 +44,9 @@ def film(identity: int, motion: int, frames: int) -> tuple[np.ndarray, np.ndarra
 
 
 def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
-    """Trains on a puppet's clip and samples another dance; returns the figures and the sheet's rows.
+    """Trains on a puppet's clip and samples another dance, in the folder `run`, which is made anew.
 
-    Writes everything to `run`; an earlier dance there is replaced. Other options go on to
-    `sample.py`. Raises ValueError for a folder that holds anything else.
+    Returns the figures and the sheet's rows. The options go on to `sample.py`.
     """
     # It is the same puppet, not to be retargeted: proportions that differ would be mistakes of measuring.
     command = ["--poses", run / "poses.json", "--run", run, "--fps", FPS, "--no-retarget"]
@@ -76,9 +75,9 @@ def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, di
 
 
 def make_anew(run: Path, frames: np.ndarray, truth: np.ndarray) -> None:
-    """A folder of the clip's frames and the true video, with a note that the next demo may replace it.
+    """A folder of the clip's frames and the true video, in place of an earlier one.
 
-    Raises ValueError for a folder that holds anything and no such note.
+    A note in it says that it may be replaced. Raises ValueError for a folder without such a note.
     """
     note = run / "made_by_the_demo.txt"
     if run.exists() and any(run.iterdir()) and not note.exists():

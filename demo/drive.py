@@ -44,10 +44,9 @@ def unlike(subject: int) -> int:
 
 
 def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
-    """Trains on the subject and samples the driver's dance both ways; the figures and the sheet's rows.
+    """Trains on the subject and samples the driver's dance both ways, in the folder `run`, which is made anew.
 
-    Writes everything to `run`; an earlier pair there is replaced. Raises ValueError for a folder that
-    holds anything else.
+    Returns the figures and the sheet's rows. The options go on to `sample.py`.
     """
     frames, poses, _ = clip(subject, 2 * subject, TRAINING_FRAMES, SIZE)
     states = motion(2 * driver + 1, TARGET_FRAMES)

@@ -26,13 +26,12 @@ DANCES = ("facing", "turning", "crossed")  # the camera; to the sides; arms over
 
 @dataclass(frozen=True)
 class Build:
-    """The lengths of a puppet in canvas units, with the ranges that `random_puppet` draws them from.
-
-    The ranges of torso and arms are shares of the average."""
+    """The lengths of a puppet, with the ranges that `random_puppet` draws them from."""
 
     build: Annotated[float, 0.85, 1.2]  # thickness of the limbs, 1 on average
     head: Pair  # half-width and half-height
     neck: Annotated[float, 0.014, 0.026]
+    # The ranges of torso and arms are shares of the average.
     torso: Annotated[float, 0.95, 1.06]  # from the middle of the hips to the middle of the shoulders
     shoulders: Annotated[float, 0.072, 0.090]  # half the distance between the shoulder joints
     hips: Annotated[float, 0.040, 0.052]  # half the distance between the hip joints
@@ -118,9 +117,6 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
 
 def _plain(value: np.ndarray) -> float | tuple:
     return tuple(_plain(v) for v in value) if np.ndim(value) else float(value)
-
-
-# ---- Where the points are ------------------------------------------------------------------------
 
 
 def down(angle: float | np.ndarray) -> np.ndarray:

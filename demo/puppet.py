@@ -109,10 +109,8 @@ def random_puppet(seed: int) -> Puppet:
     who["beard"] &= who["hair_shape"] in ("short", "bald", "spiky")
     for part, length in (("torso", 0.225), ("upper_arm", 0.128), ("forearm", 0.116)):
         who[part] *= length * size
-    background = random_background(
-        rng, [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
-    )
-    return Puppet(**who, thigh=0.168 * legs, shin=0.165 * legs, background=background)
+    worn = [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
+    return Puppet(**who, thigh=0.168 * legs, shin=0.165 * legs, background=random_background(rng, worn))
 
 
 def caption(puppet: Puppet) -> str:
@@ -132,15 +130,10 @@ def pose_of(puppet: Puppet, state: State, bones: Skeleton | None = None) -> Pose
     return pose
 
 
-# ---- How it looks -------------------------------------------------------------------------------
-
-
 def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, Pose, np.ndarray]:
-    """Draw a puppet in a state.
+    """A puppet in a state: the frame, uint8 (size, size, 3), its pose, and its own pixels, bool (size, size).
 
-    Returns the frame, uint8 (size, size, 3); its pose, where only ears can have score 0; and the mask of the
-    puppet's own pixels, bool (size, size). Outside the mask and its soft edge the frame is the puppet's
-    background, the same in every state.
+    Outside this mask and its soft edge the frame is the puppet's background, the same in every state.
     """
     bones = skeleton(puppet, puppet.jaw, state)
     # The background is transparent and everything drawn is opaque: the alpha channel is the mask.
@@ -189,9 +182,8 @@ class _Brush:
 
     def dots(self, centres, radii, rgb: RGB) -> None:
         """Discs around the centres (N, 2), with one radius for all or one for each."""
-        for (x, y), r in zip(
-            np.asarray(centres) * self.scale, np.broadcast_to(radii, len(centres)) * self.scale
-        ):
+        radii = np.broadcast_to(radii, len(centres)) * self.scale
+        for (x, y), r in zip(np.asarray(centres) * self.scale, radii):
             self.draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
 
     def stroke(self, points, width: float, rgb: RGB) -> None:
