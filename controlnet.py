@@ -41,8 +41,7 @@ class ControlNet(nn.Module):
     """Residuals that make the UNet follow the control images.
 
     `ControlNet(config, hint_widths)(latents, timestep, context, hint, scale=1)`: the UNet's own inputs, and
-    - hint: (F, 3, s*H, s*W), the drawn poses, RGB in [0, 1]; or what `embed_hint` made of them, once for
-      all steps;
+    - hint: (F, C, H, W), what `embed_hint` made of the drawn poses, once for all steps;
     - scale: the control scale, a factor on every residual.
 
     Yields one residual for each of the UNet's skips, fine to coarse (12 in SD 1.5), and the middle's last.
@@ -85,8 +84,6 @@ class ControlNet(nn.Module):
         def residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
             return by_frames(lambda x: conv(x) * scale, x)
 
-        if hint.shape[1] == 3:
-            hint = self.embed_hint(hint)
         x = by_frames(lambda x, hint: self.conv_in(x) + hint, x, hint)
         yield residual(x, next(residual_convs))
         for block in self.down_blocks:
@@ -96,5 +93,5 @@ class ControlNet(nn.Module):
         yield residual(self.mid_block(x, time, context), self.controlnet_mid_block)
 
     def embed_hint(self, hint: Tensor) -> Tensor:
-        """Control images (F, 3, s*H, s*W) -> what is added to the first feature map: (F, C, H, W)."""
+        """Control images (F, 3, s*H, s*W), RGB in [0, 1] -> what is added to the first map: (F, C, H, W)."""
         return by_frames(self.controlnet_cond_embedding, hint)

@@ -187,7 +187,7 @@ def predict_noise(
 ) -> Tensor:
     """The noise that UNet and ControlNet see in latents (F, C, h, w), float32 alike.
 
-    hints: control images (F, 3, H, W) in [0, 1], or their embeddings; context: (tokens, context_dim).
+    hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
     """
     x = latents.to(**network_inputs(model))
     if isinstance(hints, Tensor):
@@ -276,8 +276,7 @@ def invert(
 ) -> list[Tensor]:
     """DDIM inversion of the reference frame: its way from image to noise.
 
-    latent: (1, C, h, w), encoded; hint: its own control image (1, 3, H, W), or what `embed_hints` made of
-    it; context: the source prompt's.
+    latent: (1, C, h, w), encoded; hint: what `embed_hints` makes of its own pose; context: the source prompt's.
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
     The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay
@@ -395,10 +394,10 @@ def sample(
 ) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
-    latents: (F, C, h, w), the noise; hints: control images (F, 3, H, W), or what `embed_hints` made of them;
-    context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
-    prompt's, and doubles the cost of the steps it counts for: all, as in the paper, or those down to the timestep
-    `guidance_until`, after which the scale is 1 (Kynkäänniemi et al., 2024, guide in such an interval).
+    latents: (F, C, h, w), the noise; hints: what `embed_hints` makes of the poses; context: the target prompt's.
+    A guidance scale other than 1 also needs `empty_context`, the empty prompt's, and doubles the cost of the steps
+    it counts for: all, as in the paper, or those down to the timestep `guidance_until`, after which the scale is 1
+    (Kynkäänniemi et al., 2024, guide in such an interval).
     `before_step(latents, step)` is called before each step, counted from 1, and may change the latents in place.
     `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
     """
@@ -409,7 +408,7 @@ def sample(
 
     def place_hints() -> Tensor | Offloaded:
         """The hints where the way that is tried now wants them."""
-        outside = slicing[0].offload and hints.shape[1] != 3
+        outside = slicing[0].offload
         if outside not in placed:
             placed.clear()
             placed[outside] = Offloaded(hints, inputs["device"]) if outside else hints.to(**inputs)

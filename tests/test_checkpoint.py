@@ -259,7 +259,7 @@ def test_diffusers_and_transformers_read_a_saved_model(model, saved):
     tokens = loaded.tokenizer("a red hat")
     context = loaded.text_encoder(tokens)
     latents, hint = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 64, 64)
-    control = list(loaded.controlnet(latents, 501, context, hint))
+    control = list(loaded.controlnet(latents, 501, context, loaded.controlnet.embed_hint(hint)))
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(saved / "tokenizer")
     encoded = tokenizer("a red hat", padding="max_length", return_tensors="pt").input_ids

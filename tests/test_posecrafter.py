@@ -50,9 +50,10 @@ def model() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> dict[str, torch.Tensor]:
+def oracle(model) -> dict[str, torch.Tensor]:
     tensors = load_file(ORACLE)
     clip = {name: t[0].transpose(0, 1) for name, t in tensors.items() if t.ndim == 5}
+    clip["hint"] = model.controlnet.embed_hint(clip["hint"]).detach()
     return tensors | clip | {name: tensors[name][0] for name in ("context", "uncond")}
 
 
@@ -60,7 +61,7 @@ def a_clip(frames: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
     """Latents, hints and a context for the small model."""
     random = torch.Generator().manual_seed(seed)
     latents = torch.randn(frames, 4, 8, 8, generator=random)
-    hints = torch.rand(frames, 3, 64, 64, generator=random)
+    hints = torch.randn(frames, 32, 8, 8, generator=random)
     return latents, hints, torch.randn(7, 24, generator=random)
 
 
