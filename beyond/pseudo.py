@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from beyond.body import body_parts, covered, may_cover
 from posecrafter import (
     PAPER,
     Edits,
@@ -35,7 +36,7 @@ from posecrafter import (
     image_tensor,
     move,
 )
-from poses.parts import body_parts, covered, fit_affine, latent_points, may_cover
+from poses.parts import fit_affine, latent_points
 from poses.pose import Pose, is_seen
 
 # ---- What is behind the person ------------------------------------------------------------------
@@ -374,6 +375,6 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
 
 # The body's parts moved once, after a fifth of the steps, which scores best on puppets. The key frame is replayed,
 # which scores better too (docs/BEYOND.md).
-BODY = Method("body", parts="body", edit_step=None, replay=True)
-HELD = Method("held", parts="body", edit_step=None, editor=hold_to_pseudo_video, replay=True)
+BODY = Method("body", parts=body_parts, edit_step=None, replay=True)
+HELD = Method("held", parts=body_parts, edit_step=None, editor=hold_to_pseudo_video, replay=True)
 METHODS = {method.name: method for method in (PAPER, BODY, HELD)}

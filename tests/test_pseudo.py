@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_parts import standing
 
+from beyond.body import body_parts, covered, may_cover
 from beyond.pseudo import (
     ALIKE,
     LENT,
@@ -30,7 +31,7 @@ from beyond.pseudo import (
 from demo.puppet import clip, motion, pose_of, random_puppet, render
 from metrics.figures import psnr
 from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor, move
-from poses.parts import body_parts, covered, latent_points, may_cover
+from poses.parts import latent_points
 from poses.pose import Pose, place_pose
 
 # ---- What is behind the person
@@ -297,7 +298,7 @@ def trajectory(noise: float) -> list[torch.Tensor]:
 
 def a_scene(reference_pose: Pose = DOWN, edit_step: int = 2, steps=None) -> Scene:
     run = SimpleNamespace(frames=None, poses=[reference_pose])
-    return Scene(None, run, 0, [OUTWARDS], steps or trajectory(0.5), "body", edit_step, 3)
+    return Scene(None, run, 0, [OUTWARDS], steps or trajectory(0.5), body_parts, edit_step, 3)
 
 
 def held(monkeypatch, scene: Scene, pseudo: torch.Tensor, known: bool = True) -> Edits:
