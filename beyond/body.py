@@ -61,6 +61,7 @@ TRUNK = [
     Row("face", "face", FACE, 3, 0.0),
 ]
 ARMS = {"right": arm("right", 2, WRISTS["right"]), "left": arm("left", 5, WRISTS["left"])}
+NAMES = {row.name for row in (HAIR, *TRUNK, *ARMS["right"], *ARMS["left"])}
 
 
 def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:

@@ -5,8 +5,8 @@ Here its parts are moved first. The person is cut out of the training frames, wh
 put before their background as each target pose has it: limb by limb, finger by finger (`pseudo_video`). Cut paper
 has no folds and tears at the joints. So it is not the result, but what sampling is held to
 (`hold_to_pseudo_video`): from a fifth of the steps on, before each but the last few, latents become the moved
-ones, with the reference's own noise moved along. What is neither part nor background is the networks', and in the
-end so is all that they made differently (`restore`).
+ones, with the reference's own noise moved along. The networks make what is neither part nor background, and keep
+what they made differently in the end (`restore`).
 """
 
 import math
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from beyond.body import body_parts, covered, may_cover
+from beyond.body import NAMES, body_parts, covered, may_cover
 from posecrafter import (
     PAPER,
     Edits,
@@ -36,7 +36,7 @@ from posecrafter import (
     image_tensor,
     move,
 )
-from poses.parts import fit_affine, latent_points
+from poses.parts import Part, fit_affine, point_pairs
 from poses.pose import Pose, is_seen
 
 # ---- What is behind the person ------------------------------------------------------------------
@@ -47,17 +47,11 @@ def bodies(poses: Sequence[Pose], height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))[:, None]
 
 
-def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """Where frames show nobody, nor anybody within two pixels: latents show a neighbour too, and hair may reach
-    further than keypoints tell.
+def empty_places(people: Tensor) -> Tensor:
+    """Where there are no people within two pixels: booleans (F, 1, h, w), of `bodies` alike.
 
-    Booleans (F, 1, height, width), in latent pixels.
+    Latents show a neighbour too, and hair may reach further than keypoints tell.
     """
-    return nobody_near(bodies(poses, height, width))
-
-
-def nobody_near(people: Tensor) -> Tensor:
-    """Where there are no people within two pixels: booleans (F, 1, h, w) alike."""
     return max_around(people.float(), 2) == 0
 
 
@@ -70,8 +64,15 @@ def max_around(images: Tensor, reach: int) -> Tensor:
     return F.max_pool2d(rows, (2 * reach + 1, 1), 1, (reach, 0))
 
 
-# How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
-# by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
+def mean_of_empty(images: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where images (F, C, h, w) are empty (F, 1, h, w), in how many frames (1, h, w), and their mean (C, h, w)."""
+    empty = empty_places(bodies(poses, *images.shape[-2:])).to(images)
+    count = empty.sum(dim=0)
+    return empty, count, (images * empty).sum(dim=0) / count.clamp(min=1)
+
+
+# The largest change of a background that counts as still. A dancer's before a tripod changes by .002 at most, that
+# of a camera that trembles by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
 STILL = 0.004
 
 
@@ -82,13 +83,11 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
     `factor` pixels, which are a latent pixel. Infinite where no place can be compared.
     """
     images = F.avg_pool2d(image_tensor(frames), factor)
-    empty = empty_places(poses, *images.shape[-2:])
-    seen = empty.sum(dim=0)
-    compared = seen[0] > 1
+    empty, count, mean = mean_of_empty(images, poses)
+    compared = count[0] > 1
     if not compared.any():
         return math.inf
-    mean = (images * empty).sum(dim=0) / seen.clamp(min=1)
-    variance = ((images - mean).square() * empty).sum(dim=0) / (seen - 1).clamp(min=1)
+    variance = ((images - mean).square() * empty).sum(dim=0) / (count - 1).clamp(min=1)
     own = images.var(dim=(0, 2, 3)).mean().clamp(min=1e-6)
     return (variance[:, compared].mean() / own).item()
 
@@ -100,81 +99,72 @@ def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tens
     always stands, which is a guess. Raises ValueError where no frame is empty anywhere (their `background_change`
     is infinite).
     """
-    empty = empty_places(poses, *latents.shape[-2:]).to(latents)
-    seen = empty.sum(dim=0)
-    behind, shown = (latents * empty).sum(dim=0) / seen.clamp(min=1), seen > 0
-    known = shown.to(latents)
+    _, count, behind = mean_of_empty(latents, poses)
+    known = (count > 0).to(latents)
     if not known.any():
         raise ValueError("people, or where they may be, fill all frames: there is no background")
     while not known.all():
         share = F.avg_pool2d(known, 3, 1, 1)
         around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
         behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
-    return behind, shown
+    return behind, count > 0
 
 
 def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Tensor:
     """Where poses leave the background to be seen: booleans (M, 1, h, w), in latent pixels.
 
-    That is where it is `known`, (1, h, w), and nobody is within two pixels, see `empty_places`; and, known or
-    guessed, what the reference's body covers and a pose's does not.
+    That is where it is `known`, (1, h, w), and empty, see `empty_places`; and, known or guessed, what the
+    reference's body covers and a pose's does not.
     """
     height, width = known.shape[1:]
     people = bodies(poses, height, width).to(known)
     left = torch.from_numpy(covered(reference_pose, height, width) > 0).to(known) & ~people
-    return left | (nobody_near(people) & known)
+    return left | (empty_places(people) & known)
 
 
 # ---- The person, moved --------------------------------------------------------------------------
 
-# What any training frame may lend: some parts, the landmarks that tell where they look most alike, and what they
-# are joined to, and so always partly behind or before.
+# What any training frame may lend: some parts, the landmarks that tell where they look most alike, and the parts
+# that they are joined to, and so always partly behind or before.
 LENT = {
-    "head": (("hair", "head"), "face", ("torso",)),
-    "face": (("face",), "face", ("hair", "head", "torso")),
-} | {
-    hand: ((hand, fingers), hand, (forearm,))
-    for hand, fingers, forearm in (
-        ("left_hand", "left_fingers", "left_forearm"),
-        ("right_hand", "right_fingers", "right_forearm"),
-    )
+    "head": ({"hair", "head"}, "face", {"torso"}),
+    "face": ({"face"}, "face", {"hair", "head", "torso"}),
+    "left_hand": ({"left_hand", "left_fingers"}, "left_hand", {"left_forearm"}),
+    "right_hand": ({"right_hand", "right_fingers"}, "right_hand", {"right_forearm"}),
 }
-# How much a pixel of a person differs from the background, where white is 1: from not at all to surely.
+# How much a pixel differs from the background (white is 1): below, it is not the person; above, it surely is.
 DIFFERENCE = 0.03, 0.09
 
+Masks = Mapping[str, np.ndarray]
 
-def part_masks(pose: Pose, height: int, width: int) -> dict[str, np.ndarray]:
-    """The pixels of a body's parts by name: booleans (height, width)."""
-    masks = {}
+
+def part_masks(pose: Pose, height: int, width: int) -> Masks:
+    """The pixels of a body's parts by name: booleans (height, width), all False for a part that is not there."""
+    masks = {name: np.zeros((height, width), bool) for name in NAMES}
     for part in body_parts(pose, pose, height, width):
         x, y = part.pixels[part.weight > 0.5].T
-        masks.setdefault(part.name, np.zeros((height, width), bool))[y, x] = True
+        masks[part.name][y, x] = True
     return masks
 
 
-def union(masks: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
-    """The pixels of any of some masks: booleans (height, width)."""
-    return np.logical_or.reduce([np.zeros((height, width), bool), *masks])
+def union(masks: Masks, names: Iterable[str]) -> np.ndarray:
+    """The pixels of any of the parts of these names: booleans (height, width)."""
+    return np.logical_or.reduce([masks[name] for name in names])
 
 
-def cut_out(
-    image: Tensor, behind: Tensor, known: Tensor, pose: Pose, masks: Mapping[str, np.ndarray] | None = None
-) -> Tensor:
+def cut_out(image: Tensor, behind: Tensor, known: Tensor, masks: Masks) -> Tensor:
     """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
 
     behind: the background, a like image; known: where it is, rather than guessed, booleans (1, H, W). There the
     person is all that differs from it, and what is well inside the body, however alike. Elsewhere it is what has
-    rather the colours found inside the body than those of the background. masks: `part_masks`, where at hand.
+    rather the colours found inside the body than those of the background. masks: the `part_masks`.
     """
     height, width = image.shape[1:]
     difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
     low, high = DIFFERENCE
     differs = ((difference - low) / (high - low)).clamp(0, 1)
-    masks = masks or part_masks(pose, height, width)
-    narrow = (masks[name] for name in masks.keys() - {"hair"})  # hair's is wide
-    body = union(narrow, height, width)
-    rim = max(height, width) // 32
-    inside = 1 - max_around(1 - torch.from_numpy(body).float()[None], rim)
+    body = torch.from_numpy(union(masks, NAMES - {"hair"}))  # hair's is wide
+    inside = 1 - max_around(1 - body.float()[None], max(height, width) // 32)
 
     bins = (image * 15.99).long()
     bins = (bins[0] * 16 + bins[1]) * 16 + bins[2]
@@ -189,16 +179,12 @@ def cut_out(
     return torch.where(known, differs, likely).maximum(inside)
 
 
-def hidden(
-    pose: Pose, lent: str, height: int, width: int, masks: Mapping[str, np.ndarray] | None = None
-) -> float:
+def hidden(pose: Pose, lent: str, masks: Masks) -> float:
     """The share of lent parts' pixels where other parts of the body are, plus that of their landmarks that lie
-    outside the frame; 1 where they are not seen. masks: `part_masks`, where at hand.
+    outside the frame; 1 where they are not seen.
     """
     names, told_by, joined = LENT[lent]
-    masks = masks or part_masks(pose, height, width)
-    own = union((masks[name] for name in masks.keys() & names), height, width)
-    others = union((masks[name] for name in masks.keys() - {*names, *joined}), height, width)
+    own, others = union(masks, names), union(masks, NAMES - names - joined)
     landmarks = getattr(pose, told_by)
     points = landmarks[is_seen(landmarks), :2]
     if not (own.any() and len(points)):
@@ -210,14 +196,38 @@ def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int
     """How far one set of landmarks (K, 3) is from another after the best affine map, as a share of its size, and
     the share of them that the other lacks. Infinite where there is no map.
     """
-    both = is_seen(landmarks) & is_seen(other)
-    here, there = (latent_points(each[both], height, width) for each in (landmarks, other))
+    here, there, both = point_pairs(landmarks, other, height, width)
+    here, there = here[both], there[both]
     to_here = fit_affine(there, here)
     if to_here is None:
         return math.inf
     off = there @ to_here[:, :2].T + to_here[:, 2] - here
     missing = (is_seen(landmarks).sum() - both.sum()) / len(landmarks)
     return float(np.sqrt((off**2).sum(axis=1).mean()) / np.ptp(here, axis=0).max() + missing)
+
+
+def lenders(
+    target: Pose, poses: Sequence[Pose], costs: Sequence[Mapping[str, float]], height: int, width: int
+) -> dict[str, int]:
+    """The training frame that each lent part comes from, by the part's name: the most like, and the least hidden.
+
+    costs: how far each frame hides what it could lend, by keys of `LENT`.
+    """
+    frames = {}
+    for lent, (names, told_by, _) in LENT.items():
+        wanted = getattr(target, told_by)
+        unlike = (unlikeness(wanted, getattr(pose, told_by), height, width) for pose in poses)
+        sums = [each + cost[lent] for each, cost in zip(unlike, costs)]
+        if np.isfinite(sums).any():
+            frames |= dict.fromkeys(names, int(np.argmin(sums)))
+    return frames
+
+
+def by_name(parts: Iterable[Part]) -> dict[str, list[Part]]:
+    named = {}
+    for part in parts:
+        named.setdefault(part.name, []).append(part)
+    return named
 
 
 def pseudo_video(
@@ -231,59 +241,42 @@ def pseudo_video(
     """The person of the training frames, uint8 (N, H, W, 3), in M target poses: uint8 (M, H, W, 3); and where that
     shows the person or the background, and not what is guessed, booleans (M, 1, h, w).
 
-    All parts are the `reference` frame's, but for head and hands: each is taken from the frame where its landmarks
-    are most like the target's, and least hides it. So a mouth that is open in one training frame can open, and
-    a hand before a shirt be one that was seen before the wall. behind: the background, uint8 (H, W, 3); known:
-    where it is, rather than guessed, booleans (1, h, w), of latent pixels.
+    All parts are the `reference` frame's, but for head and hands, see `lenders`. So a mouth that is open in one
+    training frame can open, and a hand before a shirt be one that was seen before the wall. behind: the background,
+    uint8 (H, W, 3); known: where it is, rather than guessed, booleans (1, h, w), of latent pixels.
     """
-    height, width = behind.shape[:2]
-    background = image_tensor(behind)[0]
-    latent_size, shown = known.shape[1:], known.repeat(len(targets), 1, 1, 1)
-    known = F.interpolate(known[None].float().cpu(), (height, width))[0] > 0
-    ones = torch.ones(1, height, width)  # moved along with the colours: they tell where parts went
+    size = behind.shape[:2]
+    background, ones = image_tensor(behind)[0], torch.ones(1, *size)
+    shown, latent_size = known.repeat(len(targets), 1, 1, 1), known.shape[1:]
+    known = F.interpolate(known[None].float().cpu(), size)[0] > 0
 
     @cache
     def cut(frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A frame with a fourth channel of ones (4, H, W); the person in it, see `cut_out`; and the person's head
-        alone, since the wide parts of the head contain some of the rest of the body.
+        """A frame (4, H, W), whose fourth channel of ones is moved along and tells where parts went; the person in
+        it, see `cut_out`; and the person's head alone, whose wide parts contain some of the rest of the body.
         """
-        image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], height, width)
-        person = cut_out(image, background, known, poses[frame], masks)
-        others = (masks[name] for name in masks.keys() - {"hair", "head", "face"})
-        rest = torch.from_numpy(union(others, height, width))
+        image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], *size)
+        person = cut_out(image, background, known, masks)
+        rest = torch.from_numpy(union(masks, NAMES - {"hair", "head", "face"}))
         return torch.cat([image, ones]), person, person.masked_fill(rest, 0)
 
-    unseen = {lent: [] for lent in LENT}
+    costs = []
     for pose in poses:
-        masks = part_masks(pose, height, width)
-        for lent, costs in unseen.items():
-            costs.append(hidden(pose, lent, height, width, masks))
+        masks = part_masks(pose, *size)
+        costs.append({lent: hidden(pose, lent, masks) for lent in LENT})
 
-    def lender(lent: str, target: Pose) -> int:
-        _, told_by, _ = LENT[lent]
-        wanted = getattr(target, told_by)
-        costs = [
-            unlikeness(wanted, getattr(pose, told_by), height, width) + cost
-            for pose, cost in zip(poses, unseen[lent])
-        ]
-        return int(np.argmin(costs)) if np.isfinite(costs).any() else reference
-
-    video = np.empty((len(targets), height, width, 3), np.uint8)
+    video = np.empty((len(targets), *size, 3), np.uint8)
     for i, target in enumerate(tqdm(targets, desc="moving parts", leave=False)):
-        frame_of = {name: lender(lent, target) for lent in LENT for name in LENT[lent][0]}
-        moved = {
-            frame: list(body_parts(target, poses[frame], height, width))
-            for frame in {reference, *frame_of.values()}
-        }
-        canvas = torch.cat([background, torch.zeros_like(ones)])
-        far_to_near = dict.fromkeys(p.name for p in body_parts(target, target, height, width))
-        for name in far_to_near:
-            # The lender, unless no map takes this part from there.
-            frames_to_try = frame_of.get(name, reference), reference
-            found = ((f, [part for part in moved[f] if part.name == name]) for f in frames_to_try)
-            frame, parts = next((pair for pair in found if pair[1]), (reference, []))
+        frame_of = lenders(target, poses, costs, *size)
+        lending = {reference, *frame_of.values()}
+        moved = {frame: by_name(body_parts(target, poses[frame], *size)) for frame in lending}
+        canvas = torch.cat([background, 0 * ones])
+        for name in by_name(body_parts(target, target, *size)):  # from far to near
+            frame = frame_of.get(name, reference)
+            if name not in moved[frame]:  # no map takes this part from there
+                frame = reference
             image, person, head = cut(frame)
-            for part in parts:
+            for part in moved[frame].get(name, ()):
                 move(canvas, image, part, head if name in ("hair", "head") else person)
         video[i] = (canvas[:3] * 255).round().byte().permute(1, 2, 0).numpy()
         shown[i] |= (F.adaptive_max_pool2d(canvas[3:], latent_size) > 0.5).to(shown)
@@ -311,8 +304,8 @@ HELD_UNTIL = 100
 # put the reference's hair there.
 GUESS_HELD_UNTIL = 500
 
-# How far finished latents are from those they were held to, where their own variance is about 1: nearer than the
-# first they are nothing else, further than the second something else.
+# Distances of finished latents from the pseudo video's, where their own variance is about 1: below the first, they
+# become the pseudo video's; above the second, they stay.
 ALIKE = 0.3, 0.5
 
 
@@ -320,8 +313,8 @@ def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
     """Where finished latents (M, C, h, w) are nearly the pseudo video's, makes them so, in place.
 
     share: (M, 1, h, w), how far, from 0 to 1. Networks do not find the last shade of a still background again, nor
-    the edge of a curl, and leave blotches where they had to; what they made anew, they made for a reason. How far
-    the two are is a root mean square over channels and 3x3 pixels, see ALIKE.
+    the edge of a curl, and leave blotches where they had to; what they made anew, they made for a reason. The
+    distance is a root mean square over channels and 3x3 pixels, see ALIKE.
     """
     squares = (latents.float() - pseudo.float()).square().mean(dim=1, keepdim=True)
     distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()

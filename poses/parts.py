@@ -21,6 +21,14 @@ def latent_points(part: np.ndarray, height: int, width: int) -> np.ndarray:
     return part[:, :2].astype(np.float64) * (width, height) - 0.5
 
 
+def point_pairs(
+    part: np.ndarray, other: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same keypoints (K, 3) of two poses in pixels, each (K, 2), and which are seen in both: booleans (K,)."""
+    here, there = (latent_points(points, height, width) for points in (part, other))
+    return here, there, is_seen(part) & is_seen(other)
+
+
 def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
     """The least-squares affine map A (2, 3) with target ~ A[:, :2] @ source + A[:, 2]; points are (K, 2).
 
@@ -120,9 +128,7 @@ def face_and_hands(pose: Pose, other: Pose, height: int, width: int) -> Iterator
     A part that is not seen in both poses, or whose map is degenerate (see `fit_affine`), is left out.
     """
     for name in ("face", "left_hand", "right_hand"):
-        here, there = getattr(pose, name), getattr(other, name)
-        both = is_seen(here) & is_seen(there)
-        here, there = (latent_points(part[both], height, width) for part in (here, there))
-        to_other = fit_affine(here, there)
+        here, there, both = point_pairs(getattr(pose, name), getattr(other, name), height, width)
+        to_other = fit_affine(here[both], there[both])
         if to_other is not None:
-            yield Part(name, to_other, here, reach=1.0, soft=False, size=(height, width))
+            yield Part(name, to_other, here[both], reach=1.0, soft=False, size=(height, width))
