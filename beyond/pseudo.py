@@ -242,8 +242,8 @@ def pseudo_video(
     shows the person or the background, and not what is guessed, booleans (M, 1, h, w).
 
     All parts are the `reference` frame's, but for head and hands, see `lenders`. So a mouth that is open in one
-    training frame can open, and a hand before a shirt be one that was seen before the wall. behind: the background,
-    uint8 (H, W, 3); known: where it is, rather than guessed, booleans (1, h, w), of latent pixels.
+    training frame can open, and a hand before a shirt be one that was seen before the wall. behind: the
+    background, uint8 (H, W, 3); known: where it is no guess, booleans (1, h, w), of latent pixels.
     """
     size = behind.shape[:2]
     background, ones = image_tensor(behind)[0], torch.ones(1, *size)

@@ -1,12 +1,9 @@
 """One person's motion in another one's proportions: `retarget(driver, subject, aspect)`.
 
-A driver who is built differently asks the model for a body that it has not seen in training, and the
-subject's face and figure give way (the paper's supplement, Fig. 3c). Here every bone keeps the direction
-that the driver gives it and takes the length that it has in the subject; face and hands keep their shape
-and take the subject's size; feet stand where the subject's stand.
-
-Inside, points are (x, y) in canvas heights, so that lengths do not depend on the canvas's shape, and
-missing ones are nan.
+The model has seen no other proportions in training: the subject's face and figure would give way (the paper's
+supplement, Fig. 3c). So bones keep the driver's directions and take the subject's lengths; face and hands keep their
+shapes and take the subject's size; feet stand where the subject's stand. Inside, points are (x, y) in canvas heights
+and missing ones are nan.
 """
 
 from collections.abc import Sequence
@@ -21,9 +18,8 @@ NOSE, NECK, EYES, EARS = 0, 1, [14, 15], [16, 17]
 SHOULDERS, WRISTS, HIPS, ANKLES = [2, 5], [4, 7], [8, 11], [10, 13]
 HEAD, PELVIS, JOINTS = 18, 19, 20
 
-# The tree: each joint's parent and the bone between them, parents first. Left and right share a bone.
-# The head is one piece. Through the pelvis, the torso's length and the hips' width have ratios of their
-# own: somebody with narrow hips need not have a short back.
+# Each joint's parent and the bone between them, parents first. Left and right share a bone, and the head is one
+# piece. Torso and hips have ratios of their own: somebody with narrow hips need not have a short back.
 TREE: dict[int, tuple[int, str]] = {
     HEAD: (NECK, "neck"),
     **{joint: (HEAD, "head") for joint in (NOSE, *EYES, *EARS)},
@@ -38,24 +34,20 @@ TREE: dict[int, tuple[int, str]] = {
 
 JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
 PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
-# A bone that points at the camera looks short, so medians depend on what the dance was; the longest that
-# a bone ever looks depends on how many frames there are, and on the detector's mistakes. Between parts of
-# one real dance, where every ratio should be 1, arms and legs are 10 % off with the median, 6 % with the
-# upper quartile, 8 % with the maximum.
+# The quantile of a bone's lengths that counts as its length: bones that point at the camera look short, detectors'
+# mistakes look long. Between parts of one real dance, where every ratio should be 1, arms and legs are 10 % off with
+# the median, 6 % with the upper quartile, 8 % with the maximum.
 LENGTH = 0.75
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
-# Feet are on the ground for most of a clip and above it for the rest: the height of the lower foot that
-# three quarters of the frames do not go below is the ground's, and no single mistake of a detector's.
+# The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
 GROUND = 0.75
 
 
 def retarget(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> list[Pose]:
     """The driver's poses, frame by frame, as the subject would take them.
 
-    `driver` and `subject` are poses on one canvas of width / height = `aspect`, for example the
-    poses to follow and those of the training frames. What the driver misses stays missing. A driver
-    with the subject's proportions comes back unchanged, apart from `_placement`.
-
+    Both are poses on one canvas of width / height = `aspect`. What the driver misses stays missing. A driver with
+    the subject's proportions comes back unchanged, apart from `_placement`.
     Raises ValueError if either has nobody in it, or no part of the body is seen in both.
     """
     ratios = proportions(driver, subject, aspect)
@@ -63,13 +55,12 @@ def retarget(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> 
     joints = np.stack([_carry(frame, ratios) for frame in source.joints])
     joints += _placement(source.joints, joints, target.joints, ratios["scale"])[:, None]
 
-    def attach(part: np.ndarray, joint: int, ratio: float) -> np.ndarray:
+    def attach(part: np.ndarray, joint: int, bone: str) -> np.ndarray:
         """A part of the driver (F, K, 2), scaled and moved to where its joint has gone."""
-        return joints[:, joint, None] + ratio * (part - source.joints[:, joint, None])
+        return joints[:, joint, None] + ratios[bone] * (part - source.joints[:, joint, None])
 
-    face = attach(source.face, HEAD, ratios["head"])
-    right, left = (attach(hand, wrist, ratios["hand"]) for hand, wrist in zip(source.hands, WRISTS))
-    parts = zip(joints[:, :HEAD], face, left, right)
+    right, left = (attach(hand, wrist, "hand") for hand, wrist in zip(source.hands, WRISTS))
+    parts = zip(joints[:, :HEAD], attach(source.face, HEAD, "head"), left, right)
     return [
         Pose(*(_write(moved, part, aspect) for moved, part in zip(frame, vars(pose).values())))
         for frame, pose in zip(parts, driver)
@@ -93,21 +84,18 @@ def _read(poses: Sequence[Pose], aspect: float) -> _Points:
         part = np.stack([getattr(pose, name) for pose in poses]).astype(np.float64)
         return np.where(part[..., 2:] > 0, part[..., :2] * (aspect, 1), np.nan)
 
-    body, face = points("body"), points("face")
-    hands = points("right_hand"), points("left_hand")
+    body, face, hands = points("body"), points("face"), (points("right_hand"), points("left_hand"))
+    features = np.concatenate([body[:, EYES + EARS], face], axis=1)
+    stand_ins = {
+        NECK: [body[:, SHOULDERS].mean(axis=1)],  # which is where COCO's necks come from
+        PELVIS: [body[:, HIPS].mean(axis=1)],
+        HEAD: [face[:, JAW].mean(axis=1), body[:, NOSE], _centre(features)],
+    } | {wrist: [hand[:, 0], _centre(hand)] for wrist, hand in zip(WRISTS, hands)}
     joints = np.full((len(poses), JOINTS, 2), np.nan)
     joints[:, :HEAD] = body
-
-    def fill(joint: int, *others: np.ndarray) -> None:
+    for joint, others in stand_ins.items():
         for other in others:
             joints[:, joint] = np.where(np.isnan(joints[:, joint]), other, joints[:, joint])
-
-    fill(NECK, body[:, SHOULDERS].mean(axis=1))  # which is where COCO's necks come from
-    fill(PELVIS, body[:, HIPS].mean(axis=1))
-    features = np.concatenate([body[:, EYES + EARS], face], axis=1)
-    fill(HEAD, face[:, JAW].mean(axis=1), body[:, NOSE], _centre(features))
-    for wrist, hand in zip(WRISTS, hands):
-        fill(wrist, hand[:, 0], _centre(hand))
     return _Points(joints, face, hands)
 
 
@@ -129,20 +117,16 @@ def _centre(points: np.ndarray) -> np.ndarray:
 def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> dict[str, float]:
     """How many times longer the subject's bones are: by bone, with "head", "hand" and "scale".
 
-    "scale", the median over the bones, also stands for those that either clip does not show.
-    Raises what `retarget` raises.
+    "scale", the median over the bones, also stands for those that either clip does not show. Raises as `retarget`.
     """
     for whose, poses in {"driver": driver, "subject": subject}.items():
         if not any(has_person(pose) for pose in poses):
             raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
     ours, theirs = (_lengths(_read(poses, aspect)) for poses in (subject, driver))
-    measured = {
-        name: float(ours[name] / theirs[name])
-        for name in ours
-        if ours[name] > SHORTEST and theirs[name] > SHORTEST  # which nan is not
-    }
-    # the same thing measured in two ways: the first is the better one
-    for name, instead in (("neck", "neck to nose"), ("head", "between eyes")):
+    lengths = {name: (ours[name], theirs[name]) for name in ours}
+    # Lengths of what is never seen are nan, and so is their minimum, which is no larger.
+    measured = {name: float(a / b) for name, (a, b) in lengths.items() if np.minimum(a, b) > SHORTEST}
+    for name, instead in {"neck": "neck to nose", "head": "between eyes"}.items():
         if instead in measured:
             measured.setdefault(name, measured[instead])
     bones = list(dict.fromkeys(bone for _, bone in TREE.values()))
@@ -151,8 +135,7 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
         raise ValueError("retargeting: the poses of driver and subject share no bone")
     scale = float(np.median(seen))
     ratios = {bone: measured.get(bone, scale) for bone in bones}
-    ratios["hand"] = measured.get("hand", ratios["forearm"])
-    return ratios | {"scale": scale}
+    return ratios | {"hand": measured.get("hand", ratios["forearm"]), "scale": scale}
 
 
 def _lengths(points: _Points) -> dict[str, float]:
@@ -192,8 +175,8 @@ def _usual_length(*lengths: np.ndarray, quantile: float = LENGTH) -> float:
 def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
     """One frame's joints (JOINTS, 2), each at its bone's new length from its parent.
 
-    Where the parent is missing, the joint is carried by the nearest ancestor that is seen, with the
-    mean ratio of the bones between them; where none is seen, it is a root, scaled about the origin.
+    Of a missing parent, the nearest ancestor that is seen takes the place, with the mean ratio of the bones between;
+    where none is seen, the joint is a root, scaled about the origin.
     """
     moved = ratios["scale"] * joints
     for joint, (parent, bone) in TREE.items():
@@ -209,10 +192,9 @@ def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
 def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale: float) -> np.ndarray:
     """Where on the canvas: the shift (F, 2) of `moved`, the driver's joints after `_carry`.
 
-    Across, the pelvis takes the driver's path times `scale`, about the path's median. A driver
-    elsewhere on the canvas stays there up to a shoulders' width from where the training frames show
-    the subject, and no further away: the model knows no subject there. Upright, the lower foot is as
-    high above the subject's ground as it was above the driver's, times `scale`. Where either clip is
+    Across, the pelvis takes the driver's path times `scale`, about the path's median, and that at most a shoulders'
+    width from where the training frames show the subject: the model knows no subject further away. Upright, the
+    lower foot is as high above the subject's ground as above the driver's, times `scale`. Where either clip is
     without feet, the neck takes their part, and comes as high as in the training frames.
     """
     frames = np.arange(len(driver))
@@ -221,7 +203,7 @@ def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale
     shift = np.empty((len(driver), 2))
     for axis, slack in enumerate((width, 0)):
         before, after, goal = (_courses(joints, axis) for joints in (driver, moved, subject))
-        anchor = next(name for name in goal if _usual(name, before) and _usual(name, goal))
+        anchor = next(name for name in goal if name in before)
         if anchor == "lower foot":
             start, end = (np.nanquantile(course[anchor], GROUND) for course in (before, goal))
         else:
@@ -234,14 +216,9 @@ def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale
 
 
 def _courses(joints: np.ndarray, axis: int) -> dict[str, np.ndarray]:
-    """What can tell a body's place, best first: the course (F,) of one coordinate of each."""
-    foot = np.fmax(*joints[:, ANKLES, 1].T)
-    best = {"lower foot": foot} if axis == 1 else {"pelvis": joints[:, PELVIS, 0]}
-    centre = _centre(joints)[:, axis]
-    return best | {"neck": joints[:, NECK, axis], "head": joints[:, HEAD, axis], "centre": centre}
-
-
-def _usual(name: str, courses: dict[str, np.ndarray]) -> bool:
-    """Whether at least half of the frames that show anything show this."""
-    seen, anything = (~np.isnan(courses[key]) for key in (name, "centre"))
-    return 2 * seen.sum() >= anything.sum()
+    """What tells a body's place in most frames that show any of it, best first: one coordinate's course (F,)."""
+    foot = np.fmax(*(joints[:, ankle] for ankle in ANKLES))
+    places = {"lower foot": foot} if axis == 1 else {"pelvis": joints[:, PELVIS]}
+    places |= {"neck": joints[:, NECK], "head": joints[:, HEAD], "centre": _centre(joints)}
+    seen = {name: np.count_nonzero(~np.isnan(place[:, axis])) for name, place in places.items()}
+    return {name: place[:, axis] for name, place in places.items() if 2 * seen[name] >= seen["centre"]}

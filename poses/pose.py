@@ -89,8 +89,8 @@ def load_poses(path: str | Path, width: int | None = None, height: int | None = 
     """Reads one pose per frame, in canvas-normalised coordinates: the largest person, or an empty Pose for nobody.
 
     `path`: a JSON list of OpenPose frames (or one frame), or a folder of OpenPose's own files, in the order of the
-    numbers in their names. Coordinates: normalised already, or pixels of the frame's own canvas, else of `width` and
-    `height`. Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
+    numbers in their names. Coordinates: normalised already, or pixels of the frame's own canvas, else of `width`
+    and `height`. Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
     """
     frames = _read_frames(Path(path))
     poses = [_largest_person(frame, where) for where, frame in frames]
