@@ -1,17 +1,16 @@
 """A pseudo video that moves: beyond the paper, whose supplement calls a better one an open question.
 
 The paper starts from a video that repeats one training frame, in the hope that the networks move what is in it.
-Here its parts are moved first. The person is cut out of the training frames, which a still camera makes easy, and
-put before their background as each target pose has it: limb by limb, finger by finger (`pseudo_video`). Cut paper
-has no folds and tears at the joints. So it is not the result, but what sampling is held to
-(`hold_to_pseudo_video`): from a fifth of the steps on, before each but the last few, latents become the moved
-ones, with the reference's own noise moved along. The networks make what is neither part nor background, and keep
-what they made differently in the end (`restore`).
+Here the person's parts are moved first, cut out of the training frames of a still camera and put before their
+background as each target pose has them (`pseudo_video`). Cut paper has no folds and tears at the joints. So
+sampling is only held to it (`hold_to_pseudo_video`), and the networks make what is neither part nor background.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -71,8 +70,8 @@ def mean_of_empty(images: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor
     return empty, count, (images * empty).sum(dim=0) / count.clamp(min=1)
 
 
-# The largest change of a background that counts as still. A dancer's before a tripod changes by .002 at most, that
-# of a camera that trembles by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
+# The largest `background_change` of a still camera. A dancer's before a tripod is .002 at most, that of a camera
+# which trembles by a quarter of a latent pixel .006 to .04, less where there is nothing to blur.
 STILL = 0.004
 
 
@@ -95,9 +94,8 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
 def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
     """What clips of a still camera (F, C, h, w) show behind the person, (C, h, w), and where, booleans (1, h, w).
 
-    The mean of the frames that are empty there, see `empty_places`, continued from all sides into where somebody
-    always stands, which is a guess. Raises ValueError where no frame is empty anywhere (their `background_change`
-    is infinite).
+    The mean of the frames that are empty there, continued from all sides into where somebody always stands, which
+    is a guess. Raises ValueError where no frame is empty anywhere.
     """
     _, count, behind = mean_of_empty(latents, poses)
     known = (count > 0).to(latents)
@@ -113,8 +111,7 @@ def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tens
 def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Tensor:
     """Where poses leave the background to be seen: booleans (M, 1, h, w), in latent pixels.
 
-    That is where it is `known`, (1, h, w), and empty, see `empty_places`; and, known or guessed, what the
-    reference's body covers and a pose's does not.
+    That is where it is `known`, (1, h, w), and empty; and, known or not, what only the reference's body covers.
     """
     height, width = known.shape[1:]
     people = bodies(poses, height, width).to(known)
@@ -155,9 +152,9 @@ def union(masks: Masks, names: Iterable[str]) -> np.ndarray:
 def cut_out(image: Tensor, behind: Tensor, known: Tensor, masks: Masks) -> Tensor:
     """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
 
-    behind: the background, a like image; known: where it is, rather than guessed, booleans (1, H, W). There the
-    person is all that differs from it, and what is well inside the body, however alike. Elsewhere it is what has
-    rather the colours found inside the body than those of the background. masks: the `part_masks`.
+    behind: the background, a like image; known: where it is no guess, booleans (1, H, W). There the person is all
+    that differs from it, and what is well inside the body. Elsewhere it is what has rather the colours of the
+    body's inside than those of the background. masks: the pose's `part_masks`.
     """
     height, width = image.shape[1:]
     difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
@@ -179,22 +176,25 @@ def cut_out(image: Tensor, behind: Tensor, known: Tensor, masks: Masks) -> Tenso
     return torch.where(known, differs, likely).maximum(inside)
 
 
-def hidden(pose: Pose, lent: str, masks: Masks) -> float:
-    """The share of lent parts' pixels where other parts of the body are, plus that of their landmarks that lie
-    outside the frame; 1 where they are not seen.
+def hidden(pose: Pose, masks: Masks) -> dict[str, float]:
+    """By keys of LENT, the share of their parts' pixels where other parts of the body are, plus that of their
+    landmarks that lie outside the frame; 1 where they are not seen.
     """
-    names, told_by, joined = LENT[lent]
-    own, others = union(masks, names), union(masks, NAMES - names - joined)
-    landmarks = getattr(pose, told_by)
-    points = landmarks[is_seen(landmarks), :2]
-    if not (own.any() and len(points)):
-        return 1.0
-    return (own & others).sum() / own.sum() + ((points < 0) | (points > 1)).any(axis=1).mean()
+    shares = {}
+    for lent, (names, told_by, joined) in LENT.items():
+        own, others = union(masks, names), union(masks, NAMES - names - joined)
+        landmarks = getattr(pose, told_by)
+        points = landmarks[is_seen(landmarks), :2]
+        shares[lent] = 1.0
+        if own.any() and len(points):
+            outside = ((points < 0) | (points > 1)).any(axis=1)
+            shares[lent] = (own & others).sum() / own.sum() + outside.mean()
+    return shares
 
 
 def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int) -> float:
-    """How far one set of landmarks (K, 3) is from another after the best affine map, as a share of its size, and
-    the share of them that the other lacks. Infinite where there is no map.
+    """How far landmarks (K, 3) are from others after the best affine map, as a share of their size, and the share
+    of them that the others lack. Infinite without a map.
     """
     here, there, both = point_pairs(landmarks, other, height, width)
     here, there = here[both], there[both]
@@ -209,9 +209,9 @@ def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int
 def lenders(
     target: Pose, poses: Sequence[Pose], costs: Sequence[Mapping[str, float]], height: int, width: int
 ) -> dict[str, int]:
-    """The training frame that each lent part comes from, by the part's name: the most like, and the least hidden.
+    """The training frame that lends each part, by the part's name: the most alike that hides it least.
 
-    costs: how far each frame hides what it could lend, by keys of `LENT`.
+    costs: how `hidden` each frame has what it could lend.
     """
     frames = {}
     for lent, (names, told_by, _) in LENT.items():
@@ -224,10 +224,7 @@ def lenders(
 
 
 def by_name(parts: Iterable[Part]) -> dict[str, list[Part]]:
-    named = {}
-    for part in parts:
-        named.setdefault(part.name, []).append(part)
-    return named
+    return {name: list(alike) for name, alike in groupby(parts, attrgetter("name"))}
 
 
 def pseudo_video(
@@ -252,19 +249,15 @@ def pseudo_video(
 
     @cache
     def cut(frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A frame (4, H, W), whose fourth channel of ones is moved along and tells where parts went; the person in
-        it, see `cut_out`; and the person's head alone, whose wide parts contain some of the rest of the body.
+        """A frame with a channel of ones (4, H, W), which tell where parts went; the person in it, see `cut_out`;
+        and the head alone, as the wide parts of the head contain some of the rest of the body.
         """
         image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], *size)
         person = cut_out(image, background, known, masks)
         rest = torch.from_numpy(union(masks, NAMES - {"hair", "head", "face"}))
         return torch.cat([image, ones]), person, person.masked_fill(rest, 0)
 
-    costs = []
-    for pose in poses:
-        masks = part_masks(pose, *size)
-        costs.append({lent: hidden(pose, lent, masks) for lent in LENT})
-
+    costs = [hidden(pose, part_masks(pose, *size)) for pose in poses]
     video = np.empty((len(targets), *size, 3), np.uint8)
     for i, target in enumerate(tqdm(targets, desc="moving parts", leave=False)):
         frame_of = lenders(target, poses, costs, *size)
@@ -286,11 +279,7 @@ def pseudo_video(
 def moved_person(
     model, run: TrainingFrames, reference: int, targets: Sequence[Pose]
 ) -> tuple[np.ndarray, Tensor, Tensor]:
-    """`pseudo_video` before the background that the training frames show.
-
-    Returns the video, uint8 (M, H, W, 3); where it is no guess, booleans (M, 1, h, w); and where the background is
-    known, booleans (1, h, w), both of latent pixels.
-    """
+    """`pseudo_video` before the background that the training frames show, and where that is known: (1, h, w)."""
     behind, known = without_people(encode_frames(model, run.frames), run.poses)
     (background,) = decode_latents(model, behind[None])
     return *pseudo_video(run.frames, run.poses, reference, targets, background, known), known
@@ -298,12 +287,9 @@ def moved_person(
 
 # ---- What sampling is held to -------------------------------------------------------------------
 
-# The timestep of the last step before which latents are held: the last steps close the seams.
-HELD_UNTIL = 100
-# The same beside hair, where the pseudo video shows but a guess of the background: long enough for networks not to
-# put the reference's hair there.
-GUESS_HELD_UNTIL = 500
-
+# Latents are held before steps from timesteps no lower than this: the last steps close the seams. Where the pseudo
+# video shows but a guess, beside hair, they are held until networks no longer put the reference's hair there.
+HELD_UNTIL, GUESS_HELD_UNTIL = 100, 500
 # Distances of finished latents from the pseudo video's, where their own variance is about 1: below the first, they
 # become the pseudo video's; above the second, they stay.
 ALIKE = 0.3, 0.5
@@ -313,8 +299,8 @@ def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
     """Where finished latents (M, C, h, w) are nearly the pseudo video's, makes them so, in place.
 
     share: (M, 1, h, w), how far, from 0 to 1. Networks do not find the last shade of a still background again, nor
-    the edge of a curl, and leave blotches where they had to; what they made anew, they made for a reason. The
-    distance is a root mean square over channels and 3x3 pixels, see ALIKE.
+    the edge of a curl; what they made anew, they made for a reason. The distance is a root mean square over
+    channels and 3x3 pixels, see ALIKE.
     """
     squares = (latents.float() - pseudo.float()).square().mean(dim=1, keepdim=True)
     distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
@@ -326,15 +312,14 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
     """The editor of HELD: target frames are held to a pseudo video that moves, made of the training frames.
 
     From the edit step on, before each step down to HELD_UNTIL, latents become the pseudo video's, as noisy, where
-    a part was moved to or the background is to be seen (`uncovered`). Once is not enough: all frames look at the
-    reference, whose limbs are elsewhere. After the last step comes `restore`. Where the edit step comes too late
-    for that, parts are moved once.
+    a part was moved to or the background is `uncovered`. Once is not enough: all frames look at the reference,
+    whose limbs are elsewhere. After the last step comes `restore`. If the edit step is too late, parts are moved
+    once.
     """
     timesteps = ddim_timesteps(len(scene.trajectory) - 1)
     if timesteps[scene.edit_step - 1] < HELD_UNTIL:
         return edit_once(scene)
-    reference_pose = scene.run.poses[scene.reference]
-    places = scene.targets, reference_pose, scene.parts
+    places = scene.targets, scene.run.poses[scene.reference], scene.parts
     video, shown, known = moved_person(scene.model, scene.run, scene.reference, scene.targets)
     pseudo = encode_frames(scene.model, video)
 
@@ -344,16 +329,14 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
     reference_latent = scene.trajectory[len(scene.trajectory) - scene.edit_step][0]
     own_noise = (reference_latent - math.sqrt(a) * scene.trajectory[0][0]) / math.sqrt(1 - a)
     random = torch.Generator().manual_seed(scene.seed)
-    noise = torch.randn(own_noise.shape, generator=random).to(own_noise)
-    noise = noise.repeat(len(scene.targets), 1, 1, 1)
+    noise = torch.randn(own_noise.shape, generator=random).to(own_noise).repeat(len(scene.targets), 1, 1, 1)
     edit_latents(noise, own_noise, *places)
     body = torch.zeros_like(pseudo[:, :1])
     regions = edit_latents(body, torch.ones_like(body[0]), *places)
     sure = body * shown
-    seen = uncovered(scene.targets, reference_pose, known).to(body)
-    outside = [1 - covered(pose, *body.shape[-2:]) for pose in scene.targets]
-    outside = torch.from_numpy(np.stack(outside)[:, None]).to(body)
-    outside = F.max_pool2d(outside, 5, 1, 2)  # and two pixels in
+    seen = uncovered(*places[:2], known).to(body)
+    outside = np.stack([1 - covered(pose, *body.shape[-2:]) for pose in scene.targets])
+    outside = max_around(torch.from_numpy(outside[:, None]).to(body), 2)  # and two pixels in
 
     def before_step(latents: Tensor, step: int) -> None:
         if step >= scene.edit_step and (timestep := timesteps[step - 1]) >= HELD_UNTIL:

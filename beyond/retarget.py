@@ -1,13 +1,12 @@
 """One person's motion in another one's proportions: `retarget(driver, subject, aspect)`.
 
 The model has seen no other proportions in training: the subject's face and figure would give way (the paper's
-supplement, Fig. 3c). So bones keep the driver's directions and take the subject's lengths; face and hands keep their
-shapes and take the subject's size; feet stand where the subject's stand. Inside, points are (x, y) in canvas heights
-and missing ones are nan.
+supplement, Fig. 3c). So bones keep the driver's directions and take the subject's lengths; face and hands keep
+their shapes and take the subject's size; feet stand where the subject's stand. Inside, points are (x, y) in canvas
+heights, by the part of the `Pose`, and missing ones are nan.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from poses.pose import Pose, has_person, is_seen
 
 # Keypoints of the body, and two joints of our own: the head's centre and the middle of the hips.
 NOSE, NECK, EYES, EARS = 0, 1, [14, 15], [16, 17]
-SHOULDERS, WRISTS, HIPS, ANKLES = [2, 5], [4, 7], [8, 11], [10, 13]
+SHOULDERS, HIPS, ANKLES, WRISTS = [2, 5], [8, 11], [10, 13], {"left_hand": 7, "right_hand": 4}
 HEAD, PELVIS, JOINTS = 18, 19, 20
 
 # Each joint's parent and the bone between them, parents first. Left and right share a bone, and the head is one
@@ -25,7 +24,7 @@ TREE: dict[int, tuple[int, str]] = {
     **{joint: (HEAD, "head") for joint in (NOSE, *EYES, *EARS)},
     **{joint: (NECK, "shoulder") for joint in SHOULDERS},
     **{joint: (joint - 1, "upper arm") for joint in (3, 6)},
-    **{joint: (joint - 1, "forearm") for joint in WRISTS},
+    **{joint: (joint - 1, "forearm") for joint in WRISTS.values()},
     PELVIS: (NECK, "torso"),
     **{joint: (PELVIS, "hip") for joint in HIPS},
     **{joint: (joint - 1, "thigh") for joint in (9, 12)},
@@ -35,8 +34,8 @@ TREE: dict[int, tuple[int, str]] = {
 JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
 PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
 # The quantile of a bone's lengths that counts as its length: bones that point at the camera look short, detectors'
-# mistakes look long. Between parts of one real dance, where every ratio should be 1, arms and legs are 10 % off with
-# the median, 6 % with the upper quartile, 8 % with the maximum.
+# mistakes look long. Between parts of one real dance, where every ratio should be 1, arms and legs are 10 % off
+# with the median, 6 % with the upper quartile, 8 % with the maximum.
 LENGTH = 0.75
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
 # The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
@@ -52,57 +51,45 @@ def retarget(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> 
     """
     ratios = proportions(driver, subject, aspect)
     source, target = _read(driver, aspect), _read(subject, aspect)
-    joints = np.stack([_carry(frame, ratios) for frame in source.joints])
-    joints += _placement(source.joints, joints, target.joints, ratios["scale"])[:, None]
+    joints = np.stack([_carry(frame, ratios) for frame in source["body"]])
+    joints += _placement(source["body"], joints, target["body"], ratios["scale"])[:, None]
+    moved = {"body": joints[:, :HEAD]}
+    carried = {"face": (HEAD, "head")} | {hand: (wrist, "hand") for hand, wrist in WRISTS.items()}
+    for part, (joint, bone) in carried.items():
+        moved[part] = joints[:, joint, None] + ratios[bone] * (
+            source[part] - source["body"][:, joint, None]
+        )
 
-    def attach(part: np.ndarray, joint: int, bone: str) -> np.ndarray:
-        """A part of the driver (F, K, 2), scaled and moved to where its joint has gone."""
-        return joints[:, joint, None] + ratios[bone] * (part - source.joints[:, joint, None])
+    def put(points: np.ndarray, part: np.ndarray) -> np.ndarray:
+        """Points (K, 2) in place of those of a pose's part (K, 3), where that part has seen them."""
+        placed = np.concatenate([points / (aspect, 1), part[:, 2:]], axis=1)
+        return np.where(is_seen(part)[:, None], placed, 0).astype(np.float32)
 
-    right, left = (attach(hand, wrist, "hand") for hand, wrist in zip(source.hands, WRISTS))
-    parts = zip(joints[:, :HEAD], attach(source.face, HEAD, "head"), left, right)
     return [
-        Pose(*(_write(moved, part, aspect) for moved, part in zip(frame, vars(pose).values())))
-        for frame, pose in zip(parts, driver)
+        Pose(**{name: put(moved[name][frame], part) for name, part in vars(pose).items()})
+        for frame, pose in enumerate(driver)
     ]
 
 
-# ---- Points -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Points:
-    joints: np.ndarray  # (F, JOINTS, 2)
-    face: np.ndarray  # (F, 70, 2)
-    hands: tuple[np.ndarray, np.ndarray]  # right and left, (F, 21, 2)
-
-
-def _read(poses: Sequence[Pose], aspect: float) -> _Points:
-    """Joints that others stand in for are filled in: `_write` leaves them out again."""
-
-    def points(name: str) -> np.ndarray:
+def _read(poses: Sequence[Pose], aspect: float) -> dict[str, np.ndarray]:
+    """Points (F, K, 2) by part. The body has JOINTS, and those that others can stand in for are filled in."""
+    points = {}
+    for name in vars(Pose()):
         part = np.stack([getattr(pose, name) for pose in poses]).astype(np.float64)
-        return np.where(part[..., 2:] > 0, part[..., :2] * (aspect, 1), np.nan)
-
-    body, face, hands = points("body"), points("face"), (points("right_hand"), points("left_hand"))
+        points[name] = np.where(part[..., 2:] > 0, part[..., :2] * (aspect, 1), np.nan)
+    body, face = points["body"], points["face"]
     features = np.concatenate([body[:, EYES + EARS], face], axis=1)
     stand_ins = {
         NECK: [body[:, SHOULDERS].mean(axis=1)],  # which is where COCO's necks come from
         PELVIS: [body[:, HIPS].mean(axis=1)],
         HEAD: [face[:, JAW].mean(axis=1), body[:, NOSE], _centre(features)],
-    } | {wrist: [hand[:, 0], _centre(hand)] for wrist, hand in zip(WRISTS, hands)}
+    } | {wrist: [points[hand][:, 0], _centre(points[hand])] for hand, wrist in WRISTS.items()}
     joints = np.full((len(poses), JOINTS, 2), np.nan)
     joints[:, :HEAD] = body
     for joint, others in stand_ins.items():
         for other in others:
             joints[:, joint] = np.where(np.isnan(joints[:, joint]), other, joints[:, joint])
-    return _Points(joints, face, hands)
-
-
-def _write(points: np.ndarray, part: np.ndarray, aspect: float) -> np.ndarray:
-    """Points (K, 2) in place of those of a pose's part (K, 3), where that part has seen them."""
-    moved = np.concatenate([points / (aspect, 1), part[:, 2:]], axis=1)
-    return np.where(is_seen(part)[:, None], moved, 0).astype(np.float32)
+    return points | {"body": joints}
 
 
 def _centre(points: np.ndarray) -> np.ndarray:
@@ -120,7 +107,7 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
     "scale", the median over the bones, also stands for those that either clip does not show. Raises as `retarget`.
     """
     for whose, poses in {"driver": driver, "subject": subject}.items():
-        if not any(has_person(pose) for pose in poses):
+        if not any(map(has_person, poses)):
             raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
     ours, theirs = (_lengths(_read(poses, aspect)) for poses in (subject, driver))
     lengths = {name: (ours[name], theirs[name]) for name in ours}
@@ -138,9 +125,9 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
     return ratios | {"hand": measured.get("hand", ratios["forearm"]), "scale": scale}
 
 
-def _lengths(points: _Points) -> dict[str, float]:
+def _lengths(points: dict[str, np.ndarray]) -> dict[str, float]:
     """How long each bone is, and what else can be measured; nan if it is never seen."""
-    joints, jaw = points.joints, points.face[:, JAW]
+    joints, jaw = points["body"], points["face"][:, JAW]
 
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.linalg.norm(a - b, axis=-1)
@@ -149,18 +136,17 @@ def _lengths(points: _Points) -> dict[str, float]:
         """The distance of a part's points (F, K, 2) from their mean: (F,)."""
         return np.sqrt((distance(part, part.mean(axis=1, keepdims=True)) ** 2).mean(axis=1))
 
-    limbs: dict[str, list[np.ndarray]] = {}
+    lengths: dict[str, list[np.ndarray]] = {}
     for joint, (parent, bone) in TREE.items():
-        limbs.setdefault(bone, []).append(distance(joints[:, joint], joints[:, parent]))
+        lengths.setdefault(bone, []).append(distance(joints[:, joint], joints[:, parent]))
     # The head's place and size like for like: never a jaw's in one clip and a nose's in the other.
-    return {bone: _usual_length(*both_sides) for bone, both_sides in limbs.items()} | {
-        "neck": _usual_length(distance(jaw.mean(axis=1), joints[:, NECK])),
-        "neck to nose": _usual_length(distance(joints[:, NOSE], joints[:, NECK])),
-        "head": _usual_length(spread(jaw)),
-        "between eyes": _usual_length(distance(joints[:, EYES[0]], joints[:, EYES[1]])),
-        # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
-        "hand": _usual_length(*(spread(hand[:, PALM]) for hand in points.hands), quantile=0.5),
-    }
+    lengths["neck"] = [distance(jaw.mean(axis=1), joints[:, NECK])]
+    lengths["neck to nose"] = [distance(joints[:, NOSE], joints[:, NECK])]
+    lengths["head"] = [spread(jaw)]
+    lengths["between eyes"] = [distance(joints[:, EYES[0]], joints[:, EYES[1]])]
+    # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
+    palm = _usual_length(*(spread(points[hand][:, PALM]) for hand in WRISTS), quantile=0.5)
+    return {name: _usual_length(*seen) for name, seen in lengths.items()} | {"hand": palm}
 
 
 def _usual_length(*lengths: np.ndarray, quantile: float = LENGTH) -> float:
@@ -175,7 +161,7 @@ def _usual_length(*lengths: np.ndarray, quantile: float = LENGTH) -> float:
 def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
     """One frame's joints (JOINTS, 2), each at its bone's new length from its parent.
 
-    Of a missing parent, the nearest ancestor that is seen takes the place, with the mean ratio of the bones between;
+    The nearest ancestor that is seen stands in for a missing parent, with the mean ratio of the bones between;
     where none is seen, the joint is a root, scaled about the origin.
     """
     moved = ratios["scale"] * joints
@@ -192,12 +178,11 @@ def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
 def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale: float) -> np.ndarray:
     """Where on the canvas: the shift (F, 2) of `moved`, the driver's joints after `_carry`.
 
-    Across, the pelvis takes the driver's path times `scale`, about the path's median, and that at most a shoulders'
-    width from where the training frames show the subject: the model knows no subject further away. Upright, the
-    lower foot is as high above the subject's ground as above the driver's, times `scale`. Where either clip is
-    without feet, the neck takes their part, and comes as high as in the training frames.
+    Across, the pelvis takes the driver's path times `scale`, about the path's median, at most a shoulders' width
+    from where the training frames show the subject: the model knows no subject further away. Upright, the lower
+    foot is as high above the subject's ground as above the driver's, times `scale`. Where either clip is without
+    feet, the neck takes their part, and comes as high as in the training frames.
     """
-    frames = np.arange(len(driver))
     shoulders = np.linalg.norm(subject[:, SHOULDERS[0]] - subject[:, SHOULDERS[1]], axis=1)
     width = np.nan_to_num(_usual_length(shoulders))
     shift = np.empty((len(driver), 2))
@@ -211,7 +196,7 @@ def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale
             end = np.clip(start, np.nanmin(there) - slack, np.nanmax(there) + slack)
         path = scale * (before[anchor] - start) + end - after[anchor]
         seen = ~np.isnan(path)
-        shift[:, axis] = np.interp(frames, frames[seen], path[seen])
+        shift[:, axis] = np.interp(np.arange(len(path)), np.flatnonzero(seen), path[seen])
     return shift
 
 

@@ -236,7 +236,7 @@ def test_landmarks_are_compared_by_their_shape():
 
 def test_a_hand_before_the_body_or_outside_the_frame_is_hidden():
     def how_hidden(pose: Pose, lent: str) -> float:
-        return hidden(pose, lent, part_masks(pose, SIDE, SIDE))
+        return hidden(pose, part_masks(pose, SIDE, SIDE))[lent]
 
     _, pose, _ = scene()
     aside = how_hidden(pose, "left_hand")
