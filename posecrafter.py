@@ -20,7 +20,7 @@ networks compute in their own precision.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from poses.parts import PARTS, Part
+from poses.parts import Part, face_and_hands
 from poses.pose import Pose, draw_pose, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
@@ -352,25 +352,28 @@ def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None
     return bool(inside.any())
 
 
+# From a pose, another, height and width of the latents to the parts, with their maps from pose to other.
+Parts = Callable[[Pose, Pose, int, int], Iterable[Part]]
+
+
 def edit_latents(
     latents: Tensor,
     reference_latent: Tensor,
     poses: Sequence[Pose],
     reference_pose: Pose,
-    parts: str = "face,hands",
+    parts: Parts = face_and_hands,
 ) -> Counter[str]:
     """Moves parts of the reference to where each target pose has them, in place.
 
-    latents: (M, C, h, w), one per pose; reference_latent: (C, h, w), of the same timestep; parts: a key of
-    `poses.parts.PARTS`, "face,hands" as in the paper, or "body" for all of it. Where a part lies in the target,
-    the latent becomes the reference's, read through the part's map; what it would read from outside the
-    reference stays as it was. Returns how many regions were edited of each part.
+    latents: (M, C, h, w), one per pose; reference_latent: (C, h, w), of the same timestep; parts: which parts are
+    moved. Where a part lies in the target, the latent becomes the reference's, read through the part's map; what
+    it would read from outside the reference stays as it was. Returns how many regions were edited of each part.
     """
     height, width = latents.shape[-2:]
     # On the host: many tiny operations, which a graphics card is slow to start.
     reference_latent, edited_latents, edited = reference_latent.cpu(), latents.cpu(), Counter()
     for latent, pose in zip(edited_latents, poses, strict=True):
-        moved = PARTS[parts](pose, reference_pose, height, width)
+        moved = parts(pose, reference_pose, height, width)
         edited.update({part.name for part in moved if move(latent, reference_latent, part)})
     latents.copy_(edited_latents)
     return edited
@@ -467,7 +470,7 @@ class Scene:
     reference: int  # which training frame was inverted
     targets: Sequence[Pose]
     trajectory: Sequence[Tensor]  # the reference's, from image to noise; see `invert`
-    parts: str  # what is moved, a key of `poses.parts.PARTS`
+    parts: Parts  # which parts are moved
     edit_step: int  # before which sampling step, counted from 1
     seed: int
 
@@ -494,7 +497,7 @@ class Method:
     """One way to sample, as data. `PAPER` is PoseCrafter's; ablations change its fields one at a time."""
 
     name: str
-    parts: str | None = "face,hands"  # what is edited, a key of `poses.parts.PARTS`; None: nothing
+    parts: Parts | None = face_and_hands  # which parts are edited; None: none
     edit_step: int | None = 1  # before which sampling step; None: after a fifth of the steps
     editor: Callable[[Scene], Edits] = edit_once
     insert: bool = True  # the reference leads the clip, as its key frame

@@ -21,11 +21,11 @@ if __name__ == "__main__":  # before torch is imported
 
 import sample
 import train
+from beyond.retarget import retarget
 from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew
 from demo.puppet import Puppet, clip, motion, random_puppet, render
 from metrics.figures import psnr
 from poses.pose import Pose, draw_pose, is_seen, save_poses
-from poses.retarget import retarget
 from run import load_run
 from video import contact_sheet, save_image, write_video
 
