@@ -1,7 +1,8 @@
 """CLIP: a prompt becomes tokens, and tokens become the context that the UNet attends to.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision". Stable Diffusion 1.5
-uses the text encoder of ViT-L/14, frozen, up to its last layer norm. `metrics/clip_images.py` has the image encoder.
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+Stable Diffusion 1.5 uses the text encoder of ViT-L/14, frozen, up to its last layer norm. The image encoder of the
+same model, which only metrics use, is in `metrics/clip_images.py`.
 """
 
 import json
@@ -127,11 +128,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, length: int = 77) -> "Tokenizer":
-        """Read `vocab.json` and `merges.txt`, as in the `tokenizer` folder of SD 1.5."""
-        vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
-        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return cls(vocab, merges, length)
+        """Read `vocab.json` and `merges.txt`, or the `tokenizer.json` that transformers 5 writes.
+
+        Raises FileNotFoundError when there is none, and ValueError for another kind of tokenizer.
+        """
+        try:
+            if Path(folder, "vocab.json").is_file():
+                vocab = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
+                lines = Path(folder, "merges.txt").read_text("utf-8").split("\n")
+                merges = [line for line in lines if line and not line.startswith("#version")]
+            else:
+                content = json.loads(Path(folder, "tokenizer.json").read_text("utf-8"))
+                added = {token["content"]: token["id"] for token in content["added_tokens"]}
+                vocab, merges = content["model"]["vocab"] | added, content["model"]["merges"]
+            pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+            return cls(vocab, pairs, length)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}: no CLIP tokenizer ({error})") from None
 
     def save(self, folder: str | Path) -> None:
         """Write `vocab.json` and `merges.txt` into a folder, which is made if need be."""

@@ -19,8 +19,9 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
 
-from checkpoint import PublicFile, fill
+from checkpoint import fill
 from metrics.clip_images import ImageEncoder
+from public.hub import PublicFile
 from video import replacing
 
 Network = TypeVar("Network", bound=nn.Module)
