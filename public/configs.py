@@ -57,10 +57,9 @@ def read_config(source: Path, read: Callable[[dict], Config]) -> Config | None:
     content = read_json(path)
     try:
         return read(content)
-    except KeyError as error:
-        raise ValueError(f"{path}: does not say {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"does not say {error.args[0]}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: {told}") from None
 
 
 def read_size(config: dict, key: str, kind: type) -> int | float | tuple[int, ...]:
