@@ -57,15 +57,13 @@ class ControlNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.controlnet_cond_embedding = HintEmbedding(hint_widths, widths[0])
         self.time_embedding = TimestepEmbedding(widths[0])
-        self.down_blocks = nn.ModuleList(
-            DownBlock(config, level, temporal=False) for level in range(len(widths))
-        )
+        blocks = (DownBlock(config, level, temporal=False) for level in range(len(widths)))
+        self.down_blocks = nn.ModuleList(blocks)
         self.mid_block = MidBlock(config)
 
-        skip_widths = [widths[0]]
-        for level, width in enumerate(widths):
-            is_last = level == len(widths) - 1
-            skip_widths += [width] * (config.layers_per_block + (0 if is_last else 1))
+        # One skip is conv_in's; then each level has its blocks' and its downsampler's, which the coarsest lacks.
+        per_level = config.layers_per_block + 1
+        skip_widths = [widths[0], *(width for width in widths for _ in range(per_level))][:-1]
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skip_widths)
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
