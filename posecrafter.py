@@ -280,6 +280,7 @@ def invert(
             noise = predict_noise(model, noisier, timestep, context, hint)
             noisier = ddim_step(start, noise, timestep - stride, timestep)
         trajectory.append(noisier)
+    check_finite(trajectory[-1], "inversion")
     return trajectory
 
 
@@ -552,10 +553,8 @@ def generate_once(
 
     latent = encode_frames(model, run.frames[k : k + 1])
     hint = embed_hints(model, [run.poses[k]], height, width)
-    trajectory = [latent]
-    if method.needs_inversion:
-        trajectory = invert(model, latent, hint, context, steps, method.fixed_point)
-    check_finite(trajectory[-1], "inversion")
+    inverting = model, latent, hint, context, steps, method.fixed_point
+    trajectory = invert(*inverting) if method.needs_inversion else [latent]
 
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
     hints = embed_hints(model, poses, height, width)
