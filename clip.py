@@ -1,9 +1,8 @@
-"""CLIP: a prompt becomes tokens, tokens become the context that the UNet attends to; a picture
-becomes an embedding, which tells how alike two pictures are.
+"""CLIP: a prompt becomes tokens, and tokens become the context that the UNet attends to.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
-Stable Diffusion 1.5 uses the text tower of ViT-L/14, frozen, up to its last layer norm; the metrics
-CLIP-I and CLIP-T use the image tower of the same, whole.
+Stable Diffusion 1.5 uses the text encoder of ViT-L/14, frozen, up to its last layer norm. The image encoder of the
+same model, which only metrics use, is in `metrics/clip_images.py`.
 """
 
 import json
@@ -15,10 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------- prompt -> tokens
@@ -43,9 +40,8 @@ def split_words(text: str) -> list[str]:
     """Normalise (NFC), lower-case and cut a text into the words that are encoded on their own."""
     # One character at a time, because str.lower() knows about the Greek final sigma, and CLIP not.
     text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
-    stand_in = "".join(map(_ascii_stand_in, text))
     words = []
-    for match in WORD.finditer(stand_in):
+    for match in WORD.finditer("".join(map(_ascii_stand_in, text))):
         word = text[match.start() : match.end()]
         # A special token's name in capitals is mere text, yet keeps apart from its neighbours.
         words += ["<|", word[2:-2], "|>"] if word in (START, END) else [word]
@@ -55,9 +51,7 @@ def split_words(text: str) -> list[str]:
 def _ascii_stand_in(char: str) -> str:
     if char.isascii():
         return char
-    if char.isspace():
-        return " "
-    return {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
+    return " " if char.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
 
 
 def word_symbols(word: str) -> list[str]:
@@ -79,9 +73,8 @@ def merge_pair(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
 class Tokenizer:
     """CLIP's byte-pair encoding: `tokenizer("a person")` -> token ids (77,) int64.
 
-    Any Unicode text has an encoding, the same as that of transformers' CLIPTokenizer. What counts
-    as a letter is asked of Python's Unicode tables, so the two can part on characters that are
-    younger than one of them, and on the order of stacked combining marks younger than Unicode 9.
+    Any Unicode text is encoded as by transformers' CLIPTokenizer, except for characters that only one
+    of the two Unicode tables knows, and for the order of combining marks younger than Unicode 9.
 
     vocab: the id of every token: 256 byte symbols, the same as word ends, the merges, two specials
     merges: pairs of symbols, the earliest learned first
@@ -92,10 +85,9 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77):
         alphabet = [symbol + end for end in ("", WORD_END) for symbol in SYMBOL_BYTES]
         needed = [*alphabet, *map("".join, merges), START, END]
-        missing = [token for token in needed if token not in vocab]
-        if missing:
-            lack = f"{len(missing)} of the {len(needed)} tokens needed, such as {missing[0]!r}"
-            raise ValueError(f"the vocabulary lacks {lack}")
+        if missing := [token for token in needed if token not in vocab]:
+            count = f"{len(missing)} of the {len(needed)} tokens needed"
+            raise ValueError(f"the vocabulary lacks {count}, such as {missing[0]!r}")
         self.vocab, self.merges, self.length = vocab, merges, length
         self.tokens = {index: token for token, index in vocab.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -106,9 +98,9 @@ class Tokenizer:
         A prompt that is too long loses its end, with a warning that names what was dropped.
         """
         ids, room = self.encode(prompt), self.length - 2
-        if len(ids) > room:
-            excess, words = len(ids) - room, self.decode(ids[room:])
-            warnings.warn(f"prompt is {excess} tokens too long, dropped: {words}", stacklevel=2)
+        if excess := ids[room:]:
+            message = f"prompt is {len(excess)} tokens too long, dropped: {self.decode(excess)}"
+            warnings.warn(message, stacklevel=2)
         ids = [self.vocab[START], *ids[:room]]
         return torch.tensor(ids + [self.vocab[END]] * (self.length - len(ids)))
 
@@ -117,34 +109,42 @@ class Tokenizer:
 
         Raises UnicodeEncodeError for one half of a surrogate pair, which is no character.
         """
-        ids = []
+        tokens = []
         for part in SPECIAL.split(text):
             if part in (START, END):
-                ids.append(self.vocab[part])
+                tokens.append(part)
                 continue
             for word in split_words(part):
-                ids += [self.vocab[token] for token in self._merge(word)]
-        return ids
+                symbols = word_symbols(word)
+                while known := [pair for pair in pairwise(symbols) if pair in self.ranks]:
+                    symbols = merge_pair(symbols, min(known, key=self.ranks.__getitem__))
+                tokens += symbols
+        return [self.vocab[token] for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The lower-case text of token ids, one space after each word."""
-        symbols = "".join(self.tokens[int(index)] for index in ids)
-        symbols = symbols.replace(WORD_END, BYTE_SYMBOLS[ord(" ")])
+        symbols = "".join(self.tokens[index] for index in ids).replace(WORD_END, BYTE_SYMBOLS[ord(" ")])
         return bytes(map(SYMBOL_BYTES.__getitem__, symbols)).decode(errors="replace").strip()
-
-    def _merge(self, word: str) -> list[str]:
-        symbols = word_symbols(word)
-        while known := [pair for pair in pairwise(symbols) if pair in self.ranks]:
-            symbols = merge_pair(symbols, min(known, key=self.ranks.__getitem__))
-        return symbols
 
     @classmethod
     def load(cls, folder: str | Path, length: int = 77) -> "Tokenizer":
-        """Read `vocab.json` and `merges.txt`, as in the `tokenizer` folder of SD 1.5."""
-        vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
-        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return cls(vocab, merges, length)
+        """Read `vocab.json` and `merges.txt`, or the `tokenizer.json` that transformers 5 writes.
+
+        Raises FileNotFoundError when there is none, and ValueError for another kind of tokenizer.
+        """
+        try:
+            if Path(folder, "vocab.json").is_file():
+                vocab = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
+                lines = Path(folder, "merges.txt").read_text("utf-8").split("\n")
+                merges = [line for line in lines if line and not line.startswith("#version")]
+            else:
+                content = json.loads(Path(folder, "tokenizer.json").read_text("utf-8"))
+                added = {token["content"]: token["id"] for token in content["added_tokens"]}
+                vocab, merges = content["model"]["vocab"] | added, content["model"]["merges"]
+            pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+            return cls(vocab, pairs, length)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}: no CLIP tokenizer ({error})") from None
 
     def save(self, folder: str | Path) -> None:
         """Write `vocab.json` and `merges.txt` into a folder, which is made if need be."""
@@ -176,10 +176,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (  # each (..., heads, T, width / heads)
@@ -190,45 +187,26 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(-3, -2).flatten(-2))  # (..., T, width)
 
 
-class MLP(nn.Module):
-    """Two linear layers on every token by itself."""
-
-    def __init__(self, width: int, mlp_width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # CLIP was trained with this "quick" GELU
-
-
 class Layer(nn.Module):
-    """Attention, then an MLP, each added to what it reads through a layer norm."""
+    """Attention, then two linear layers on every token by itself, each added to what it reads through a norm."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, causal: bool):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width)
         self.self_attn = Attention(width, heads, causal)
         self.layer_norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (..., T, width), as is what it returns
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # CLIP was trained with this "quick" GELU
 
 
-class Transformer(nn.Module):
-    """A stack of layers, (..., T, width) -> (..., T, width): causal for text, not so for images."""
-
-    def __init__(self, width: int, heads: int, layers: int, mlp_width: int, causal: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(width, heads, mlp_width, causal) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def transformer(width: int, heads: int, layers: int, mlp_width: int, causal: bool) -> nn.ModuleDict:
+    """A stack of layers, under the checkpoint's name `layers`: causal for text, not so for pictures."""
+    stack = nn.Sequential(*(Layer(width, heads, mlp_width, causal) for _ in range(layers)))
+    return nn.ModuleDict({"layers": stack})
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -237,9 +215,9 @@ def embedding(rows: int, width: int) -> nn.Embedding:
     A normal distribution there is written in Python, and importing it brings in PyTorch's compiler: seconds.
     """
     weight = torch.empty(rows, width)
-    if weight.is_meta:
-        return nn.Embedding.from_pretrained(weight, freeze=False)
-    return nn.Embedding(rows, width)
+    return (
+        nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
+    )
 
 
 class TextEncoder(nn.Module):
@@ -251,113 +229,24 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        embeddings = nn.ModuleDict(
-            {
-                "token_embedding": embedding(config.vocab_size, config.width),
-                "position_embedding": embedding(config.length, config.width),
-            }
-        )
-        if not embeddings.token_embedding.weight.is_meta:
-            # The spreads that CLIP starts from: PyTorch's own, 1, would drown what the layers add.
-            nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
-            nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": embeddings,
-                "encoder": Transformer(
-                    config.width, config.heads, config.layers, config.mlp_width, causal=True
-                ),
-                "final_layer_norm": nn.LayerNorm(config.width),
-            }
-        )
+        token_embedding = embedding(config.vocab_size, config.width)
+        position_embedding = embedding(config.length, config.width)
+        # The spreads that CLIP starts from: PyTorch's own, 1, would drown what the layers add.
+        for module, std in ((token_embedding, 0.02), (position_embedding, 0.01)):
+            if not module.weight.is_meta:
+                nn.init.normal_(module.weight, std=std)
+        embeddings = {"token_embedding": token_embedding, "position_embedding": position_embedding}
+        parts = {
+            "embeddings": nn.ModuleDict(embeddings),
+            "encoder": transformer(
+                config.width, config.heads, config.layers, config.mlp_width, causal=True
+            ),
+            "final_layer_norm": nn.LayerNorm(config.width),
+        }
+        self.text_model = nn.ModuleDict(parts)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Raises ValueError when there are more tokens than positions."""
-        count, length = tokens.shape[-1], self.config.length
-        if count > length:
-            raise ValueError(f"{count} tokens, but the text encoder reads {length} at most")
         model = self.text_model
         x = model.embeddings.token_embedding(tokens)  # (..., T, width)
-        x = x + model.embeddings.position_embedding.weight[:count]
-        return model.final_layer_norm(model.encoder(x))
-
-
-# ---------------------------------------------------------------- picture -> embedding
-
-# What CLIP's training took for the mean and deviation of red, green and blue.
-COLOUR_MEAN = (0.48145466, 0.4578275, 0.40821073)
-COLOUR_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """Sizes of the image encoder; the defaults are CLIP ViT-L/14's, 303,966,208 parameters."""
-
-    size: int = 224  # pixels of each side
-    patch: int = 14  # pixels of each side of what becomes one token
-    width: int = 1024
-    heads: int = 16
-    layers: int = 24
-    mlp_width: int = 4096
-    embedding: int = 768
-
-
-class PatchEmbedding(nn.Module):
-    """Images (N, 3, H, W) -> tokens (N, 1 + patches, width), the first one for the whole."""
-
-    def __init__(self, config: ImageConfig):
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
-        tokens = 1 + (config.size // config.patch) ** 2
-        self.position_embedding = nn.Embedding(tokens, config.width)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
-        whole = self.class_embedding.expand(len(images), 1, -1)
-        return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
-
-
-class ImageEncoder(nn.Module):
-    """What `prepare_images` gives, (N, 3, size, size) -> embeddings (N, embedding)."""
-
-    def __init__(self, config: ImageConfig = ImageConfig()):
-        super().__init__()
-        self.config = config
-        self.vision_model = nn.ModuleDict(
-            {
-                "embeddings": PatchEmbedding(config),
-                "pre_layrnorm": nn.LayerNorm(config.width),  # spelled so in the public file
-                "encoder": Transformer(
-                    config.width, config.heads, config.layers, config.mlp_width, causal=False
-                ),
-                "post_layernorm": nn.LayerNorm(config.width),
-            }
-        )
-        self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        model = self.vision_model
-        x = model.encoder(model.pre_layrnorm(model.embeddings(images)))
-        return self.visual_projection(model.post_layernorm(x[:, 0]))
-
-
-def prepare_images(frames: np.ndarray, size: int) -> Tensor:
-    """Frames uint8 RGB (F, H, W, 3) -> what CLIP was trained to see, (F, 3, size, size).
-
-    As transformers' processor does it with PIL: the short side resized to `size`, bicubic, then the
-    middle of the long one.
-    """
-    height, width = frames.shape[1:3]
-    short = min(height, width)
-    new_height, new_width = size * height // short, size * width // short
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    pictures = [
-        Image.fromarray(frame)
-        .resize((new_width, new_height), Image.Resampling.BICUBIC)
-        .crop((left, top, left + size, top + size))
-        for frame in frames
-    ]
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
-    mean, deviation = (x.new_tensor(v)[:, None, None] for v in (COLOUR_MEAN, COLOUR_DEVIATION))
-    return (x - mean) / deviation
+        x = x + model.embeddings.position_embedding.weight[: tokens.shape[-1]]
+        return model.final_layer_norm(model.encoder.layers(x))

@@ -41,8 +41,7 @@ class ControlNet(nn.Module):
     """Residuals that make the UNet follow the control images.
 
     `ControlNet(config, hint_widths)(latents, timestep, context, hint, scale=1)`: the UNet's own inputs, and
-    - hint: (F, 3, s*H, s*W), the drawn poses, RGB in [0, 1]; or what `embed_hint` made of them, once for
-      all steps;
+    - hint: (F, C, H, W), what `embed_hint` made of the drawn poses, once for all steps;
     - scale: the control scale, a factor on every residual.
 
     Yields one residual for each of the UNet's skips, fine to coarse (12 in SD 1.5), and the middle's last.
@@ -58,15 +57,13 @@ class ControlNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.controlnet_cond_embedding = HintEmbedding(hint_widths, widths[0])
         self.time_embedding = TimestepEmbedding(widths[0])
-        self.down_blocks = nn.ModuleList(
-            DownBlock(config, level, temporal=False) for level in range(len(widths))
-        )
+        blocks = (DownBlock(config, level, temporal=False) for level in range(len(widths)))
+        self.down_blocks = nn.ModuleList(blocks)
         self.mid_block = MidBlock(config)
 
-        skip_widths = [widths[0]]
-        for level, width in enumerate(widths):
-            is_last = level == len(widths) - 1
-            skip_widths += [width] * (config.layers_per_block + (0 if is_last else 1))
+        # One skip is conv_in's; then each level has its blocks' and its downsampler's, which the coarsest lacks.
+        per_level = config.layers_per_block + 1
+        skip_widths = [widths[0], *(width for width in widths for _ in range(per_level))][:-1]
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skip_widths)
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
@@ -85,8 +82,6 @@ class ControlNet(nn.Module):
         def residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
             return by_frames(lambda x: conv(x) * scale, x)
 
-        if hint.shape[1] == 3:
-            hint = self.embed_hint(hint)
         x = by_frames(lambda x, hint: self.conv_in(x) + hint, x, hint)
         yield residual(x, next(residual_convs))
         for block in self.down_blocks:
@@ -96,5 +91,5 @@ class ControlNet(nn.Module):
         yield residual(self.mid_block(x, time, context), self.controlnet_mid_block)
 
     def embed_hint(self, hint: Tensor) -> Tensor:
-        """Control images (F, 3, s*H, s*W) -> what is added to the first feature map: (F, C, H, W)."""
+        """Control images (F, 3, s*H, s*W), RGB in [0, 1] -> what is added to the first map: (F, C, H, W)."""
         return by_frames(self.controlnet_cond_embedding, hint)

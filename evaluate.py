@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from checkpoint import model_path
-from clip import ImageEncoder
 from command import parse_canvas, parse_range
 from device import compute_device
+from metrics.clip_images import ImageEncoder
 from metrics.figures import (
     CLIP_FRAMES,
     CLIP_STEP,

@@ -22,9 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import fill, model_path, public_files, read_config
+from checkpoint import fill, model_path
 from poses.people import fill_gaps, follow_people, smooth_poses
 from poses.pose import Pose, absences, draw_pose, is_seen, save_poses
+from public.configs import read_config
+from public.hub import public_files
 
 # ---- The networks -------------------------------------------------------------------------------
 

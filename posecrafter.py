@@ -1,17 +1,7 @@
 """The method: PoseCrafter (Zhong et al., ECCV 2024), from encoded frames and poses to new frames.
 
-`generate` is the whole pipeline. These are its steps, and the order in which they stand below:
-
-    context = encode_prompt(model, "a person")
-    k = select_reference(training_poses, target_poses)         # the training frame to start from
-    hint = embed_hints(model, [training_poses[k]], height, width)
-    trajectory = invert(model, latents[k : k + 1], hint, context)  # its way to noise
-    poses = insert_reference(training_poses[k], target_poses)  # it leads the clip as key frame
-    noise = trajectory[-1].repeat(len(poses), 1, 1, 1)         # all frames start from its noise,
-    edit_latents(noise[1:], noise[0], poses[1:], poses[0])     # with face and hands moved in place
-    hints = embed_hints(model, poses, height, width)           # what the ControlNet makes of the poses
-    latents = sample(model, noise, hints, context)
-    frames = decode_latents(model, latents[1:])
+`generate` (in `generate_once`, at the end) is the whole pipeline, step by step. The steps are functions of their
+own, and stand before it in the order in which it calls them.
 
 `model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
 Latents are float32 (F, 4, H, W) throughout (the demo model's have 8 channels) and times the VAE's scale; the
@@ -20,7 +10,7 @@ networks compute in their own precision.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from poses.parts import PARTS, Part
+from poses.parts import Part, face_and_hands
 from poses.pose import Pose, draw_pose, pose_distance
 from slicing import Offloaded, Slicing, frugally, plans
 from unet import Context, ResnetBlock2D, Transformer2DModel
@@ -51,12 +41,8 @@ def network_inputs(model) -> dict:
 def visiting(network: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """A network on `device` while it is used; then back where it lives, which may be the host's memory."""
     home = next(network.parameters()).device
-    if home == device:
-        yield network
-        return
-    network.to(device)
     try:
-        yield network
+        yield network.to(device)
     finally:
         network.to(home)
 
@@ -116,25 +102,20 @@ def decode_latents(model, latents: Tensor, slice_size: int = 2) -> Iterator[np.n
 
 @torch.inference_mode()
 def encode_prompt(model, prompt: str) -> Tensor:
-    """A prompt -> its context (tokens, context_dim)."""
-    device = network_inputs(model)["device"]
-    with visiting(model.text_encoder, device) as text_encoder:
-        return text_encoder(model.tokenizer(prompt).to(device))
-
-
-def draw_hints(poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """The poses' control images for frames of height x width pixels: (F, 3, H, W) in [0, 1]."""
-    return image_tensor(np.stack([draw_pose(pose, height, width) for pose in poses]))
+    """A prompt -> its context (tokens, context_dim), as the UNet wants it."""
+    inputs = network_inputs(model)
+    with visiting(model.text_encoder, inputs["device"]) as text_encoder:
+        return text_encoder(model.tokenizer(prompt).to(inputs["device"])).to(**inputs)
 
 
 @torch.inference_mode()
 def embed_hints(model, poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """What the ControlNet makes of the poses' control images, the same in every step: (F, C, h, w).
+    """What the ControlNet makes of poses, the same in every step: (F, C, h, w), in the host's memory.
 
-    In the networks' precision, in the host's memory, and from one image at a time, which is larger than
-    its embedding.
+    The poses are drawn as control images of height x width pixels, one at a time: an image is larger than its
+    embedding.
     """
-    images = (draw_hints([pose], height, width).to(**network_inputs(model)) for pose in poses)
+    images = (image_tensor(draw_pose(pose, height, width)).to(**network_inputs(model)) for pose in poses)
     return torch.cat([model.controlnet.embed_hint(image).cpu() for image in images])
 
 
@@ -187,7 +168,7 @@ def predict_noise(
 ) -> Tensor:
     """The noise that UNet and ControlNet see in latents (F, C, h, w), float32 alike.
 
-    hints: control images (F, 3, H, W) in [0, 1], or their embeddings; context: (tokens, context_dim).
+    hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
     """
     x = latents.to(**network_inputs(model))
     if isinstance(hints, Tensor):
@@ -276,8 +257,7 @@ def invert(
 ) -> list[Tensor]:
     """DDIM inversion of the reference frame: its way from image to noise.
 
-    latent: (1, C, h, w), encoded; hint: its own control image (1, 3, H, W), or what `embed_hints` made of
-    it; context: the source prompt's.
+    latent: (1, C, h, w), encoded; hint: what `embed_hints` makes of its own pose; context: the source prompt's.
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
     The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay
@@ -300,6 +280,7 @@ def invert(
             noise = predict_noise(model, noisier, timestep, context, hint)
             noisier = ddim_step(start, noise, timestep - stride, timestep)
         trajectory.append(noisier)
+    check_finite(trajectory[-1], "inversion")
     return trajectory
 
 
@@ -326,10 +307,8 @@ def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
     for dx in (0, 1):
         for dy in (0, 1):
             x, y = (corner[:, 0] + dx).clip(0, width - 1), (corner[:, 1] + dy).clip(0, height - 1)
-            weight = (fraction[:, 0] if dx else 1 - fraction[:, 0]) * (
-                fraction[:, 1] if dy else 1 - fraction[:, 1]
-            )
-            result = result + latent[:, y, x] * weight
+            x_weight, y_weight = (f if d else 1 - f for d, f in zip((dx, dy), fraction.T))
+            result = result + latent[:, y, x] * (x_weight * y_weight)
     return result
 
 
@@ -353,25 +332,28 @@ def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None
     return bool(inside.any())
 
 
+# From a pose, another, height and width of the latents to the parts, with their maps from pose to other.
+Parts = Callable[[Pose, Pose, int, int], Iterable[Part]]
+
+
 def edit_latents(
     latents: Tensor,
     reference_latent: Tensor,
     poses: Sequence[Pose],
     reference_pose: Pose,
-    parts: str = "face,hands",
+    parts: Parts = face_and_hands,
 ) -> Counter[str]:
     """Moves parts of the reference to where each target pose has them, in place.
 
-    latents: (M, C, h, w), one per pose; reference_latent: (C, h, w), of the same timestep; parts: a key of
-    `poses.parts.PARTS`, "face,hands" as in the paper, or "body" for all of it. Where a part lies in the target,
-    the latent becomes the reference's, read through the part's map; what it would read from outside the
-    reference stays as it was. Returns how many regions were edited of each part.
+    latents: (M, C, h, w), one per pose; reference_latent: (C, h, w), of the same timestep; parts: which parts are
+    moved. Where a part lies in the target, the latent becomes the reference's, read through the part's map; what
+    it would read from outside the reference stays as it was. Returns how many regions were edited of each part.
     """
     height, width = latents.shape[-2:]
     # On the host: many tiny operations, which a graphics card is slow to start.
     reference_latent, edited_latents, edited = reference_latent.cpu(), latents.cpu(), Counter()
     for latent, pose in zip(edited_latents, poses, strict=True):
-        moved = PARTS[parts](pose, reference_pose, height, width)
+        moved = parts(pose, reference_pose, height, width)
         edited.update({part.name for part in moved if move(latent, reference_latent, part)})
     latents.copy_(edited_latents)
     return edited
@@ -395,10 +377,10 @@ def sample(
 ) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
-    latents: (F, C, h, w), the noise; hints: control images (F, 3, H, W), or what `embed_hints` made of them;
-    context: the target prompt's. A guidance scale other than 1 also needs `empty_context`, the empty
-    prompt's, and doubles the cost of the steps it counts for: all, as in the paper, or those down to the timestep
-    `guidance_until`, after which the scale is 1 (Kynkäänniemi et al., 2024, guide in such an interval).
+    latents: (F, C, h, w), the noise; hints: what `embed_hints` makes of the poses; context: the target prompt's.
+    A guidance scale other than 1 also needs `empty_context`, the empty prompt's, and doubles the cost of the steps
+    it counts for: all, as in the paper, or those down to the timestep `guidance_until`, after which the scale is 1
+    (Kynkäänniemi et al., 2024, guide in such an interval).
     `before_step(latents, step)` is called before each step, counted from 1, and may change the latents in place.
     `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
     """
@@ -409,7 +391,7 @@ def sample(
 
     def place_hints() -> Tensor | Offloaded:
         """The hints where the way that is tried now wants them."""
-        outside = slicing[0].offload and hints.shape[1] != 3
+        outside = slicing[0].offload
         if outside not in placed:
             placed.clear()
             placed[outside] = Offloaded(hints, inputs["device"]) if outside else hints.to(**inputs)
@@ -468,7 +450,7 @@ class Scene:
     reference: int  # which training frame was inverted
     targets: Sequence[Pose]
     trajectory: Sequence[Tensor]  # the reference's, from image to noise; see `invert`
-    parts: str  # what is moved, a key of `poses.parts.PARTS`
+    parts: Parts  # which parts are moved
     edit_step: int  # before which sampling step, counted from 1
     seed: int
 
@@ -495,7 +477,7 @@ class Method:
     """One way to sample, as data. `PAPER` is PoseCrafter's; ablations change its fields one at a time."""
 
     name: str
-    parts: str | None = "face,hands"  # what is edited, a key of `poses.parts.PARTS`; None: nothing
+    parts: Parts | None = face_and_hands  # which parts are edited; None: none
     edit_step: int | None = 1  # before which sampling step; None: after a fifth of the steps
     editor: Callable[[Scene], Edits] = edit_once
     insert: bool = True  # the reference leads the clip, as its key frame
@@ -558,36 +540,30 @@ def generate_once(
 ) -> Generated:
     """The person of the training frames in M target poses: the whole method.
 
-    model: fine-tuned on the run's frames; targets: on the run's canvas, with a person in each. reference: which
-    training frame to start from (default: the one that `select_reference` finds). source: the training prompt;
-    prompt: the target's (default: the same). seed: of fresh noise, where a method wants some. frames_per_slice,
-    offload: see `slicing.plans`; they do not change the result.
+    model: fine-tuned on the run's frames; targets: on the run's canvas, with a person in each; reference: the
+    training frame to start from (default: by `select_reference`); source: the training prompt; prompt: the
+    target's (default: the same); seed: of fresh noise, where a method wants some; frames_per_slice, offload: see
+    `slicing.plans`: they do not change the result.
     """
     height, width = run.frames.shape[1:3]
-    inputs = network_inputs(model)
     k = select_reference(run.poses, targets) if reference is None else reference
-    context = encode_prompt(model, source).to(**inputs)
-    own_prompt = prompt not in (None, source)
-    target_context = encode_prompt(model, prompt).to(**inputs) if own_prompt else context
-    empty_context = encode_prompt(model, "").to(**inputs) if guidance != 1 else None
+    context = encode_prompt(model, source)
+    target_context = context if prompt in (None, source) else encode_prompt(model, prompt)
+    empty_context = encode_prompt(model, "") if guidance != 1 else None
 
     latent = encode_frames(model, run.frames[k : k + 1])
     hint = embed_hints(model, [run.poses[k]], height, width)
-    trajectory = [latent]
-    if method.needs_inversion:
-        trajectory = invert(model, latent, hint, context, steps, method.fixed_point)
-        check_finite(trajectory[-1], "inversion")
+    inverting = model, latent, hint, context, steps, method.fixed_point
+    trajectory = invert(*inverting) if method.needs_inversion else [latent]
 
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
     hints = embed_hints(model, poses, height, width)
-    if method.start == "inversion":
-        noise = trajectory[-1].expand(len(poses), -1, -1, -1)
-    else:
+    noise = trajectory[-1].expand(len(poses), -1, -1, -1)
+    if method.start == "noise":
         random = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(poses), *latent.shape[1:], generator=random).to(latent)
+        noise = torch.randn(noise.shape, generator=random).to(latent)
 
-    edit_step = method.edits_before(steps)
-    scene = Scene(model, run, k, targets, trajectory, method.parts, edit_step, seed)
+    scene = Scene(model, run, k, targets, trajectory, method.parts, method.edits_before(steps), seed)
     edits = method.editor(scene) if method.parts else NO_EDITS
     replayed = method.replay and method.insert
 
@@ -598,7 +574,8 @@ def generate_once(
             latents[0] = trajectory[steps - step + 1][0]
         edits.before_step(latents[-len(targets) :], step)
 
-    slicing = plans(*inputs.values(), finest_map(model, noise), frames_per_slice, offload)
+    inputs = network_inputs(model).values()
+    slicing = plans(*inputs, finest_map(model, noise), frames_per_slice, offload)
     guiding = guidance, empty_context, before_step, slicing, model.guidance_until
     latents = sample(model, noise, hints, target_context, steps, *guiding)
     check_finite(latents, f"step {steps} of sampling")

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
+from beyond.retarget import proportions, retarget
 from checkpoint import Model, load_model, locate_parts, networks_without_weights, read_settings
 from device import compute_device, describe
 from memory import CUDA, operations, sampling_peak, seconds_per_frame
@@ -37,7 +38,6 @@ from posecrafter import (
     select_reference,
 )
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
-from poses.retarget import proportions, retarget
 from poses.source import Driver, read_driver
 from run import Run, load_run, load_trained, name_of, newest_run, write_json
 from video import VIDEOS_WRITTEN, add_sound, contact_sheet, cover, has_sound, open_video, save_image
@@ -325,7 +325,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "method_from": chosen_by,
         "learning_rate": rate,
         "learning_rate_from": rate_from,
-        "edit": method.parts,
+        "edit": method.parts.__name__ if method.parts else None,
         "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
         "start": method.start,
         "seed": args.seed,

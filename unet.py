@@ -97,12 +97,12 @@ class ResnetBlock2D(nn.Module):
     In the decoder it eats a skip: its input is `x` and `skip`, channel beside channel.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, norm_groups: int):
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=1e-5)
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, out_channels)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=1e-5)
+        self.time_emb_proj = nn.Linear(4 * config.widths[0], out_channels)
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=1e-5)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -258,16 +258,16 @@ class BasicTransformerBlock(nn.Module):
     can be done a few locations, in all frames, at a time.
     """
 
-    def __init__(self, dim: int, context_dim: int, heads: int, temporal: bool):
+    def __init__(self, config: UNetConfig, dim: int, temporal: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, heads)
+        self.attn1 = Attention(dim, dim, config.heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, context_dim, heads)
+        self.attn2 = Attention(dim, config.context_dim, config.heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
         if temporal:
-            self.attn_temp = Attention(dim, dim, heads)
+            self.attn_temp = Attention(dim, dim, config.heads)
             self.conv_temp = nn.Conv2d(dim, dim, 1)
             nn.init.zeros_(self.conv_temp.weight)
             nn.init.zeros_(self.conv_temp.bias)
@@ -302,12 +302,12 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """A transformer block on the pixels of the feature maps, between two 1x1 convolutions."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, norm_groups: int, temporal: bool):
+    def __init__(self, config: UNetConfig, dim: int, temporal: bool = True):
         super().__init__()
         # Per frame, unlike the residual blocks' norms.
-        self.norm = nn.GroupNorm(norm_groups, dim, eps=1e-6)
+        self.norm = nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(dim, context_dim, heads, temporal)])
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(config, dim, temporal)])
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -345,26 +345,15 @@ class DownBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, level: int, temporal: bool):
         super().__init__()
-        out_channels = config.widths[level]
-        in_channels = config.widths[max(level - 1, 0)]
-        last = level == len(config.widths) - 1
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(
-                in_channels if i == 0 else out_channels,
-                out_channels,
-                4 * config.widths[0],
-                config.norm_groups,
-            )
-            for i in range(config.layers_per_block)
-        )
-        if not last:  # the coarsest level has no attention
+        width, layers = config.widths[level], config.layers_per_block
+        above = config.widths[max(level - 1, 0)]
+        inputs = [above] + [width] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock2D(config, channels, width) for channels in inputs)
+        if level < len(config.widths) - 1:  # the coarsest level has no attention
             self.attentions = nn.ModuleList(
-                Transformer2DModel(
-                    out_channels, config.context_dim, config.heads, config.norm_groups, temporal
-                )
-                for _ in range(config.layers_per_block)
+                Transformer2DModel(config, width, temporal) for _ in range(layers)
             )
-            self.downsamplers = nn.ModuleList([Downsample2D(out_channels)])
+            self.downsamplers = nn.ModuleList([Downsample2D(width)])
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> Iterator[Tensor]:
         """(N, C, H, W) -> the block's feature maps, one after another; the last goes on to the next level.
@@ -386,16 +375,8 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         width = config.widths[-1]
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(width, width, 4 * config.widths[0], config.norm_groups) for _ in range(2)
-        )
-        self.attentions = nn.ModuleList(
-            [
-                Transformer2DModel(
-                    width, config.context_dim, config.heads, config.norm_groups, temporal=False
-                )
-            ]
-        )
+        self.resnets = nn.ModuleList(ResnetBlock2D(config, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer2DModel(config, width, temporal=False)])
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.resnets[0](x, time)
@@ -407,27 +388,17 @@ class UpBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, level: int):
         super().__init__()
-        widths = config.widths
+        widths, layers = config.widths, config.layers_per_block + 1
         width = widths[level]
         below = widths[min(level + 1, len(widths) - 1)]  # what comes up from the coarser level
         above = widths[max(level - 1, 0)]  # the last skip was made by the finer level
-        layers = config.layers_per_block + 1
+        inputs = [below] + [width] * (layers - 1)
+        skips = [width] * (layers - 1) + [above]
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(
-                (below if i == 0 else width) + (above if i == layers - 1 else width),
-                width,
-                4 * widths[0],
-                config.norm_groups,
-            )
-            for i in range(layers)
+            ResnetBlock2D(config, x + skip, width) for x, skip in zip(inputs, skips)
         )
         if level < len(widths) - 1:
-            self.attentions = nn.ModuleList(
-                Transformer2DModel(
-                    width, config.context_dim, config.heads, config.norm_groups, temporal=True
-                )
-                for _ in range(layers)
-            )
+            self.attentions = nn.ModuleList(Transformer2DModel(config, width) for _ in range(layers))
         if level > 0:
             self.upsamplers = nn.ModuleList([Upsample2D(width)])
 

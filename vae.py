@@ -3,7 +3,9 @@
 Attribute names are the public checkpoint's (diffusers layout).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,12 +17,10 @@ class VAEConfig:
     """Sizes of a VAE. The defaults are Stable Diffusion 1.5's (`sd-vae-ft-mse`)."""
 
     latent_channels: int = 4
-    # Channels at each level; every level but the last halves.
-    widths: tuple[int, ...] = (128, 256, 512, 512)
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels at each level; all but the last halve
     layers_per_block: int = 2
     norm_groups: int = 32
-    # Latents times this have about unit variance; the diffusion works on those.
-    scale: float = 0.18215
+    scale: float = 0.18215  # latents times this have about unit variance, which the diffusion works on
 
     @property
     def factor(self) -> int:
@@ -50,9 +50,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
@@ -62,39 +60,23 @@ class AttentionBlock(nn.Module):
         return x + h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the public VAE pads on the right and bottom only
+def downsample(channels: int) -> nn.Sequential:
+    """Halves the resolution. The public VAE pads on the right and bottom only."""
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    """Doubles the resolution."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
-class Block(nn.Module):
-    """Residual blocks at one width, then the level's resampling, if it has one, under the checkpoint's name."""
-
-    def __init__(self, in_channels: int, channels: int, layers: int, groups: int):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else channels, channels, groups) for i in range(layers)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = resample(x)
-        return x
+def level(in_channels: int, channels: int, layers: int, groups: int) -> nn.Sequential:
+    """Residual blocks at one width. What resamples them is appended under the checkpoint's name for it."""
+    widths = (in_channels, *[channels] * layers)
+    resnets = (ResnetBlock(*pair, groups) for pair in pairwise(widths))
+    return nn.Sequential(OrderedDict(resnets=nn.Sequential(*resnets)))
 
 
 class MidBlock(nn.Module):
@@ -112,21 +94,18 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            block = Block(widths[max(level - 1, 0)], width, config.layers_per_block, groups)
-            if level < len(widths) - 1:
-                block.downsamplers = nn.ModuleList([Downsample(width)])
-            self.down_blocks.append(block)
+        self.down_blocks = nn.Sequential()
+        for i, width in enumerate(widths):
+            self.down_blocks.append(level(widths[max(i - 1, 0)], width, config.layers_per_block, groups))
+            if i < len(widths) - 1:
+                self.down_blocks[i].downsamplers = nn.Sequential(downsample(width))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, s*H, s*W) -> (N, 2 * latent_channels, H, W)
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -135,19 +114,16 @@ class Decoder(nn.Module):
         widths, groups = config.widths[::-1], config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            block = Block(widths[max(level - 1, 0)], width, config.layers_per_block + 1, groups)
-            if level < len(widths) - 1:
-                block.upsamplers = nn.ModuleList([Upsample(width)])
-            self.up_blocks.append(block)
+        self.up_blocks = nn.Sequential()
+        for i, width in enumerate(widths):
+            self.up_blocks.append(level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups))
+            if i < len(widths) - 1:
+                self.up_blocks[i].upsamplers = nn.Sequential(upsample(width))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, latent_channels, H, W) -> (N, 3, s*H, s*W)
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -164,8 +140,7 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, s*H, s*W) in [-1, 1] -> mean and log-variance of the latents, each (N, C, H, W)."""
-        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, log_variance
+        return self.quant_conv(self.encoder(images)).chunk(2, dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (N, C, H, W), unscaled -> images (N, 3, s*H, s*W), about [-1, 1] but not clamped."""

@@ -1,17 +1,16 @@
 """A pseudo video that moves: beyond the paper, whose supplement calls a better one an open question.
 
 The paper starts from a video that repeats one training frame, in the hope that the networks move what is in it.
-Here its parts are moved first. The person is cut out of the training frames, which a still camera makes easy, and
-put before their background as each target pose has it: limb by limb, finger by finger (`pseudo_video`). Cut paper
-has no folds and tears at the joints. So it is not the result, but what sampling is held to
-(`hold_to_pseudo_video`): from a fifth of the steps on, before each but the last few, latents become the moved
-ones, with the reference's own noise moved along. What is neither part nor background is the networks', and in the
-end so is all that they made differently (`restore`).
+Here the person's parts are moved first, cut out of the training frames of a still camera and put before their
+background as each target pose has them (`pseudo_video`). Cut paper has no folds and tears at the joints. So
+sampling is only held to it (`hold_to_pseudo_video`), and the networks make what is neither part nor background.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from beyond.body import NAMES, body_parts, covered, may_cover
 from posecrafter import (
     PAPER,
     Edits,
@@ -35,7 +35,7 @@ from posecrafter import (
     image_tensor,
     move,
 )
-from poses.parts import body_parts, covered, fit_affine, latent_points, may_cover
+from poses.parts import Part, fit_affine, point_pairs
 from poses.pose import Pose, is_seen
 
 # ---- What is behind the person ------------------------------------------------------------------
@@ -46,17 +46,11 @@ def bodies(poses: Sequence[Pose], height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack([may_cover(pose, height, width) for pose in poses]))[:, None]
 
 
-def empty_places(poses: Sequence[Pose], height: int, width: int) -> Tensor:
-    """Where frames show nobody, nor anybody within two pixels: latents show a neighbour too, and hair may reach
-    further than keypoints tell.
+def empty_places(people: Tensor) -> Tensor:
+    """Where there are no people within two pixels: booleans (F, 1, h, w), of `bodies` alike.
 
-    Booleans (F, 1, height, width), in latent pixels.
+    Latents show a neighbour too, and hair may reach further than keypoints tell.
     """
-    return nobody_near(bodies(poses, height, width))
-
-
-def nobody_near(people: Tensor) -> Tensor:
-    """Where there are no people within two pixels: booleans (F, 1, h, w) alike."""
     return max_around(people.float(), 2) == 0
 
 
@@ -69,8 +63,15 @@ def max_around(images: Tensor, reach: int) -> Tensor:
     return F.max_pool2d(rows, (2 * reach + 1, 1), 1, (reach, 0))
 
 
-# How much the background may change. A dancer's before a tripod changes by .002 at most, of a camera that trembles
-# by a quarter of a latent pixel by .006 to .04, less where there is nothing to blur.
+def mean_of_empty(images: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where images (F, C, h, w) are empty (F, 1, h, w), in how many frames (1, h, w), and their mean (C, h, w)."""
+    empty = empty_places(bodies(poses, *images.shape[-2:])).to(images)
+    count = empty.sum(dim=0)
+    return empty, count, (images * empty).sum(dim=0) / count.clamp(min=1)
+
+
+# The largest `background_change` of a still camera. A dancer's before a tripod is .002 at most, that of a camera
+# which trembles by a quarter of a latent pixel .006 to .04, less where there is nothing to blur.
 STILL = 0.004
 
 
@@ -81,13 +82,11 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
     `factor` pixels, which are a latent pixel. Infinite where no place can be compared.
     """
     images = F.avg_pool2d(image_tensor(frames), factor)
-    empty = empty_places(poses, *images.shape[-2:])
-    seen = empty.sum(dim=0)
-    compared = seen[0] > 1
+    empty, count, mean = mean_of_empty(images, poses)
+    compared = count[0] > 1
     if not compared.any():
         return math.inf
-    mean = (images * empty).sum(dim=0) / seen.clamp(min=1)
-    variance = ((images - mean).square() * empty).sum(dim=0) / (seen - 1).clamp(min=1)
+    variance = ((images - mean).square() * empty).sum(dim=0) / (count - 1).clamp(min=1)
     own = images.var(dim=(0, 2, 3)).mean().clamp(min=1e-6)
     return (variance[:, compared].mean() / own).item()
 
@@ -95,85 +94,74 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
 def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
     """What clips of a still camera (F, C, h, w) show behind the person, (C, h, w), and where, booleans (1, h, w).
 
-    The mean of the frames that are empty there, see `empty_places`, continued from all sides into where somebody
-    always stands, which is a guess. Raises ValueError where no frame is empty anywhere (their `background_change`
-    is infinite).
+    The mean of the frames that are empty there, continued from all sides into where somebody always stands, which
+    is a guess. Raises ValueError where no frame is empty anywhere.
     """
-    empty = empty_places(poses, *latents.shape[-2:]).to(latents)
-    seen = empty.sum(dim=0)
-    behind, shown = (latents * empty).sum(dim=0) / seen.clamp(min=1), seen > 0
-    known = shown.to(latents)
+    _, count, behind = mean_of_empty(latents, poses)
+    known = (count > 0).to(latents)
     if not known.any():
         raise ValueError("people, or where they may be, fill all frames: there is no background")
     while not known.all():
         share = F.avg_pool2d(known, 3, 1, 1)
         around = F.avg_pool2d(behind, 3, 1, 1) / share.clamp(min=1 / 9)
         behind, known = torch.where(known > 0, behind, around), (share > 0).to(latents)
-    return behind, shown
+    return behind, count > 0
 
 
 def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Tensor:
     """Where poses leave the background to be seen: booleans (M, 1, h, w), in latent pixels.
 
-    That is where it is `known`, (1, h, w), and nobody is within two pixels, see `empty_places`; and, known or
-    guessed, what the reference's body covers and a pose's does not.
+    That is where it is `known`, (1, h, w), and empty; and, known or not, what only the reference's body covers.
     """
     height, width = known.shape[1:]
     people = bodies(poses, height, width).to(known)
     left = torch.from_numpy(covered(reference_pose, height, width) > 0).to(known) & ~people
-    return left | (nobody_near(people) & known)
+    return left | (empty_places(people) & known)
 
 
 # ---- The person, moved --------------------------------------------------------------------------
 
-# What any training frame may lend: some parts, the landmarks that tell where they look most alike, and what they
-# are joined to, and so always partly behind or before.
+# What any training frame may lend: some parts, the landmarks that tell where they look most alike, and the parts
+# that they are joined to, and so always partly behind or before.
 LENT = {
-    "head": (("hair", "head"), "face", ("torso",)),
-    "face": (("face",), "face", ("hair", "head", "torso")),
-} | {
-    hand: ((hand, fingers), hand, (forearm,))
-    for hand, fingers, forearm in (
-        ("left_hand", "left_fingers", "left_forearm"),
-        ("right_hand", "right_fingers", "right_forearm"),
-    )
+    "head": ({"hair", "head"}, "face", {"torso"}),
+    "face": ({"face"}, "face", {"hair", "head", "torso"}),
+    "left_hand": ({"left_hand", "left_fingers"}, "left_hand", {"left_forearm"}),
+    "right_hand": ({"right_hand", "right_fingers"}, "right_hand", {"right_forearm"}),
 }
-# How much a pixel of a person differs from the background, where white is 1: from not at all to surely.
+# How much a pixel differs from the background (white is 1): below, it is not the person; above, it surely is.
 DIFFERENCE = 0.03, 0.09
 
+Masks = Mapping[str, np.ndarray]
 
-def part_masks(pose: Pose, height: int, width: int) -> dict[str, np.ndarray]:
-    """The pixels of a body's parts by name: booleans (height, width)."""
-    masks = {}
+
+def part_masks(pose: Pose, height: int, width: int) -> Masks:
+    """The pixels of a body's parts by name: booleans (height, width), all False for a part that is not there."""
+    masks = {name: np.zeros((height, width), bool) for name in NAMES}
     for part in body_parts(pose, pose, height, width):
         x, y = part.pixels[part.weight > 0.5].T
-        masks.setdefault(part.name, np.zeros((height, width), bool))[y, x] = True
+        masks[part.name][y, x] = True
     return masks
 
 
-def union(masks: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
-    """The pixels of any of some masks: booleans (height, width)."""
-    return np.logical_or.reduce([np.zeros((height, width), bool), *masks])
+def union(masks: Masks, names: Iterable[str]) -> np.ndarray:
+    """The pixels of any of the parts of these names: booleans (height, width)."""
+    return np.logical_or.reduce([masks[name] for name in names])
 
 
-def cut_out(
-    image: Tensor, behind: Tensor, known: Tensor, pose: Pose, masks: Mapping[str, np.ndarray] | None = None
-) -> Tensor:
+def cut_out(image: Tensor, behind: Tensor, known: Tensor, masks: Masks) -> Tensor:
     """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
 
-    behind: the background, a like image; known: where it is, rather than guessed, booleans (1, H, W). There the
-    person is all that differs from it, and what is well inside the body, however alike. Elsewhere it is what has
-    rather the colours found inside the body than those of the background. masks: `part_masks`, where at hand.
+    behind: the background, a like image; known: where it is no guess, booleans (1, H, W). There the person is all
+    that differs from it, and what is well inside the body. Elsewhere it is what has rather the colours of the
+    body's inside than those of the background. masks: the pose's `part_masks`.
     """
     height, width = image.shape[1:]
     difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
     low, high = DIFFERENCE
     differs = ((difference - low) / (high - low)).clamp(0, 1)
-    masks = masks or part_masks(pose, height, width)
-    narrow = (masks[name] for name in masks.keys() - {"hair"})  # hair's is wide
-    body = union(narrow, height, width)
-    rim = max(height, width) // 32
-    inside = 1 - max_around(1 - torch.from_numpy(body).float()[None], rim)
+    body = torch.from_numpy(union(masks, NAMES - {"hair"}))  # hair's is wide
+    inside = 1 - max_around(1 - body.float()[None], max(height, width) // 32)
 
     bins = (image * 15.99).long()
     bins = (bins[0] * 16 + bins[1]) * 16 + bins[2]
@@ -188,35 +176,55 @@ def cut_out(
     return torch.where(known, differs, likely).maximum(inside)
 
 
-def hidden(
-    pose: Pose, lent: str, height: int, width: int, masks: Mapping[str, np.ndarray] | None = None
-) -> float:
-    """The share of lent parts' pixels where other parts of the body are, plus that of their landmarks that lie
-    outside the frame; 1 where they are not seen. masks: `part_masks`, where at hand.
+def hidden(pose: Pose, masks: Masks) -> dict[str, float]:
+    """By keys of LENT, the share of their parts' pixels where other parts of the body are, plus that of their
+    landmarks that lie outside the frame; 1 where they are not seen.
     """
-    names, told_by, joined = LENT[lent]
-    masks = masks or part_masks(pose, height, width)
-    own = union((masks[name] for name in masks.keys() & names), height, width)
-    others = union((masks[name] for name in masks.keys() - {*names, *joined}), height, width)
-    landmarks = getattr(pose, told_by)
-    points = landmarks[is_seen(landmarks), :2]
-    if not (own.any() and len(points)):
-        return 1.0
-    return (own & others).sum() / own.sum() + ((points < 0) | (points > 1)).any(axis=1).mean()
+    shares = {}
+    for lent, (names, told_by, joined) in LENT.items():
+        own, others = union(masks, names), union(masks, NAMES - names - joined)
+        landmarks = getattr(pose, told_by)
+        points = landmarks[is_seen(landmarks), :2]
+        shares[lent] = 1.0
+        if own.any() and len(points):
+            outside = ((points < 0) | (points > 1)).any(axis=1)
+            shares[lent] = (own & others).sum() / own.sum() + outside.mean()
+    return shares
 
 
 def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int) -> float:
-    """How far one set of landmarks (K, 3) is from another after the best affine map, as a share of its size, and
-    the share of them that the other lacks. Infinite where there is no map.
+    """How far landmarks (K, 3) are from others after the best affine map, as a share of their size, and the share
+    of them that the others lack. Infinite without a map.
     """
-    both = is_seen(landmarks) & is_seen(other)
-    here, there = (latent_points(each[both], height, width) for each in (landmarks, other))
+    here, there, both = point_pairs(landmarks, other, height, width)
+    here, there = here[both], there[both]
     to_here = fit_affine(there, here)
     if to_here is None:
         return math.inf
     off = there @ to_here[:, :2].T + to_here[:, 2] - here
     missing = (is_seen(landmarks).sum() - both.sum()) / len(landmarks)
     return float(np.sqrt((off**2).sum(axis=1).mean()) / np.ptp(here, axis=0).max() + missing)
+
+
+def lenders(
+    target: Pose, poses: Sequence[Pose], costs: Sequence[Mapping[str, float]], height: int, width: int
+) -> dict[str, int]:
+    """The training frame that lends each part, by the part's name: the most alike that hides it least.
+
+    costs: how `hidden` each frame has what it could lend.
+    """
+    frames = {}
+    for lent, (names, told_by, _) in LENT.items():
+        wanted = getattr(target, told_by)
+        unlike = (unlikeness(wanted, getattr(pose, told_by), height, width) for pose in poses)
+        sums = [each + cost[lent] for each, cost in zip(unlike, costs)]
+        if np.isfinite(sums).any():
+            frames |= dict.fromkeys(names, int(np.argmin(sums)))
+    return frames
+
+
+def by_name(parts: Iterable[Part]) -> dict[str, list[Part]]:
+    return {name: list(alike) for name, alike in groupby(parts, attrgetter("name"))}
 
 
 def pseudo_video(
@@ -230,59 +238,38 @@ def pseudo_video(
     """The person of the training frames, uint8 (N, H, W, 3), in M target poses: uint8 (M, H, W, 3); and where that
     shows the person or the background, and not what is guessed, booleans (M, 1, h, w).
 
-    All parts are the `reference` frame's, but for head and hands: each is taken from the frame where its landmarks
-    are most like the target's, and least hides it. So a mouth that is open in one training frame can open, and
-    a hand before a shirt be one that was seen before the wall. behind: the background, uint8 (H, W, 3); known:
-    where it is, rather than guessed, booleans (1, h, w), of latent pixels.
+    All parts are the `reference` frame's, but for head and hands, see `lenders`. So a mouth that is open in one
+    training frame can open, and a hand before a shirt be one that was seen before the wall. behind: the
+    background, uint8 (H, W, 3); known: where it is no guess, booleans (1, h, w), of latent pixels.
     """
-    height, width = behind.shape[:2]
-    background = image_tensor(behind)[0]
-    latent_size, shown = known.shape[1:], known.repeat(len(targets), 1, 1, 1)
-    known = F.interpolate(known[None].float().cpu(), (height, width))[0] > 0
-    ones = torch.ones(1, height, width)  # moved along with the colours: they tell where parts went
+    size = behind.shape[:2]
+    background, ones = image_tensor(behind)[0], torch.ones(1, *size)
+    shown, latent_size = known.repeat(len(targets), 1, 1, 1), known.shape[1:]
+    known = F.interpolate(known[None].float().cpu(), size)[0] > 0
 
     @cache
     def cut(frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A frame with a fourth channel of ones (4, H, W); the person in it, see `cut_out`; and the person's head
-        alone, since the wide parts of the head contain some of the rest of the body.
+        """A frame with a channel of ones (4, H, W), which tell where parts went; the person in it, see `cut_out`;
+        and the head alone, as the wide parts of the head contain some of the rest of the body.
         """
-        image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], height, width)
-        person = cut_out(image, background, known, poses[frame], masks)
-        others = (masks[name] for name in masks.keys() - {"hair", "head", "face"})
-        rest = torch.from_numpy(union(others, height, width))
+        image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], *size)
+        person = cut_out(image, background, known, masks)
+        rest = torch.from_numpy(union(masks, NAMES - {"hair", "head", "face"}))
         return torch.cat([image, ones]), person, person.masked_fill(rest, 0)
 
-    unseen = {lent: [] for lent in LENT}
-    for pose in poses:
-        masks = part_masks(pose, height, width)
-        for lent, costs in unseen.items():
-            costs.append(hidden(pose, lent, height, width, masks))
-
-    def lender(lent: str, target: Pose) -> int:
-        _, told_by, _ = LENT[lent]
-        wanted = getattr(target, told_by)
-        costs = [
-            unlikeness(wanted, getattr(pose, told_by), height, width) + cost
-            for pose, cost in zip(poses, unseen[lent])
-        ]
-        return int(np.argmin(costs)) if np.isfinite(costs).any() else reference
-
-    video = np.empty((len(targets), height, width, 3), np.uint8)
+    costs = [hidden(pose, part_masks(pose, *size)) for pose in poses]
+    video = np.empty((len(targets), *size, 3), np.uint8)
     for i, target in enumerate(tqdm(targets, desc="moving parts", leave=False)):
-        frame_of = {name: lender(lent, target) for lent in LENT for name in LENT[lent][0]}
-        moved = {
-            frame: list(body_parts(target, poses[frame], height, width))
-            for frame in {reference, *frame_of.values()}
-        }
-        canvas = torch.cat([background, torch.zeros_like(ones)])
-        far_to_near = dict.fromkeys(p.name for p in body_parts(target, target, height, width))
-        for name in far_to_near:
-            # The lender, unless no map takes this part from there.
-            frames_to_try = frame_of.get(name, reference), reference
-            found = ((f, [part for part in moved[f] if part.name == name]) for f in frames_to_try)
-            frame, parts = next((pair for pair in found if pair[1]), (reference, []))
+        frame_of = lenders(target, poses, costs, *size)
+        lending = {reference, *frame_of.values()}
+        moved = {frame: by_name(body_parts(target, poses[frame], *size)) for frame in lending}
+        canvas = torch.cat([background, 0 * ones])
+        for name in by_name(body_parts(target, target, *size)):  # from far to near
+            frame = frame_of.get(name, reference)
+            if name not in moved[frame]:  # no map takes this part from there
+                frame = reference
             image, person, head = cut(frame)
-            for part in parts:
+            for part in moved[frame].get(name, ()):
                 move(canvas, image, part, head if name in ("hair", "head") else person)
         video[i] = (canvas[:3] * 255).round().byte().permute(1, 2, 0).numpy()
         shown[i] |= (F.adaptive_max_pool2d(canvas[3:], latent_size) > 0.5).to(shown)
@@ -292,11 +279,7 @@ def pseudo_video(
 def moved_person(
     model, run: TrainingFrames, reference: int, targets: Sequence[Pose]
 ) -> tuple[np.ndarray, Tensor, Tensor]:
-    """`pseudo_video` before the background that the training frames show.
-
-    Returns the video, uint8 (M, H, W, 3); where it is no guess, booleans (M, 1, h, w); and where the background is
-    known, booleans (1, h, w), both of latent pixels.
-    """
+    """`pseudo_video` before the background that the training frames show, and where that is known: (1, h, w)."""
     behind, known = without_people(encode_frames(model, run.frames), run.poses)
     (background,) = decode_latents(model, behind[None])
     return *pseudo_video(run.frames, run.poses, reference, targets, background, known), known
@@ -304,14 +287,11 @@ def moved_person(
 
 # ---- What sampling is held to -------------------------------------------------------------------
 
-# The timestep of the last step before which latents are held: the last steps close the seams.
-HELD_UNTIL = 100
-# The same beside hair, where the pseudo video shows but a guess of the background: long enough for networks not to
-# put the reference's hair there.
-GUESS_HELD_UNTIL = 500
-
-# How far finished latents are from those they were held to, where their own variance is about 1: nearer than the
-# first they are nothing else, further than the second something else.
+# Latents are held before steps from timesteps no lower than this: the last steps close the seams. Where the pseudo
+# video shows but a guess, beside hair, they are held until networks no longer put the reference's hair there.
+HELD_UNTIL, GUESS_HELD_UNTIL = 100, 500
+# Distances of finished latents from the pseudo video's, where their own variance is about 1: below the first, they
+# become the pseudo video's; above the second, they stay.
 ALIKE = 0.3, 0.5
 
 
@@ -319,8 +299,8 @@ def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
     """Where finished latents (M, C, h, w) are nearly the pseudo video's, makes them so, in place.
 
     share: (M, 1, h, w), how far, from 0 to 1. Networks do not find the last shade of a still background again, nor
-    the edge of a curl, and leave blotches where they had to; what they made anew, they made for a reason. How far
-    the two are is a root mean square over channels and 3x3 pixels, see ALIKE.
+    the edge of a curl; what they made anew, they made for a reason. The distance is a root mean square over
+    channels and 3x3 pixels, see ALIKE.
     """
     squares = (latents.float() - pseudo.float()).square().mean(dim=1, keepdim=True)
     distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
@@ -332,15 +312,14 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
     """The editor of HELD: target frames are held to a pseudo video that moves, made of the training frames.
 
     From the edit step on, before each step down to HELD_UNTIL, latents become the pseudo video's, as noisy, where
-    a part was moved to or the background is to be seen (`uncovered`). Once is not enough: all frames look at the
-    reference, whose limbs are elsewhere. After the last step comes `restore`. Where the edit step comes too late
-    for that, parts are moved once.
+    a part was moved to or the background is `uncovered`. Once is not enough: all frames look at the reference,
+    whose limbs are elsewhere. After the last step comes `restore`. If the edit step is too late, parts are moved
+    once.
     """
     timesteps = ddim_timesteps(len(scene.trajectory) - 1)
     if timesteps[scene.edit_step - 1] < HELD_UNTIL:
         return edit_once(scene)
-    reference_pose = scene.run.poses[scene.reference]
-    places = scene.targets, reference_pose, scene.parts
+    places = scene.targets, scene.run.poses[scene.reference], scene.parts
     video, shown, known = moved_person(scene.model, scene.run, scene.reference, scene.targets)
     pseudo = encode_frames(scene.model, video)
 
@@ -350,16 +329,14 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
     reference_latent = scene.trajectory[len(scene.trajectory) - scene.edit_step][0]
     own_noise = (reference_latent - math.sqrt(a) * scene.trajectory[0][0]) / math.sqrt(1 - a)
     random = torch.Generator().manual_seed(scene.seed)
-    noise = torch.randn(own_noise.shape, generator=random).to(own_noise)
-    noise = noise.repeat(len(scene.targets), 1, 1, 1)
+    noise = torch.randn(own_noise.shape, generator=random).to(own_noise).repeat(len(scene.targets), 1, 1, 1)
     edit_latents(noise, own_noise, *places)
     body = torch.zeros_like(pseudo[:, :1])
     regions = edit_latents(body, torch.ones_like(body[0]), *places)
     sure = body * shown
-    seen = uncovered(scene.targets, reference_pose, known).to(body)
-    outside = [1 - covered(pose, *body.shape[-2:]) for pose in scene.targets]
-    outside = torch.from_numpy(np.stack(outside)[:, None]).to(body)
-    outside = F.max_pool2d(outside, 5, 1, 2)  # and two pixels in
+    seen = uncovered(*places[:2], known).to(body)
+    outside = np.stack([1 - covered(pose, *body.shape[-2:]) for pose in scene.targets])
+    outside = max_around(torch.from_numpy(outside[:, None]).to(body), 2)  # and two pixels in
 
     def before_step(latents: Tensor, step: int) -> None:
         if step >= scene.edit_step and (timestep := timesteps[step - 1]) >= HELD_UNTIL:
@@ -374,6 +351,6 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
 
 # The body's parts moved once, after a fifth of the steps, which scores best on puppets. The key frame is replayed,
 # which scores better too (docs/BEYOND.md).
-BODY = Method("body", parts="body", edit_step=None, replay=True)
-HELD = Method("held", parts="body", edit_step=None, editor=hold_to_pseudo_video, replay=True)
+BODY = Method("body", parts=body_parts, edit_step=None, replay=True)
+HELD = Method("held", parts=body_parts, edit_step=None, editor=hold_to_pseudo_video, replay=True)
 METHODS = {method.name: method for method in (PAPER, BODY, HELD)}

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from beyond.body import body_parts, covered
 from beyond.pseudo import hold_to_pseudo_video, moved_person, without_people
+from beyond.retarget import retarget
 from checkpoint import DEMO, Model, load_model
 from command import keep_freed_memory
 from demo.drive import unlike
@@ -55,9 +57,8 @@ from posecrafter import (
     select_reference,
     trainable_parameters,
 )
-from poses.parts import covered
+from poses.parts import face_and_hands
 from poses.pose import Pose, video_sim
-from poses.retarget import retarget
 from poses.source import uniform_frames
 from train import train
 from video import replacing, save_image
@@ -155,7 +156,7 @@ def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, background: Tens
     was, now = (covered(each, *latent.shape[-2:]) for each in (reference_pose, pose))
     left = torch.tensor((was - now).clip(0), dtype=latent.dtype, device=latent.device)
     warped = latent.lerp(background, left)[None]
-    edit_latents(warped, latent, [pose], reference_pose, "body")
+    edit_latents(warped, latent, [pose], reference_pose, body_parts)
     return warped[0]
 
 
@@ -215,7 +216,7 @@ def make_clip(model: Model, cell: Cell, scene: Scene) -> np.ndarray:
 
     method = Method(
         "cell",
-        parts=None if cell.edit == "none" else cell.edit,
+        parts={"face,hands": face_and_hands, "body": body_parts, "none": None}[cell.edit],
         edit_step=cell.edit_step,
         editor=hold_to_pseudo_video if cell.hold else edit_once,
         insert=cell.insert,

@@ -20,12 +20,12 @@ if __name__ == "__main__":  # before torch is imported
 
 import sample
 import train
+from beyond.retarget import retarget
 from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew, report
 from demo.motion import motion
 from demo.puppet import Puppet, clip, pose_of, random_puppet, render
 from metrics.figures import psnr
 from poses.pose import draw_pose, is_seen, save_poses
-from poses.retarget import retarget
 from run import load_run
 
 SIZE = 192  # pixels: whole bodies in square frames, since legs have proportions too

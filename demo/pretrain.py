@@ -37,6 +37,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from beyond.body import body_parts
 from checkpoint import Model
 from clip import TextConfig, TextEncoder, Tokenizer
 from command import keep_freed_memory
@@ -59,6 +60,7 @@ from device import compute_device
 from posecrafter import (
     ALPHAS_CUMPROD,
     TRAIN_STEPS,
+    Parts,
     alpha_cumprod,
     ddim_step,
     ddim_timesteps,
@@ -66,6 +68,7 @@ from posecrafter import (
     image_tensor,
     invert,
 )
+from poses.parts import face_and_hands
 from poses.pose import Pose, draw_pose
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -344,7 +347,7 @@ def training_batch(
     for clip in np.flatnonzero(rng.random(clips) < 0.65):
         start = torch.from_numpy(noise[clip, 0] + ratio * z[clip, 0])
         starts = start.repeat(FRAMES, 1, 1, 1)
-        if parts := ("", "face,hands", "body")[rng.integers(3)]:
+        if parts := (None, face_and_hands, body_parts)[rng.integers(3)]:
             edit_latents(starts[1:], start, taken.poses[clip][1:], taken.poses[clip][0], parts)
         noise[clip] = starts.numpy() - ratio * z[clip]
 
@@ -499,7 +502,7 @@ class Rollout:
     prompts: list[str]
     ways: np.ndarray  # (clips, SAMPLING_STEPS + 1, 8, h, w), of the references, from image to noise
     poses: list[list[Pose]]  # of each clip, the reference's first
-    edits: list[tuple[int, str]]  # of each clip: before which step what is moved
+    edits: list[tuple[int, Parts | None]]  # of each clip: before which step what is moved
     step: int = 1
 
 
@@ -515,7 +518,7 @@ def new_rollout(
     order = np.array([[0, *1 + rng.permutation(POSES - 1)[: FRAMES - 1]] for _ in range(clips)])
     ways, found = inverted["ways"][identities].astype(np.float32), inverted["found"][identities]
     taken = take_clips(rng, pool, latents, (identities[:, None], order), found)
-    edits = [(0, ""), (1, "face,hands"), *((step, "body") for step in (2, 3, 3, 3, 4, 4))]
+    edits = [(0, None), (1, face_and_hands), *((step, body_parts) for step in (2, 3, 3, 3, 4, 4))]
     return Rollout(
         latents=flat(ways[:, -1:].repeat(FRAMES, axis=1)),
         images=flat(taken.images),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from clip import ImageEncoder, prepare_images
+from metrics.clip_images import ImageEncoder, prepare_images
 from metrics.networks import I3D, LPIPS, Inception
 from openpose import OpenPose, find_poses
 from poses.people import INTERPOLATED

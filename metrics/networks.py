@@ -1,7 +1,8 @@
 """The networks whose features metrics compare: AlexNet for LPIPS, Inception for FID, I3D for FVD.
 
 Each is said as the table that it is, under the names of its public file. They read pictures in
-[-1, 1], of any size, and are frozen. CLIP's image encoder, for CLIP-I and CLIP-T, is in `clip.py`.
+[-1, 1], of any size, and are frozen. CLIP's image encoder, for CLIP-I and CLIP-T, is in
+`metrics/clip_images.py`.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
 
-from checkpoint import PublicFile, fill
-from clip import ImageEncoder
+from checkpoint import fill
+from metrics.clip_images import ImageEncoder
+from public.hub import PublicFile
 from video import replacing
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -18,10 +18,8 @@ from video import by_number, replacing
 class Pose:
     """The keypoints of one person in one frame, in canvas-normalised coordinates.
 
-    Each part is a float32 array of (x, y, score) rows: x runs from 0 (left edge of the canvas) to
-    1 (right edge), y from 0 (top) to 1 (bottom), score from 0 (missing) to 1. Points may lie
-    outside the canvas. The orders are OpenPose's, for `body` COCO-18: nose, neck, right shoulder,
-    right elbow, right wrist, left shoulder, ...
+    Each part is float32 (K, 3): x from 0 (left edge of the canvas) to 1, y from 0 (top) to 1, and the score from 0
+    (missing) to 1. Points may lie outside the canvas. The orders are OpenPose's, for `body` COCO-18's.
     """
 
     body: np.ndarray = field(default_factory=lambda: np.zeros((18, 3), np.float32))
@@ -36,11 +34,7 @@ def is_seen(part: np.ndarray) -> np.ndarray:
 
 
 def has_person(pose: Pose) -> bool:
-    """Whether there is anybody to draw.
-
-    Three body keypoints are the fewest that fix a place, a size and a direction; false detections
-    are mostly single points or pairs.
-    """
+    """Whether there is anybody to draw: false detections are mostly single keypoints or pairs."""
     return int(is_seen(pose.body).sum()) >= 3
 
 
@@ -53,20 +47,35 @@ def absences(poses: Sequence[Pose], first: int = 0) -> str:
 
 
 def place_pose(pose: Pose, scale_x: float, scale_y: float, left: float, top: float) -> Pose:
-    """The pose after x' = scale_x * x + left and y' = scale_y * y + top, in normalised coordinates.
+    """The pose after x' = scale_x * x + left and y' = scale_y * y + top; missing keypoints stay zero.
 
-    With `video.Fit.placement` the pose follows its frame onto the canvas. Missing keypoints stay
-    zero.
+    With `video.Fit.placement` the pose follows its frame onto the canvas.
     """
-
-    def place(part: np.ndarray) -> np.ndarray:
-        placed = part * (scale_x, scale_y, 1) + (left, top, 0)
-        return np.where(is_seen(part)[:, None], placed, 0).astype(np.float32)
-
-    return Pose(place(pose.body), place(pose.face), place(pose.left_hand), place(pose.right_hand))
+    parts = [(part, part * (scale_x, scale_y, 1) + (left, top, 0)) for part in vars(pose).values()]
+    return Pose(*(np.where(is_seen(part)[:, None], placed, 0).astype(np.float32) for part, placed in parts))
 
 
-# ------------------------------------------------------------------------------------------ files
+def pose_distance(a: Pose, b: Pose) -> float:
+    """Mean squared distance of the body keypoints seen in both, in canvas-normalised units; infinite if none is.
+
+    The ||p_l - p_i||^2 of the paper's reference selection, averaged so that poses with gaps can be ranked too.
+    """
+    both = is_seen(a.body) & is_seen(b.body)
+    if not both.any():
+        return math.inf
+    difference = a.body[both, :2].astype(np.float64) - b.body[both, :2]
+    return float((difference**2).sum(axis=1).mean())
+
+
+def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
+    """The paper's Video-SIM (supplement, Eq. 2): how far target poses lie from training poses.
+
+    The sum over target frames of `pose_distance` to the nearest training frame: lower is closer.
+    """
+    return sum(min(pose_distance(target, pose) for pose in training) for target in targets)
+
+
+# ---- Files --------------------------------------------------------------------------------------
 
 _KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints they may have there
     "body": ("pose_keypoints_2d", (18, 25)),
@@ -74,65 +83,57 @@ _KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints
     "left_hand": ("hand_left_keypoints_2d", (21,)),
     "right_hand": ("hand_right_keypoints_2d", (21,)),
 }
-_BODY_25_TO_COCO_18 = [*range(8), *range(9, 19)]  # BODY_25 has a mid hip at 8 and feet from 19 on
 
 
 def load_poses(path: str | Path, width: int | None = None, height: int | None = None) -> list[Pose]:
-    """Reads one pose per frame, in canvas-normalised coordinates.
+    """Reads one pose per frame, in canvas-normalised coordinates: the largest person, or an empty Pose for nobody.
 
-    `path` is a JSON file, a list of OpenPose frames (or one such frame) as the ComfyUI and web UI
-    editors write it, or a folder of OpenPose's own files, one per frame, in the order of the
-    numbers in their names. Coordinates may be normalised already, else they are pixels of the
-    frame's `canvas_width` and `canvas_height`, or of `width` and `height` where the file names no
-    canvas. A frame without people gives an empty Pose; of several people the largest is taken.
-
-    Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
+    `path`: a JSON list of OpenPose frames (or one frame), or a folder of OpenPose's own files, in the order of the
+    numbers in their names. Coordinates: normalised already, or pixels of the frame's own canvas, else of `width`
+    and `height`. Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
     """
     frames = _read_frames(Path(path))
-    people = [_largest_person(frame, where) for where, frame in frames]
-    # No keypoint of a pixel pose stays within 2 pixels of the corner in every frame, and no
-    # normalised one strays two canvases away.
-    if all(np.abs(part[:, :2]).max() <= 2 for pose in people for part in vars(pose).values()):
-        return people
-
-    poses = []
-    for (where, frame), pose in zip(frames, people):
-        canvas = frame.get("canvas_width") or width, frame.get("canvas_height") or height
-        if _is_empty(pose):
-            poses.append(pose)
+    poses = [_largest_person(frame, where) for where, frame in frames]
+    # Keypoints in pixels never all lie within 2 pixels of the corner; normalised ones never lie two canvases away.
+    if all(np.abs(part[:, :2]).max() <= 2 for pose in poses for part in vars(pose).values()):
+        return poses
+    for index, (where, frame) in enumerate(frames):
+        if _is_empty(poses[index]):
             continue
+        canvas = frame.get("canvas_width") or width, frame.get("canvas_height") or height
         if None in canvas:
             raise ValueError(
                 f"{where}: pixel coordinates, but no canvas_width and canvas_height: "
                 "give the size of the video they were found in, such as --canvas 1920x1080"
             )
-        if not all(isinstance(side, (int, float)) and side > 0 for side in canvas):
+        if not _is_size(canvas):
             raise ValueError(f"{where}: canvas_width and canvas_height are {canvas}, not pixels")
-        poses.append(place_pose(pose, 1 / canvas[0], 1 / canvas[1], 0, 0))
+        poses[index] = place_pose(poses[index], 1 / canvas[0], 1 / canvas[1], 0, 0)
     return poses
 
 
 def read_canvas(path: str | Path) -> tuple[int, int] | None:
-    """The (height, width) of the canvas that a pose file's first frame names, if it names one.
-
-    Raises what `load_poses` raises.
-    """
+    """The (height, width) of the canvas that a pose file's first frame names, if it names one."""
     _, frame = _read_frames(Path(path))[0]
     size = frame.get("canvas_height"), frame.get("canvas_width")
-    return size if all(isinstance(side, (int, float)) and side > 0 for side in size) else None
+    return size if _is_size(size) else None
 
 
 def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int) -> None:
     """Writes poses as a JSON list of OpenPose frames in pixels of a `width` x `height` canvas."""
-    path = Path(path)
-    frames = []
-    for pose in poses:
-        parts = {name: part * (width, height, 1) for name, part in vars(pose).items()}
-        person = {_KEYS[name][0]: part.round(3).ravel().tolist() for name, part in parts.items()}
-        people = [] if _is_empty(pose) else [person]
-        frames.append({"people": people, "canvas_width": width, "canvas_height": height})
-    with replacing(path) as unfinished:
+
+    def person(pose: Pose) -> dict[str, list[float]]:
+        pixels = {_KEYS[name][0]: part * (width, height, 1) for name, part in vars(pose).items()}
+        return {key: part.round(3).ravel().tolist() for key, part in pixels.items()}
+
+    size = {"canvas_width": width, "canvas_height": height}
+    frames = [{"people": [] if _is_empty(pose) else [person(pose)], **size} for pose in poses]
+    with replacing(Path(path)) as unfinished:
         unfinished.write_text(json.dumps(frames, separators=(",", ":")))
+
+
+def _is_size(sides: tuple) -> bool:
+    return all(isinstance(side, (int, float)) and side > 0 for side in sides)
 
 
 def _is_empty(pose: Pose) -> bool:
@@ -184,128 +185,74 @@ def _read_part(person: dict, name: str, where: str) -> np.ndarray:
         raise ValueError(f"{where}: {key} is not a list of numbers") from None
     if flat.size not in (0, *(3 * count for count in counts)):
         allowed = " or ".join(str(3 * count) for count in counts)
-        raise ValueError(
-            f"{where}: {key} has {flat.size} numbers instead of {allowed} (x, y and score of each keypoint)"
-        )
+        raise ValueError(f"{where}: {key} has {flat.size} numbers instead of {allowed} (x, y, score, ...)")
     points = flat.reshape(-1, 3)
-    if name == "body" and len(points) == 25:
-        points = points[_BODY_25_TO_COCO_18]
-    part = np.zeros((counts[0], 3), np.float32)
-    part[: len(points)] = points
+    if len(points) == 25:  # BODY_25 has a mid hip at 8 and feet from 19 on
+        points = points[[*range(8), *range(9, 19)]]
+    part = np.pad(points, ((0, counts[0] - len(points)), (0, 0)))
     part[:, 2] = part[:, 2].clip(0, 1)  # some detectors score beyond 1
     part[~(np.isfinite(part).all(axis=1) & is_seen(part))] = 0
     return part
 
 
-# -------------------------------------------------------------------------------------- distances
-
-
-def pose_distance(a: Pose, b: Pose) -> float:
-    """Mean squared distance of the body keypoints seen in both, in canvas-normalised units.
-
-    The ||p_l - p_i||^2 of the paper's reference selection, averaged over the keypoints compared so
-    that poses with gaps can be ranked beside whole ones. Infinite if none is seen in both.
-    """
-    both = is_seen(a.body) & is_seen(b.body)
-    if not both.any():
-        return math.inf
-    difference = a.body[both, :2].astype(np.float64) - b.body[both, :2]
-    return float((difference**2).sum(axis=1).mean())
-
-
-def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
-    """The paper's Video-SIM (supplement, Eq. 2): how far target poses lie from training poses.
-
-    The sum over target frames of `pose_distance` to the nearest training frame: lower is closer.
-    Infinite when a target frame shares no keypoint with any training frame.
-    """
-    return sum(min(pose_distance(target, pose) for pose in training) for target in targets)
-
-
-# ---------------------------------------------------------------------------------------- drawing
+# ---- Drawing ------------------------------------------------------------------------------------
 
 LIMBS = np.array(
-    [  # pairs of COCO-18 keypoints, in the order in which OpenPose paints them
-        (1, 2),
-        (1, 5),
-        (2, 3),
-        (3, 4),
-        (5, 6),
-        (6, 7),
-        (1, 8),
-        (8, 9),
-        (9, 10),
-        (1, 11),
-        (11, 12),
-        (12, 13),
-        (1, 0),
-        (0, 14),
-        (14, 16),
-        (0, 15),
-        (15, 17),
+    [  # from and to which keypoints of COCO-18, in the order in which OpenPose paints them
+        [1, 1, 2, 3, 5, 6, 1, 8, 9, 1, 11, 12, 1, 0, 14, 0, 15],
+        [2, 5, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 0, 14, 16, 15, 17],
     ]
-)
+).T
 # Each finger is four joints, starting from the wrist.
-HAND_EDGES = [(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)]
+HAND_EDGES = np.array([(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)])
 
 
 def _rainbow(count: int) -> list[tuple[int, ...]]:
-    return [
-        tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index / count, 1, 1))
-        for index in range(count)
-    ]
+    hues = (colorsys.hsv_to_rgb(index / count, 1, 1) for index in range(count))
+    return [tuple(round(255 * value) for value in colour) for colour in hues]
 
 
-_BODY_COLOURS = _rainbow(18)
+_BODY_COLOURS, _HAND_COLOURS = _rainbow(18), _rainbow(20)
 _LIMB_COLOURS = [tuple(int(0.6 * value) for value in colour) for colour in _BODY_COLOURS]
-_HAND_COLOURS = _rainbow(20)
-_BLUE, _WHITE = (0, 0, 255), (255, 255, 255)
-_TURN = np.linspace(0, 2 * np.pi, 32, endpoint=False)
 
 
 def draw_pose(pose: Pose, height: int, width: int, hands: bool = True, face: bool = True) -> np.ndarray:
     """The control image, uint8 RGB (height, width, 3): what the pose ControlNet was trained on.
 
-    Drawn as ControlNet 1.1's OpenPose annotator draws it, every keypoint with a score above 0:
-    limbs as ellipses 8 pixels wide at 60 % brightness, body and hand joints as discs of radius 4,
-    face points of radius 3. The annotator uses these widths for any canvas. So do we while 512 lies
-    between its short and long side; smaller and larger canvases get widths in proportion, so that
-    they show the same picture.
+    As ControlNet 1.1's OpenPose annotator draws it: limbs are ellipses 8 pixels wide at 60 % brightness, joints of
+    body and hands discs of radius 4, points of the face of radius 3. These widths hold for canvases with 512
+    between their short and long side; others get them in proportion, so that they show the same picture.
     """
-    scale = min(max(1.0, min(height, width) / 512), max(height, width) / 512)
     # Small canvases are drawn at a multiple and averaged down: lines of 1 or 2 pixels would jitter.
     multiple = math.ceil(512 / max(height, width))
+    scale = multiple * min(max(1.0, min(height, width) / 512), max(height, width) / 512)
     image = Image.new("RGB", (width * multiple, height * multiple))
     draw = ImageDraw.Draw(image)
-    scale *= multiple
 
     def pixels(part: np.ndarray) -> np.ndarray:
         # PIL's integers would overflow far outside the canvas, where nothing is drawn anyway.
         return part[:, :2].clip(-9, 9) * image.size
 
-    def discs(points: np.ndarray, seen: np.ndarray, radius: float, colours: list) -> None:
+    def discs(part: np.ndarray, radius: float, colours: Sequence[tuple[int, ...]]) -> None:
         stamp = _disc(radius * scale)
-        corners = points.astype(int) - stamp.width // 2
-        for index in np.flatnonzero(seen):
-            draw.bitmap(tuple(corners[index].tolist()), stamp, fill=colours[index])
+        corners = (pixels(part).astype(int) - stamp.width // 2).tolist()
+        for index in np.flatnonzero(is_seen(part)):
+            draw.bitmap(tuple(corners[index]), stamp, fill=colours[index])
 
-    points, seen = pixels(pose.body), is_seen(pose.body)
-    ellipses = _ellipses(points[LIMBS[:, 0]], points[LIMBS[:, 1]], 4 * scale).tolist()
-    for limb in np.flatnonzero(seen[LIMBS].all(axis=1)):
-        draw.polygon([tuple(corner) for corner in ellipses[limb]], fill=_LIMB_COLOURS[limb])
-    discs(points, seen, 4, _BODY_COLOURS)
+    starts, ends = (pixels(pose.body)[joints] for joints in LIMBS.T)
+    ellipses = _ellipses(starts, ends, 4 * scale).reshape(-1, 64).tolist()
+    for limb in np.flatnonzero(is_seen(pose.body)[LIMBS].all(axis=1)):
+        draw.polygon(ellipses[limb], fill=_LIMB_COLOURS[limb])
+    discs(pose.body, 4, _BODY_COLOURS)
 
     for hand in (pose.left_hand, pose.right_hand) if hands else ():
-        points, seen = pixels(hand), is_seen(hand)
-        ends = points.astype(int).tolist()
-        for (start, end), colour in zip(HAND_EDGES, _HAND_COLOURS):
-            if seen[start] and seen[end]:
-                # 3: OpenCV, which the annotator draws with, makes lines of thickness 2 that wide
-                draw.line([*ends[start], *ends[end]], fill=colour, width=round(3 * scale))
-        discs(points, seen, 4, [_BLUE] * 21)
-
+        lines = pixels(hand).astype(int)[HAND_EDGES].reshape(-1, 4).tolist()
+        for bone in np.flatnonzero(is_seen(hand)[HAND_EDGES].all(axis=1)):
+            # 3: OpenCV, which the annotator draws with, makes lines of thickness 2 that wide
+            draw.line(lines[bone], fill=_HAND_COLOURS[bone], width=round(3 * scale))
+        discs(hand, 4, [(0, 0, 255)] * 21)
     if face:
-        discs(pixels(pose.face), is_seen(pose.face), 3, [_WHITE] * 70)
+        discs(pose.face, 3, [(255, 255, 255)] * 70)
     return np.asarray(image.reduce(multiple) if multiple > 1 else image)
 
 
@@ -314,7 +261,7 @@ def _ellipses(starts: np.ndarray, ends: np.ndarray, half_width: float) -> np.nda
     centre, along = (starts + ends) / 2, (ends - starts) / 2
     length = np.linalg.norm(along, axis=1, keepdims=True).clip(1e-6)
     across = half_width * along[:, ::-1] * (-1, 1) / length
-    turn = _TURN[None, :, None]
+    turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)[None, :, None]
     return centre[:, None] + np.cos(turn) * along[:, None] + np.sin(turn) * across[:, None]
 
 

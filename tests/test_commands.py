@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
+from beyond.body import body_parts
 from checkpoint import Model
 from clip import TextConfig, TextEncoder, Tokenizer
 from command import sampling_arguments, training_arguments
@@ -28,6 +29,7 @@ from demo.save import save_model
 from demo.vocabulary import learn_merges
 from posecrafter import PAPER, Method, edit_once, training_loss
 from poses import source as driver
+from poses.parts import face_and_hands
 from poses.pose import Pose, load_poses, save_poses
 from run import name_of
 from unet import UNet, UNetConfig
@@ -213,14 +215,14 @@ def test_sampling_is_held_to_the_training_frames_where_that_is_possible_and_want
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), {"name": "held", "parts": "body", "edit_step": None, "replay": True}),
-        (("--method", "paper"), {"parts": "face,hands", "edit_step": 1, "replay": False}),
+        ((), {"name": "held", "parts": body_parts, "edit_step": None, "replay": True}),
+        (("--method", "paper"), {"parts": face_and_hands, "edit_step": 1, "replay": False}),
         (("--method", "paper", "--replay", "--fixed-point", 2), {"replay": True, "fixed_point": 2}),
         (("--prompt", "red hair"), {"name": "body", "edit_step": 1, "editor": edit_once}),
         (("--ddim-steps", 10, "--edit-step", 10), {"name": "body", "editor": edit_once}),
         (("--prompt", "red hair", "--replay"), {"replay": True}),
         (("--start", "noise"), {"start": "noise", "parts": None, "replay": False}),
-        (("--start", "noise", "--edit-step", 2), {"parts": "body", "editor": edit_once}),
+        (("--start", "noise", "--edit-step", 2), {"parts": body_parts, "editor": edit_once}),
         (("--no-insert", "--no-edit"), {"insert": False, "parts": None, "replay": False}),
     ],
 )
@@ -237,7 +239,7 @@ def test_public_checkpoints_are_sampled_as_the_paper_says(trained):
     args = sampling_arguments(["--poses", "clip.json"])
     settings = json.loads((trained / "settings.json").read_text()) | {"model": "sd15"}
     assert sample.choose_method(args, settings, "a person") == (PAPER, "the model's default")
-    assert PAPER == Method("paper", "face,hands", 1, edit_once, True, "inversion", False, 0)
+    assert PAPER == Method("paper", face_and_hands, 1, edit_once, True, "inversion", False, 0)
 
 
 def test_a_rate_that_ruins_the_model_is_not_called_a_success(workplace, trained, capsys):
@@ -337,7 +339,7 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
         ("sample.py", ["--poses", "clip.json", "--run", "runs/any"], "run.load_run"),
         ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
         ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),
-        ("checkpoint.py", ["--download"], "huggingface_hub.try_to_load_from_cache"),
+        ("checkpoint.py", ["--download"], "public.hub.try_to_load_from_cache"),
         ("demo/dance.py", ["--run", "runs/stopped"], "demo.puppet.clip"),
     ],
 )

@@ -11,7 +11,7 @@ from command import sampling_arguments, training_arguments
 from demo.dance import dance, make_anew
 from demo.puppet import clip
 from metrics.figures import psnr
-from posecrafter import decode_latents, draw_hints, encode_frames, encode_prompt, invert
+from posecrafter import decode_latents, embed_hints, encode_frames, encode_prompt, invert
 from poses.pose import save_poses
 from video import save_image
 
@@ -47,7 +47,7 @@ def test_an_inverted_puppet_is_noise_that_remembers_it(model):
     start from, and not independent of the frame."""
     frames, poses, _ = clip(identity_seed=5, motion_seed=5, frames=1)
     latents = encode_frames(model, frames)
-    noise = invert(model, latents, draw_hints(poses, 128, 128), encode_prompt(model, ""), 20)[-1]
+    noise = invert(model, latents, embed_hints(model, poses, 128, 128), encode_prompt(model, ""), 20)[-1]
     assert 0.4 < noise.std() < 1.3
     assert abs(noise.mean()) < 0.3
     assert abs(np.corrcoef(noise.flatten(), latents.flatten())[0, 1]) > 0.02

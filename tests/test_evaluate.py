@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import evaluate
-from clip import ImageConfig, ImageEncoder
 from demo.puppet import clip
 from evaluate import METRICS
+from metrics.clip_images import ImageConfig, ImageEncoder
 from metrics.figures import frame_l1, frame_psnr, pose_fidelity, psnr, ssim
 from metrics.pictures import plot, worst_frames
 from poses.people import INTERPOLATED

@@ -12,11 +12,11 @@ import torch
 from record_metrics import RECORD, made_up_frames, made_up_weights, shapes_of
 from safetensors.torch import load_file, save_file
 
-from checkpoint import PublicFile
-from clip import ImageEncoder
 from metrics import networks as features
+from metrics.clip_images import ImageEncoder
 from metrics.figures import frame_lpips, frechet_distance, i3d_features, inception_features
 from metrics.networks import FILES, I3D, LPIPS, PARTS, Inception, find_weights, load_network
+from public.hub import PublicFile
 
 
 @pytest.fixture(scope="module")

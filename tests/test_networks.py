@@ -62,7 +62,7 @@ def inflated() -> tuple[UNet, ControlNet]:
 @torch.no_grad()
 def predict(networks, latents, timestep, context, hint, scale=1.0) -> Tensor:
     unet, controlnet = networks
-    control = controlnet(latents, timestep, context, hint, scale)
+    control = controlnet(latents, timestep, context, controlnet.embed_hint(hint), scale)
     return unet(latents, timestep, context, control)
 
 
@@ -84,8 +84,8 @@ def test_a_clip_of_one_frame_is_controlvideo_s(oracle, inflated):
 
 @torch.no_grad()
 def test_the_controlnet_s_residuals_are_controlvideo_s(oracle, inflated):
-    inputs = oracle["latents"], 501, oracle["context"][0], oracle["hint"]
-    *residuals, middle = inflated[1](*inputs)
+    hint = inflated[1].embed_hint(oracle["hint"])
+    *residuals, middle = inflated[1](oracle["latents"], 501, oracle["context"][0], hint)
     assert len(residuals) == 12
     for i, residual in enumerate(residuals):
         assert worst(residual, oracle[f"control.{i}"]) < 1e-4
@@ -212,7 +212,7 @@ def compare_controlnets(controlnet: ControlNet, hint_widths, height: int, width:
     residuals, middle = their_controlnet(controlnet, hint_widths)(
         latents, 637, context[None], hint, conditioning_scale=0.7, return_dict=False
     )
-    ours = controlnet(latents, 637, context, hint, 0.7)
+    ours = controlnet(latents, 637, context, controlnet.embed_hint(hint), 0.7)
     return max(worst(a, b) for a, b in zip(ours, [*residuals, middle], strict=True))
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from beyond.body import body_parts, far_arm, fit_rotation, may_cover
 from demo.motion import motion
 from demo.puppet import clip, pose_of, random_puppet
-from poses.parts import body_parts, far_arm, fit_affine, fit_rotation, may_cover, near_hull
+from poses.parts import fit_affine, near_hull
 from poses.pose import Pose, place_pose
 
 SIDE = 64  # latent pixels

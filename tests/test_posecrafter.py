@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from weights import fill
 
 import posecrafter
+from beyond.body import body_parts
 from controlnet import ControlNet
 from demo.puppet import clip
 from posecrafter import (
@@ -50,9 +51,10 @@ def model() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> dict[str, torch.Tensor]:
+def oracle(model) -> dict[str, torch.Tensor]:
     tensors = load_file(ORACLE)
     clip = {name: t[0].transpose(0, 1) for name, t in tensors.items() if t.ndim == 5}
+    clip["hint"] = model.controlnet.embed_hint(clip["hint"]).detach()
     return tensors | clip | {name: tensors[name][0] for name in ("context", "uncond")}
 
 
@@ -60,7 +62,7 @@ def a_clip(frames: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
     """Latents, hints and a context for the small model."""
     random = torch.Generator().manual_seed(seed)
     latents = torch.randn(frames, 4, 8, 8, generator=random)
-    hints = torch.rand(frames, 3, 64, 64, generator=random)
+    hints = torch.randn(frames, 32, 8, 8, generator=random)
     return latents, hints, torch.randn(7, 24, generator=random)
 
 
@@ -364,7 +366,7 @@ def test_the_whole_body_of_a_pose_that_equals_the_reference_stays_as_it_is():
     _, (pose,), _ = clip(3, 6, 1)
     reference = torch.randn(4, 32, 32)
     latents = reference.repeat(2, 1, 1, 1)
-    counts = edit_latents(latents, reference, [pose, pose], pose, "body")
+    counts = edit_latents(latents, reference, [pose, pose], pose, body_parts)
     assert counts["torso"] == counts["left_hand"] == counts["right_shin"] == 2
     assert worst(latents[0], reference) < 1e-4
 
@@ -374,7 +376,7 @@ def test_a_whole_body_that_moves_takes_its_latent_along_and_leaves_the_rest():
     moved_pose = place_pose(pose, 1, 1, 3 / 32, -1 / 32)  # 3 to the right, 1 up
     reference, before = torch.randn(4, 32, 32), torch.full((1, 4, 32, 32), -100.0)
     after = before.clone()
-    edit_latents(after, reference, [moved_pose], pose, "body")
+    edit_latents(after, reference, [moved_pose], pose, body_parts)
     person = torch.tensor(mask.reshape(32, 4, 32, 4).all((1, 3))).roll((-1, 3), (0, 1))
     assert person.sum() > 50
     assert worst(after[0][:, person], reference.roll((-1, 3), (1, 2))[:, person]) < 1e-3

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from beyond.body import body_parts
 from checkpoint import load_model
 from demo import pool as pools
 from demo import pretrain
 from demo.puppet import caption, random_puppet
 from posecrafter import ALPHAS_CUMPROD, edit_latents
+from poses.parts import face_and_hands
 from poses.pose import draw_pose
 
 HEIGHT, WIDTH = 96, 128
@@ -167,7 +169,7 @@ def test_most_clips_share_what_is_left_of_the_noise_at_the_last_timestep(monkeyp
 def test_some_clips_start_from_what_latent_editing_makes(monkeypatch, pool):
     latents = 0 * random_latents(pool)  # then noise is all there is
     noise, edits = noise_of_a_batch(monkeypatch, pool, latents)
-    assert {parts for parts, _, _ in edits} == {"face,hands", "body"}
+    assert {parts for parts, _, _ in edits} == {face_and_hands, body_parts}
     for _, reference, moved in edits:
         clip = next(clip for clip in noise if torch.equal(clip[0], reference))
         assert torch.equal(clip[1:], moved) and not torch.equal(moved[0], reference)
@@ -296,7 +298,7 @@ def test_a_rollout_starts_from_inverted_noise_and_is_edited_on_its_way(monkeypat
         moved = (shown[-1][:, 1] - shown[-1][:, 0]) > 500
         assert all(moved[clip] for clip, edit in enumerate(rollout.edits) if edit[0] == step)
     assert Counter(seen) == Counter(edit for edit in rollout.edits if edit[0])
-    assert {(1, "face,hands"), (3, "body")} <= set(seen)
+    assert {(1, face_and_hands), (3, body_parts)} <= set(seen)
 
 
 def test_from_wherever_a_rollout_is_the_true_frames_are_asked_for(rollout):

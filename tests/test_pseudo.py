@@ -10,11 +10,12 @@ import pytest
 import torch
 from test_parts import standing
 
+from beyond.body import body_parts, covered, may_cover
 from beyond.pseudo import (
     ALIKE,
-    LENT,
     STILL,
     background_change,
+    bodies,
     cut_out,
     empty_places,
     hidden,
@@ -31,7 +32,7 @@ from demo.motion import motion
 from demo.puppet import clip, pose_of, random_puppet, render
 from metrics.figures import psnr
 from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor, move
-from poses.parts import body_parts, covered, latent_points, may_cover
+from poses.parts import latent_points
 from poses.pose import Pose, place_pose
 
 # ---- What is behind the person
@@ -85,9 +86,11 @@ def test_where_nobody_is_and_what_the_reference_leaves_shows_the_background():
     anywhere = torch.ones(1, 32, 32, dtype=torch.bool)
     seen = uncovered([outwards, down], down, anywhere)
     assert seen.shape == (2, 1, 32, 32)
-    assert torch.equal(seen[1], empty_places([down], 32, 32)[0])  # in its own pose it leaves nothing
+    assert torch.equal(
+        seen[1], empty_places(bodies([down], 32, 32))[0]
+    )  # in its own pose it leaves nothing
     assert seen[:, 0, 0, 0].all()
-    beside = seen[0] & ~empty_places([outwards], 32, 32)[0]
+    beside = seen[0] & ~empty_places(bodies([outwards], 32, 32))[0]
     assert beside.any() and not (beside & torch.from_numpy(may_cover(outwards, 32, 32))).any()
     assert torch.from_numpy(covered(down, 32, 32) > 0)[beside[0]].all()
     x, y = latent_points(down.body, 32, 32)[[3, 4]].mean(axis=0).round().astype(int)  # of the forearm
@@ -138,16 +141,17 @@ def test_the_person_is_cut_out_along_the_edge():
     image, pose, person = scene()
     seen, room = image_tensor(image)[0], image_tensor(empty_room())[0]
     known = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
-    opacity = cut_out(seen, room, known, pose)[0].numpy()
+    masks = part_masks(pose, SIDE, SIDE)
+    opacity = cut_out(seen, room, known, masks)[0].numpy()
     assert opacity[person].mean() > 0.99 and opacity[~person].mean() < 0.04
     # where the room is a bad guess, as it may be near somebody who never goes away, colours tell
     known[:, :, SIDE // 4 : -SIDE // 4] = False
     guess = torch.where(known, room, 1 - room)
-    opacity = cut_out(seen, guess, known, pose)[0].numpy()
+    opacity = cut_out(seen, guess, known, masks)[0].numpy()
     assert opacity[person].mean() > 0.95 and opacity[~person].mean() < 0.1
     # before a wall that looks the same only what is well inside is known to be the person
     flat = torch.full((3, SIDE, SIDE), 0.5)
-    inside = cut_out(flat, flat, torch.ones_like(known), pose)[0].numpy()
+    inside = cut_out(flat, flat, torch.ones_like(known), masks)[0].numpy()
     assert inside[~person].mean() < 0.01 and inside[person].mean() > 0.1
 
 
@@ -219,16 +223,6 @@ def test_a_part_moves_as_far_as_it_is_opaque():
     assert torch.equal(image, before)
 
 
-def test_masks_at_hand_change_nothing():
-    image, pose, _ = scene()
-    masks, (seen, room) = part_masks(pose, SIDE, SIDE), map(image_tensor, (image, empty_room()))
-    known = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
-    arguments = seen[0], room[0], known, pose
-    assert torch.equal(cut_out(*arguments), cut_out(*arguments, masks))
-    for lent in LENT:
-        assert hidden(pose, lent, SIDE, SIDE) == hidden(pose, lent, SIDE, SIDE, masks)
-
-
 def test_landmarks_are_compared_by_their_shape():
     _, pose, _ = scene()
     elsewhere = place_pose(pose, 0.5, 0.5, 0.3, 0.1)
@@ -242,18 +236,21 @@ def test_landmarks_are_compared_by_their_shape():
 
 
 def test_a_hand_before_the_body_or_outside_the_frame_is_hidden():
+    def how_hidden(pose: Pose, lent: str) -> float:
+        return hidden(pose, part_masks(pose, SIDE, SIDE))[lent]
+
     _, pose, _ = scene()
-    aside = hidden(pose, "left_hand", SIDE, SIDE)
+    aside = how_hidden(pose, "left_hand")
     before = deepcopy(pose)
     chest = pose.body[[2, 5, 8, 11], :2].mean(axis=0)
     before.left_hand[:, :2] += chest - before.left_hand[:, :2].mean(axis=0)
     outside = deepcopy(pose)
     outside.left_hand[:, 0] += 1
-    assert aside < 0.3 < 0.9 < hidden(before, "left_hand", SIDE, SIDE)
-    assert hidden(outside, "left_hand", SIDE, SIDE) == 1 == hidden(Pose(), "face", SIDE, SIDE)
+    assert aside < 0.3 < 0.9 < how_hidden(before, "left_hand")
+    assert how_hidden(outside, "left_hand") == 1 == how_hidden(Pose(), "face")
     raised = deepcopy(pose)
     raised.body[6:8, :2] = raised.body[0, :2] + ((0.2, 0.1), (0, -0.05))  # a forearm before the head
-    assert hidden(pose, "head", SIDE, SIDE) < hidden(raised, "head", SIDE, SIDE)
+    assert how_hidden(pose, "head") < how_hidden(raised, "head")
 
 
 # ---- What sampling is held to
@@ -298,7 +295,7 @@ def trajectory(noise: float) -> list[torch.Tensor]:
 
 def a_scene(reference_pose: Pose = DOWN, edit_step: int = 2, steps=None) -> Scene:
     run = SimpleNamespace(frames=None, poses=[reference_pose])
-    return Scene(None, run, 0, [OUTWARDS], steps or trajectory(0.5), "body", edit_step, 3)
+    return Scene(None, run, 0, [OUTWARDS], steps or trajectory(0.5), body_parts, edit_step, 3)
 
 
 def held(monkeypatch, scene: Scene, pseudo: torch.Tensor, known: bool = True) -> Edits:

@@ -4,10 +4,10 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from beyond.retarget import proportions, retarget
 from demo.motion import State, motion
 from demo.puppet import Puppet, random_puppet, render
 from poses.pose import Pose, has_person, is_seen, place_pose
-from poses.retarget import proportions, retarget
 from sample import is_training_clip
 
 FRAMES, TRAINING = 16, 8

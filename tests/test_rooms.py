@@ -11,7 +11,7 @@ from beyond.pseudo import METHODS
 from command import METHOD_NAMES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("poses", "beyond", "metrics", "demo", "bench")
+ROOMS = ("poses", "public", "beyond", "metrics", "demo", "bench")
 FILES = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
 
 

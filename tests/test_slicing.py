@@ -41,7 +41,9 @@ def networks() -> tuple[UNet, ControlNet]:
 @torch.no_grad()
 def predict(networks, latents, timestep, context, hint, **settings) -> Tensor:
     unet, controlnet = networks
+    """The noise; the hint is a control image."""
     with slices(Slicing(**settings)):
+        hint = controlnet.embed_hint(hint)
         return unet(latents, timestep, context, controlnet(latents, timestep, context, hint))
 
 
@@ -49,7 +51,7 @@ def predict_with_gradients(networks, *inputs) -> Tensor:
     """The path that training takes: the clip at once, and plain group norms."""
     unet, controlnet = networks
     with torch.enable_grad():
-        return unet(*inputs[:3], controlnet(*inputs)).detach()
+        return unet(*inputs[:3], controlnet(*inputs[:3], controlnet.embed_hint(inputs[3]))).detach()
 
 
 # ---- The same result ----------------------------------------------------------------------------
@@ -135,24 +137,23 @@ def test_without_control_the_skips_are_the_encoder_s_own_maps(networks):
 
 
 def test_what_goes_in_stays_as_it_was(networks):
-    inputs = random(4, 4, 8, 8), 501, random(7, 24), random(4, 3, 64, 64)
-    hint = networks[1].embed_hint(inputs[3]).detach()
-    before = [x.clone() for x in (inputs[0], inputs[2], inputs[3], hint)]
-    predict(networks, *inputs, numbers=3000)
-    predict(networks, *inputs[:3], hint, numbers=3000)
-    assert all(map(torch.equal, before, (inputs[0], inputs[2], inputs[3], hint)))
+    (unet, controlnet), image = networks, random(4, 3, 64, 64)
+    inputs = random(4, 4, 8, 8), random(7, 24), controlnet.embed_hint(image).detach()
+    before = [x.clone() for x in (*inputs, image)]
+    predict(networks, inputs[0], 501, inputs[1], image, numbers=3000)
+    with torch.no_grad(), slices(Slicing(3000)):
+        unet(inputs[0], 501, inputs[1], controlnet(inputs[0], 501, *inputs[1:]))
+    assert all(map(torch.equal, before, (*inputs, image)))
 
 
 # ---- Computed once ------------------------------------------------------------------------------
 
 
-def test_a_hint_s_embedding_and_a_known_context_give_the_same_noise(networks):
+def test_a_known_context_gives_the_same_noise(networks):
     inputs = random(4, 4, 8, 8), 501, random(7, 24), random(4, 3, 64, 64)
-    expected = predict(networks, *inputs)
-    with torch.no_grad():
-        hint, context = networks[1].embed_hint(inputs[3]), Context(inputs[2])
+    expected, context = predict(networks, *inputs), Context(inputs[2])
     for timestep in (7, 501):  # the second time with keys and values that are known
-        noise = predict(networks, inputs[0], timestep, context, hint)
+        noise = predict(networks, inputs[0], timestep, context, inputs[3])
     assert worst(noise, expected) < 1e-6
     assert len(context.known) == 16 + 7  # one per transformer block, UNet and ControlNet
 
@@ -304,11 +305,12 @@ def late_card(**options) -> Iterator[LateCard]:
 
 
 def test_a_card_that_is_late_with_its_copies_gives_the_same_noise(networks):
-    inputs = random(5, 4, 8, 8), 501, random(7, 24), random(5, 32, 8, 8)
-    expected = predict(networks, *inputs, numbers=5000)
-    with late_card() as card:
-        hint = Offloaded(inputs[3])
-        noise = predict(networks, *inputs[:3], hint, numbers=5000, offload=True)
+    (unet, controlnet), image = networks, random(5, 3, 64, 64)
+    inputs = random(5, 4, 8, 8), 501, random(7, 24)
+    expected = predict(networks, *inputs, image, numbers=5000)
+    with torch.no_grad(), slices(Slicing(5000, offload=True)), late_card() as card:
+        hint = Offloaded(controlnet.embed_hint(image))
+        noise = unet(*inputs, controlnet(*inputs, hint))
     assert worst(noise, expected) < 1e-6
     assert card.put_off > 50
 
