@@ -38,27 +38,23 @@ class Track:
         if both.any():
             apart = np.linalg.norm((body - expected)[both, :2], axis=1).mean()
         else:
-            apart = np.linalg.norm(centre(body) - centre(expected))
-        return apart / max(body_extent(body) for body in self.bodies[-6:])
+            centres = [one[is_seen(one), :2].mean(axis=0) for one in (body, expected)]
+            apart = np.linalg.norm(centres[0] - centres[1])
+        return apart / max(*map(extent, self.bodies[-6:]), 1e-3)
 
 
-def centre(body: np.ndarray) -> np.ndarray:
-    return body[is_seen(body), :2].mean(axis=0)
-
-
-def body_extent(body: np.ndarray) -> float:
-    """The longer side of the box of what is seen."""
-    return float(np.ptp(body[is_seen(body), :2], axis=0).max().clip(1e-3))
+def extent(body: np.ndarray) -> float:
+    """The longer side of the box around what is seen."""
+    return float(np.ptp(body[is_seen(body), :2], axis=0).max())
 
 
 def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track]:
     """Who is who: the people of every frame, linked through time, the most prominent first.
 
-    People go where they were going: a person is linked to the nearest place where a known one is
-    expected, nearest pairs first, so two who cross keep their identities though they overlap. The
-    longer someone was out of sight, the further away they may turn up. Prominent is who is large
-    (the area of the body's box) and sure (its mean score), over all frames. `aspect` is the frames'
-    width over their height.
+    People go where they were going: a person is linked to the nearest place where a known one is expected, nearest
+    pairs first, so two who cross keep their identities though they overlap. The longer someone was out of sight,
+    the further away they may turn up. Prominent is who is large (the area of the body's box) and sure (its mean
+    score), over all frames. `aspect` is the frames' width over their height.
     """
     tracks: list[Track] = []
     for frame, in_frame in enumerate(people):
@@ -67,18 +63,16 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
         for track in tracks:
             # In sizes of the body: a leap from one frame to the next, then a walk out of sight.
             reach = 0.4 + 0.05 * (frame - track.frames[-1])
-            for index, (_, body) in enumerate(new):
-                if (distance := track.distance(body, frame)) < reach:
-                    pairs.append((distance, index, track))
+            distances = [track.distance(body, frame) for _, body in new]
+            pairs += [(apart, index, track) for index, apart in enumerate(distances) if apart < reach]
         linked: dict[int, Track] = {}
         for _, index, track in sorted(pairs, key=lambda pair: pair[0]):
             if index not in linked and track not in linked.values():
                 linked[index] = track
         for index, (pose, body) in enumerate(new):
-            track = linked.get(index)
-            if track is None:
-                track = Track([], [], [])
-                tracks.append(track)
+            if index not in linked:
+                tracks.append(linked.setdefault(index, Track([], [], [])))
+            track = linked[index]
             track.frames.append(frame)
             track.bodies.append(body)
             track.people.append(pose)
@@ -90,32 +84,35 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
     return sorted(tracks, key=prominence, reverse=True)
 
 
+def stacked_parts(poses: Sequence[Pose]) -> list[np.ndarray]:
+    """Body, face and hands of all frames, (F, K, 3) each."""
+    return [np.stack(parts) for parts in zip(*(vars(pose).values() for pose in poses))]
+
+
 def fill_gaps(poses: Sequence[Pose]) -> list[Pose]:
     """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames between two sightings.
 
     They get the score `INTERPOLATED`. What is missing for longer, or at an end, stays missing.
     """
-    filled = {}
-    for name in vars(Pose()):
-        part = np.stack([getattr(pose, name) for pose in poses])  # (F, K, 3)
-        filled[name] = part.copy()
+    filled = []
+    for part in stacked_parts(poses):
+        filled.append(part.copy())
         for keypoint in range(part.shape[1]):
-            sightings = np.flatnonzero(part[:, keypoint, 2] > 0)
-            for a, b in pairwise(sightings):
+            for a, b in pairwise(np.flatnonzero(part[:, keypoint, 2] > 0)):
                 if 1 < b - a <= LONGEST_GAP + 1:
                     way = np.arange(1, b - a)[:, None] / (b - a)
-                    start, end = part[a, keypoint], part[b, keypoint]
-                    filled[name][a + 1 : b, keypoint] = (1 - way) * start + way * end
-                    filled[name][a + 1 : b, keypoint, 2] = INTERPOLATED
-    return [Pose(*parts) for parts in zip(*filled.values())]
+                    between = (1 - way) * part[a, keypoint] + way * part[b, keypoint]
+                    between[:, 2] = INTERPOLATED
+                    filled[-1][a + 1 : b, keypoint] = between
+    return [Pose(*parts) for parts in zip(*filled)]
 
 
 def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
-    """Takes the jitter out of keypoints: each moves onto the parabola through itself and what is
-    seen of it up to 3 frames before and after.
+    """Takes the jitter out of keypoints: each moves onto the parabola through what is seen of it in `reach` frames
+    before, then, and after.
 
-    That removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per
-    second (Savitzky and Golay, 1964), where a mean over as many frames would leave half of it.
+    With 3, that removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per second
+    (Savitzky and Golay, 1964), where a mean over as many frames would leave half of it.
     """
     offsets = np.arange(-reach, reach + 1)
     powers = np.stack([np.ones_like(offsets), offsets, offsets**2], axis=1)
@@ -126,8 +123,7 @@ def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
             weights[pattern, seen] = np.linalg.pinv(powers[seen])[0]
 
     smoothed = []
-    for name in vars(Pose()):
-        part = np.stack([getattr(pose, name) for pose in poses])  # (F, K, 3)
+    for part in stacked_parts(poses):
         padded = np.pad(part, ((reach, reach), (0, 0), (0, 0)))
         windows = np.stack([padded[i : i + len(part)] for i in range(len(offsets))])  # (7, F, K, 3)
         patterns = ((windows[..., 2] > 0) << np.arange(len(offsets))[:, None, None]).sum(axis=0)
