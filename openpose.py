@@ -176,10 +176,7 @@ AT_ONCE = 16  # frames: the body network sees them small, so that many need half
 
 
 def detect(nets: OpenPose, frames: np.ndarray, progress: bool = False) -> list[list[Pose]]:
-    """Frames uint8 RGB (F, H, W, 3) -> the people in each, in canvas-normalised coordinates.
-
-    Computes where `nets` are. Raises ValueError for frames of another shape or type.
-    """
+    """Frames uint8 RGB (F, H, W, 3), else ValueError -> the people in each, in canvas-normalised coordinates."""
     return detect_parts(nets, frames, detect_bodies(nets, frames, progress), progress=progress)
 
 

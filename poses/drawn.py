@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from poses.people import extent
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen
 
 INFERRED = 0.5  # score of keypoints whose own mark is covered, where the marks around tell where
@@ -242,11 +243,6 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
         return False
     joined = [(piece[a], body[b]) for a, b in (*LIMBS, *LIMBS[:, ::-1]) if piece[a, 2] and body[b, 2]]
     return all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
-
-
-def extent(body: np.ndarray) -> float:
-    """The longer side of the box around what is seen."""
-    return np.ptp(body[is_seen(body), :2], axis=0).max()
 
 
 def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:

@@ -126,10 +126,7 @@ def cells_to_pixels(cells: int, kept: int, pixels: int) -> np.ndarray:
 
 
 def decode_bodies(heatmaps: Tensor, pafs: Tensor, height: int, width: int) -> list[np.ndarray]:
-    """The body network's maps of one frame -> its people, (18, 3) each: x, y in pixels, score.
-
-    heatmaps: (19, h, w); pafs: (38, h, w). Missing keypoints are zero.
-    """
+    """Maps of a frame, (19, h, w) and (38, h, w) -> its people, (18, 3) each: x, y in pixels, score, or zeros."""
     new_height, new_width = body_size(height, width)
     rows = cells_to_pixels(heatmaps.shape[1], new_height, height)
     columns = cells_to_pixels(heatmaps.shape[2], new_width, width)
@@ -231,18 +228,16 @@ def assemble(peaks: list[np.ndarray], links: list[list[tuple[int, int, float]]])
     bodies = []
     for person in people:
         if person.count >= 4 and person.score / person.count >= 0.4:
-            body = np.zeros((18, 3))
-            for keypoint, peak in person.joints.items():
-                body[keypoint] = peaks[keypoint][peak]
-                body[keypoint, 2] = body[keypoint, 2].clip(LEAST_SCORE, 1)
-            bodies.append(body)
+            found = np.array([peaks[keypoint][peak] for keypoint, peak in person.joints.items()])
+            found[:, 2] = found[:, 2].clip(LEAST_SCORE, 1)
+            bodies.append(np.zeros((18, 3)))
+            bodies[-1][list(person.joints)] = found
     return bodies
 
 
 # ---- Hands and faces ----------------------------------------------------------------------------
 
 Box = tuple[int, int, int]  # left, top and side of a square, in pixels
-Network = Callable[[Tensor], Tensor]  # from images to heatmaps, as `openpose.PartNet`
 
 LEAST_BOX = 20  # pixels: smaller hands and faces are not looked for
 HAND_MAP = 128  # pixels: the size at which the maps of all sizes are averaged and read
@@ -299,7 +294,7 @@ def face_input(crops: Sequence[Tensor], side: int) -> Tensor:
     return torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
 
 
-def find_hands(net: Network, crops: Sequence[Tensor], sides: Sequence[int]) -> np.ndarray:
+def find_hands(net: Callable, crops: Sequence[Tensor], sides: Sequence[int]) -> np.ndarray:
     """Crops of one hand each, uint8 (h, w, 3) -> (N, 21, 3): x, y in the crop's pixels, score.
 
     The network sees them at each of the `sides`, in pixels, and its maps are averaged.
@@ -352,7 +347,7 @@ def highest_pixels(maps: Tensor, height: int, width: int) -> np.ndarray:
     return points
 
 
-def find_faces(net: Network, crops: Sequence[Tensor], side: int) -> np.ndarray:
+def find_faces(net: Callable, crops: Sequence[Tensor], side: int) -> np.ndarray:
     """Crops of one face each, uint8 (h, w, 3) -> (N, 70, 3): x, y in the crop's pixels, score.
 
     The port also returns the background's highest pixel and closes the gaps of missing points; we do not.

@@ -20,27 +20,20 @@ class Track:
     bodies: list[np.ndarray]
     people: list[Pose]
 
-    def expected(self, frame: int) -> np.ndarray:
-        """The body in a later frame if it goes on as in its last frames, for at most 12."""
-        last, earlier = self.bodies[-1], self.bodies[-6:][0]
-        frames = self.frames[-1] - self.frames[-6:][0]
-        both = is_seen(last) & is_seen(earlier)
-        body = last.copy()
-        if frames and both.any():
-            velocity = (last - earlier)[both, :2].mean(axis=0) / frames
-            body[:, :2] += velocity * min(frame - self.frames[-1], 12)
-        return body
-
     def distance(self, body: np.ndarray, frame: int) -> float:
-        """How far a body lies from where this one should be, in sizes of this one."""
-        expected = self.expected(frame)
+        """How far a body lies from where this one should be, if it goes on as it did, in sizes of this one."""
+        recent, frames = self.bodies[-6:], self.frames[-1] - self.frames[-6:][0]
+        both, expected = is_seen(recent[-1]) & is_seen(recent[0]), recent[-1].copy()
+        if frames and both.any():
+            velocity = (recent[-1] - recent[0])[both, :2].mean(axis=0) / frames
+            expected[:, :2] += velocity * min(frame - self.frames[-1], 12)  # frames
         both = is_seen(body) & is_seen(expected)
         if both.any():
             apart = np.linalg.norm((body - expected)[both, :2], axis=1).mean()
         else:
             centres = [one[is_seen(one), :2].mean(axis=0) for one in (body, expected)]
             apart = np.linalg.norm(centres[0] - centres[1])
-        return apart / max(*map(extent, self.bodies[-6:]), 1e-3)
+        return apart / max(*map(extent, recent), 1e-3)
 
 
 def extent(body: np.ndarray) -> float:
@@ -51,10 +44,9 @@ def extent(body: np.ndarray) -> float:
 def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track]:
     """Who is who: the people of every frame, linked through time, the most prominent first.
 
-    People go where they were going: a person is linked to the nearest place where a known one is expected, nearest
-    pairs first, so two who cross keep their identities though they overlap. The longer someone was out of sight,
-    the further away they may turn up. Prominent is who is large (the area of the body's box) and sure (its mean
-    score), over all frames. `aspect` is the frames' width over their height.
+    A person is linked to the nearest place where a known one is expected, nearest pairs first, so two who cross
+    keep their identities. The longer someone was out of sight, the further away they may turn up. Prominent is who
+    is large (the area of the body's box) and sure (its mean score). `aspect` is the frames' width over height.
     """
     tracks: list[Track] = []
     for frame, in_frame in enumerate(people):
@@ -97,22 +89,19 @@ def fill_gaps(poses: Sequence[Pose]) -> list[Pose]:
     filled = []
     for part in stacked_parts(poses):
         filled.append(part.copy())
-        for keypoint in range(part.shape[1]):
-            for a, b in pairwise(np.flatnonzero(part[:, keypoint, 2] > 0)):
-                if 1 < b - a <= LONGEST_GAP + 1:
-                    way = np.arange(1, b - a)[:, None] / (b - a)
-                    between = (1 - way) * part[a, keypoint] + way * part[b, keypoint]
-                    between[:, 2] = INTERPOLATED
-                    filled[-1][a + 1 : b, keypoint] = between
+        for (keypoint, a), (same, b) in pairwise(np.argwhere(part[..., 2].T > 0)):
+            if keypoint == same and 1 < b - a <= LONGEST_GAP + 1:
+                way = np.arange(1, b - a)[:, None] / (b - a)
+                between = (1 - way) * part[a, keypoint] + way * part[b, keypoint]
+                filled[-1][a + 1 : b, keypoint] = between * (1, 1, 0) + (0, 0, INTERPOLATED)
     return [Pose(*parts) for parts in zip(*filled)]
 
 
 def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
-    """Takes the jitter out of keypoints: each moves onto the parabola through what is seen of it in `reach` frames
-    before, then, and after.
+    """Takes the jitter out of keypoints: each moves onto the parabola through those up to `reach` frames away.
 
-    With 3, that removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per second
-    (Savitzky and Golay, 1964), where a mean over as many frames would leave half of it.
+    That removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per second (Savitzky and
+    Golay, 1964), where a mean over as many frames would leave half of it.
     """
     offsets = np.arange(-reach, reach + 1)
     powers = np.stack([np.ones_like(offsets), offsets, offsets**2], axis=1)

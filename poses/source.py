@@ -1,7 +1,4 @@
-"""The poses to follow, from whatever the user has: a JSON file, footage of anyone, a drawn skeleton.
-
-`train.py` reads the poses of its own clip this way, `sample.py` those of the driver.
-"""
+"""The poses to follow, from whatever the user has: a JSON file, footage of anyone, a drawn skeleton."""
 
 import hashlib
 import json
@@ -39,19 +36,18 @@ def read_driver(
     """Reads the poses of the frames `within` (default: all) of a JSON file, or of a video or images.
 
     kind: one of `command.KINDS`; None finds out
-    model, person, smooth: for footage, as `load_openpose` and `find_poses` take them; kept in the folder `cache`
-    whole_bodies: hands and face, which take most of the time, are found in so many frames only, uniformly
+    model, person, smooth: for footage, as `load_openpose` and `find_poses` take them
+    cache: the folder that keeps what was found in footage
+    whole_bodies: in so many frames of footage, uniformly, hands and face are looked for, which takes most of the time
     canvas: (height, width) in pixels of the video that a JSON file without a canvas of its own was found in
 
     Raises FileNotFoundError, OSError and ValueError, naming the file and what is wrong with it.
     """
-    # What a kind of poses needs is imported where it is read, so that JSON, the shortest road, needs none of it.
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; poses are JSON, a video or images")
     if kind is None and (path.suffix.lower() == ".json" or (path.is_dir() and any(path.glob("*.json")))):
         kind = "json"
-    height, width = canvas or (None, None)
-    poses = load_poses(path, width, height) if kind == "json" else None
+    poses = load_poses(path, *(canvas or (None, None))[::-1]) if kind == "json" else None
     total = count_frames(path) if poses is None else len(poses)
     within = within or range(total)
     if within.stop > total:
@@ -63,6 +59,7 @@ def read_driver(
     frames, fps = read_frames(path, within)
     canvas = frames.shape[1:3]
     if kind != "video":
+        # Not at the top: whoever follows JSON, the shortest road, needs neither this nor torch and `openpose`.
         from poses.drawn import is_drawn, read_drawn
 
         if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
@@ -70,8 +67,8 @@ def read_driver(
             return Driver(read_drawn(frames), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
-    name = f"{path.stem}.{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.poses.json"
-    found = cache and cache / name
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    found = cache and cache / f"{path.stem}.{digest}.poses.json"
     if found and found.exists():
         return Driver(load_poses(found), within, total, canvas, fps)
     from openpose import find_in_footage
@@ -86,12 +83,9 @@ def read_driver(
 
 
 def refuse_choice(path: Path, kind: str, person: int) -> None:
-    """Raises ValueError when a `person` is chosen where only the most prominent one can be had."""
     if person != 1:
-        only = (
-            f"of poses that are {kind} the most prominent person's are taken, so leave only those you mean"
-        )
-        raise ValueError(f"{path}: --person {person} chooses between people in footage; {only}")
+        taken = f"of {kind} poses the most prominent person is taken, so leave only those you mean"
+        raise ValueError(f"{path}: --person {person} chooses between people in footage; {taken}")
 
 
 def uniform_frames(within: range, number: int) -> list[int]:
