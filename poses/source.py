@@ -38,7 +38,7 @@ def read_driver(
     kind: one of `command.KINDS`; None finds out
     model, person, smooth: for footage, as `load_openpose` and `find_poses` take them
     cache: the folder that keeps what was found in footage
-    whole_bodies: in so many frames of footage, uniformly, hands and face are looked for, which takes most of the time
+    whole_bodies: hands and face, which take most of the time, are found in so many frames of footage, uniformly
     canvas: (height, width) in pixels of the video that a JSON file without a canvas of its own was found in
 
     Raises FileNotFoundError, OSError and ValueError, naming the file and what is wrong with it.
