@@ -26,7 +26,7 @@ class Track:
         both, expected = is_seen(recent[-1]) & is_seen(recent[0]), recent[-1].copy()
         if frames and both.any():
             velocity = (recent[-1] - recent[0])[both, :2].mean(axis=0) / frames
-            expected[:, :2] += velocity * min(frame - self.frames[-1], 12)  # frames
+            expected[:, :2] += velocity * min(frame - self.frames[-1], 12)
         both = is_seen(body) & is_seen(expected)
         if both.any():
             apart = np.linalg.norm((body - expected)[both, :2], axis=1).mean()
@@ -45,8 +45,8 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
     """Who is who: the people of every frame, linked through time, the most prominent first.
 
     A person is linked to the nearest place where a known one is expected, nearest pairs first, so two who cross
-    keep their identities. The longer someone was out of sight, the further away they may turn up. Prominent is who
-    is large (the area of the body's box) and sure (its mean score). `aspect` is the frames' width over height.
+    keep their identities. Who was out of sight for longer may turn up further away. Prominent is who has a large
+    body (the area of its box) and a high mean score. `aspect` is the frames' width over height.
     """
     tracks: list[Track] = []
     for frame, in_frame in enumerate(people):
