@@ -82,9 +82,8 @@ def stacked_parts(poses: Sequence[Pose]) -> list[np.ndarray]:
 
 
 def fill_gaps(poses: Sequence[Pose]) -> list[Pose]:
-    """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames between two sightings.
-
-    They get the score `INTERPOLATED`. What is missing for longer, or at an end, stays missing.
+    """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames between two sightings, which get the
+    score `INTERPOLATED`. What is missing for longer, or at an end, stays missing.
     """
     filled = []
     for part in stacked_parts(poses):
