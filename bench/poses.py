@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from command import keep_freed_memory
 from demo.pretrain_openpose import fields_at, heatmaps_at, shown_at
 from demo.puppet import clip
-from openpose import STRIDE, OpenPose, body_input, body_size, detect
+from openpose import OpenPose, detect, detect_bodies
+from poses.maps import STRIDE, body_input, body_size
 
 SIZE = 512
 
@@ -121,7 +122,7 @@ def main() -> None:
             face.compute_peaks_from_heatmaps(face(bgr[y : y + side, x : x + side]))
 
     sides: dict[str, tuple[Callable, Callable]] = {
-        "body only": (port_body, lambda: detect(nets, frames, hands=False, face=False)),
+        "body only": (port_body, lambda: detect_bodies(nets, frames)),
         "whole body": (port_whole, lambda: detect(nets, frames)),
     }
     print(f"{torch.get_num_threads()} threads, {SIZE}x{SIZE}, one frame at a time, medians\n")

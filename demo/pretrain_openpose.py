@@ -32,22 +32,19 @@ from demo.pool import latent_pixels, render_pool, stacked
 from demo.pretrain import HEIGHT, IDENTITIES, WIDTH, optimise
 from demo.puppet import random_puppet, render
 from demo.save import save_openpose
-from openpose import (
+from openpose import OpenPose, detect_bodies, detect_parts, load_openpose
+from poses.maps import (
     LEAST_SIDE,
     LIMB_MAPS,
     LIMBS,
     STRIDE,
-    OpenPose,
     body_input,
     body_size,
-    detect_bodies,
-    detect_parts,
     enlarged,
     face_boxes,
     face_input,
     hand_boxes,
     hand_input,
-    load_openpose,
 )
 from poses.pose import Pose, is_seen
 from video import replacing

@@ -20,45 +20,33 @@ class Track:
     bodies: list[np.ndarray]
     people: list[Pose]
 
-    def expected(self, frame: int) -> np.ndarray:
-        """The body in a later frame if it goes on as in its last frames, for at most 12."""
-        last, earlier = self.bodies[-1], self.bodies[-6:][0]
-        frames = self.frames[-1] - self.frames[-6:][0]
-        both = is_seen(last) & is_seen(earlier)
-        body = last.copy()
-        if frames and both.any():
-            velocity = (last - earlier)[both, :2].mean(axis=0) / frames
-            body[:, :2] += velocity * min(frame - self.frames[-1], 12)
-        return body
-
     def distance(self, body: np.ndarray, frame: int) -> float:
-        """How far a body lies from where this one should be, in sizes of this one."""
-        expected = self.expected(frame)
+        """How far a body lies from where this one should be, if it goes on as it did, in sizes of this one."""
+        recent, frames = self.bodies[-6:], self.frames[-1] - self.frames[-6:][0]
+        both, expected = is_seen(recent[-1]) & is_seen(recent[0]), recent[-1].copy()
+        if frames and both.any():
+            velocity = (recent[-1] - recent[0])[both, :2].mean(axis=0) / frames
+            expected[:, :2] += velocity * min(frame - self.frames[-1], 12)
         both = is_seen(body) & is_seen(expected)
         if both.any():
             apart = np.linalg.norm((body - expected)[both, :2], axis=1).mean()
         else:
-            apart = np.linalg.norm(centre(body) - centre(expected))
-        return apart / max(body_extent(body) for body in self.bodies[-6:])
+            centres = [one[is_seen(one), :2].mean(axis=0) for one in (body, expected)]
+            apart = np.linalg.norm(centres[0] - centres[1])
+        return apart / max(*map(extent, recent), 1e-3)
 
 
-def centre(body: np.ndarray) -> np.ndarray:
-    return body[is_seen(body), :2].mean(axis=0)
-
-
-def body_extent(body: np.ndarray) -> float:
-    """The longer side of the box of what is seen."""
-    return float(np.ptp(body[is_seen(body), :2], axis=0).max().clip(1e-3))
+def extent(body: np.ndarray) -> float:
+    """The longer side of the box around what is seen."""
+    return float(np.ptp(body[is_seen(body), :2], axis=0).max())
 
 
 def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track]:
     """Who is who: the people of every frame, linked through time, the most prominent first.
 
-    People go where they were going: a person is linked to the nearest place where a known one is
-    expected, nearest pairs first, so two who cross keep their identities though they overlap. The
-    longer someone was out of sight, the further away they may turn up. Prominent is who is large
-    (the area of the body's box) and sure (its mean score), over all frames. `aspect` is the frames'
-    width over their height.
+    A person is linked to the nearest place where a known one is expected, nearest pairs first, so two who cross
+    keep their identities. Who was out of sight for longer may turn up further away. Prominent is who has a large
+    body (the area of its box) and a high mean score. `aspect` is the frames' width over height.
     """
     tracks: list[Track] = []
     for frame, in_frame in enumerate(people):
@@ -67,18 +55,16 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
         for track in tracks:
             # In sizes of the body: a leap from one frame to the next, then a walk out of sight.
             reach = 0.4 + 0.05 * (frame - track.frames[-1])
-            for index, (_, body) in enumerate(new):
-                if (distance := track.distance(body, frame)) < reach:
-                    pairs.append((distance, index, track))
+            distances = [track.distance(body, frame) for _, body in new]
+            pairs += [(apart, index, track) for index, apart in enumerate(distances) if apart < reach]
         linked: dict[int, Track] = {}
         for _, index, track in sorted(pairs, key=lambda pair: pair[0]):
             if index not in linked and track not in linked.values():
                 linked[index] = track
         for index, (pose, body) in enumerate(new):
-            track = linked.get(index)
-            if track is None:
-                track = Track([], [], [])
-                tracks.append(track)
+            if index not in linked:
+                tracks.append(linked.setdefault(index, Track([], [], [])))
+            track = linked[index]
             track.frames.append(frame)
             track.bodies.append(body)
             track.people.append(pose)
@@ -90,32 +76,31 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
     return sorted(tracks, key=prominence, reverse=True)
 
 
-def fill_gaps(poses: Sequence[Pose]) -> list[Pose]:
-    """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames between two sightings.
+def stacked_parts(poses: Sequence[Pose]) -> list[np.ndarray]:
+    """Body, face and hands of all frames, (F, K, 3) each."""
+    return [np.stack(parts) for parts in zip(*(vars(pose).values() for pose in poses))]
 
-    They get the score `INTERPOLATED`. What is missing for longer, or at an end, stays missing.
+
+def fill_gaps(poses: Sequence[Pose]) -> list[Pose]:
+    """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames between two sightings, which get the
+    score `INTERPOLATED`. What is missing for longer, or at an end, stays missing.
     """
-    filled = {}
-    for name in vars(Pose()):
-        part = np.stack([getattr(pose, name) for pose in poses])  # (F, K, 3)
-        filled[name] = part.copy()
-        for keypoint in range(part.shape[1]):
-            sightings = np.flatnonzero(part[:, keypoint, 2] > 0)
-            for a, b in pairwise(sightings):
-                if 1 < b - a <= LONGEST_GAP + 1:
-                    way = np.arange(1, b - a)[:, None] / (b - a)
-                    start, end = part[a, keypoint], part[b, keypoint]
-                    filled[name][a + 1 : b, keypoint] = (1 - way) * start + way * end
-                    filled[name][a + 1 : b, keypoint, 2] = INTERPOLATED
-    return [Pose(*parts) for parts in zip(*filled.values())]
+    filled = []
+    for part in stacked_parts(poses):
+        filled.append(part.copy())
+        for (keypoint, a), (same, b) in pairwise(np.argwhere(part[..., 2].T > 0)):
+            if keypoint == same and 1 < b - a <= LONGEST_GAP + 1:
+                way = np.arange(1, b - a)[:, None] / (b - a)
+                between = (1 - way) * part[a, keypoint] + way * part[b, keypoint]
+                filled[-1][a + 1 : b, keypoint] = between * (1, 1, 0) + (0, 0, INTERPOLATED)
+    return [Pose(*parts) for parts in zip(*filled)]
 
 
 def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
-    """Takes the jitter out of keypoints: each moves onto the parabola through itself and what is
-    seen of it up to 3 frames before and after.
+    """Takes the jitter out of keypoints: each moves onto the parabola through those up to `reach` frames away.
 
-    That removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per
-    second (Savitzky and Golay, 1964), where a mean over as many frames would leave half of it.
+    That removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per second (Savitzky and
+    Golay, 1964), where a mean over as many frames would leave half of it.
     """
     offsets = np.arange(-reach, reach + 1)
     powers = np.stack([np.ones_like(offsets), offsets, offsets**2], axis=1)
@@ -126,8 +111,7 @@ def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
             weights[pattern, seen] = np.linalg.pinv(powers[seen])[0]
 
     smoothed = []
-    for name in vars(Pose()):
-        part = np.stack([getattr(pose, name) for pose in poses])  # (F, K, 3)
+    for part in stacked_parts(poses):
         padded = np.pad(part, ((reach, reach), (0, 0), (0, 0)))
         windows = np.stack([padded[i : i + len(part)] for i in range(len(offsets))])  # (7, F, K, 3)
         patterns = ((windows[..., 2] > 0) << np.arange(len(offsets))[:, None, None]).sum(axis=0)

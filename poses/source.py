@@ -1,7 +1,4 @@
-"""The poses to follow, from whatever the user has: a JSON file, footage of anyone, a drawn skeleton.
-
-`train.py` reads the poses of its own clip this way, `sample.py` those of the driver.
-"""
+"""The poses to follow, from whatever the user has: a JSON file, footage of anyone, a drawn skeleton."""
 
 import hashlib
 import json
@@ -9,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from openpose import find_poses, load_openpose
-from poses.drawn import is_drawn, read_drawn
 from poses.pose import Pose, load_poses, read_canvas, save_poses
 from video import count_frames, read_frames
 
@@ -41,50 +35,46 @@ def read_driver(
 ) -> Driver:
     """Reads the poses of the frames `within` (default: all) of a JSON file, or of a video or images.
 
-    kind: one of `command.KINDS`; None finds out. Footage is looked at with the OpenPose networks of `model` (see
-    `load_openpose`), following one `person` (1: the most prominent), optionally `smooth`ed; hands and
-    face, which take most of the time, in all frames or in so many `whole_bodies` of them, uniformly.
-    What they find is kept in the folder `cache`. canvas: the (height, width) in pixels of the video that a JSON
-    file without a canvas of its own was found in.
+    kind: one of `command.KINDS`; None finds out
+    model, person, smooth: for footage, as `load_openpose` and `find_poses` take them
+    cache: the folder that keeps what was found in footage
+    whole_bodies: hands and face, which take most of the time, are found in so many frames of footage, uniformly
+    canvas: (height, width) in pixels of the video that a JSON file without a canvas of its own was found in
 
     Raises FileNotFoundError, OSError and ValueError, naming the file and what is wrong with it.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file or folder; poses are OpenPose JSON, a video or images"
-        )
-    if kind is None and (path.suffix.lower() == ".json" or holds_json(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder; poses are JSON, a video or images")
+    if kind is None and (path.suffix.lower() == ".json" or (path.is_dir() and any(path.glob("*.json")))):
         kind = "json"
-    height, width = canvas or (None, None)
-    poses = load_poses(path, width, height) if kind == "json" else None
-    total = len(poses) if poses is not None else count_frames(path)
+    poses = load_poses(path, *(canvas or (None, None))[::-1]) if kind == "json" else None
+    total = count_frames(path) if poses is None else len(poses)
     within = within or range(total)
     if within.stop > total:
         raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
     if poses is not None:
         refuse_choice(path, kind, person)
-        canvas = read_canvas(path) or canvas
-        return Driver(poses[within.start : within.stop], within, total, canvas, None)
+        return Driver(poses[within.start : within.stop], within, total, read_canvas(path) or canvas, None)
 
     frames, fps = read_frames(path, within)
     canvas = frames.shape[1:3]
-    if kind is None:
-        kind = "drawn" if is_drawn(frames[:: max(1, len(frames) // 16)]) else "video"
-    if kind == "drawn":
-        refuse_choice(path, kind, person)
-        return Driver(read_drawn(frames), within, total, canvas, fps)
+    if kind != "video":
+        # Not at the top: whoever follows JSON, the shortest road, needs neither this nor torch and `openpose`.
+        from poses.drawn import is_drawn, read_drawn
+
+        if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
+            refuse_choice(path, "drawn", person)
+            return Driver(read_drawn(frames), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
-    name = f"{path.stem}.{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.poses.json"
-    found = cache and cache / name
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    found = cache and cache / f"{path.stem}.{digest}.poses.json"
     if found and found.exists():
         return Driver(load_poses(found), within, total, canvas, fps)
-    nets = load_openpose(model, "cuda" if torch.cuda.is_available() else "cpu")
+    from openpose import find_in_footage
+
     whole = uniform_frames(range(len(frames)), whole_bodies or len(frames))
-    try:
-        poses = find_poses(nets, frames, person, whole, smooth=smooth, progress=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    poses = find_in_footage(path, frames, model, person, whole, smooth)
     if found:
         cache.mkdir(parents=True, exist_ok=True)
         save_poses(found, poses, canvas[1], canvas[0])
@@ -93,21 +83,14 @@ def read_driver(
 
 
 def refuse_choice(path: Path, kind: str, person: int) -> None:
-    """Raises ValueError when a `person` is chosen where only the most prominent one can be had."""
     if person != 1:
-        raise ValueError(
-            f"{path}: --person {person} chooses between people in footage; of poses that are {kind} the most "
-            "prominent person's are taken, so leave only those you mean"
-        )
+        taken = f"of {kind} poses the most prominent person is taken, so leave only those you mean"
+        raise ValueError(f"{path}: --person {person} chooses between people in footage; {taken}")
 
 
 def uniform_frames(within: range, number: int) -> list[int]:
     """`number` frames of a range, evenly spaced from its first to its last."""
     return np.linspace(within.start, within.stop - 1, number).round().astype(int).tolist()
-
-
-def holds_json(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("*.json"))
 
 
 def fingerprint(path: Path) -> list:

@@ -28,7 +28,6 @@ from demo.puppet import clip
 from demo.save import save_model
 from demo.vocabulary import learn_merges
 from posecrafter import PAPER, Method, edit_once, training_loss
-from poses import source as driver
 from poses.parts import face_and_hands
 from poses.pose import Pose, load_poses, save_poses
 from run import name_of
@@ -402,8 +401,8 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, train
         looked_at.append((whole_bodies, person, smooth))
         return poses[: len(frames)]
 
-    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
-    monkeypatch.setattr(driver, "find_poses", find)
+    monkeypatch.setattr("openpose.load_openpose", lambda name, device: None)
+    monkeypatch.setattr("openpose.find_poses", find)
     options = ("--run", "runs/pixels", "--frames", 4, "--person", 2)
     main(workplace, *TRAIN[:2], *TRAIN[4:], *options)
     assert looked_at == [([0, 4, 7, 11], 2, False)]
@@ -436,8 +435,8 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, train
 
 def test_a_single_picture_of_an_odd_size_and_kind_can_be_the_driver(workplace, trained, monkeypatch):
     _, (pose,), _ = clip(identity_seed=1, motion_seed=2, frames=1, size=SIZE)
-    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
-    monkeypatch.setattr(driver, "find_poses", lambda nets, frames, *_, **__: [pose] * len(frames))
+    monkeypatch.setattr("openpose.load_openpose", lambda name, device: None)
+    monkeypatch.setattr("openpose.find_poses", lambda nets, frames, *_, **__: [pose] * len(frames))
     transparent = Image.new("RGBA", (37, 91), (200, 90, 40, 128))
     for name, picture in {"grey.png": transparent.convert("L"), "clear.png": transparent}.items():
         picture.save(workplace / name)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from demo.puppet import clip
-from poses import source as driver
 from poses.pose import Pose, draw_pose, save_poses
 from poses.source import read_driver, uniform_frames
 from video import add_sound, count_frames, has_sound, read_frames, save_image, write_video
@@ -30,8 +29,8 @@ def finder(monkeypatch, puppet):
         calls.append((len(frames), person, whole_bodies, smooth))
         return puppet[1][: len(frames)]
 
-    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
-    monkeypatch.setattr(driver, "find_poses", find)
+    monkeypatch.setattr("openpose.load_openpose", lambda name, device: None)
+    monkeypatch.setattr("openpose.find_poses", find)
     return calls
 
 
@@ -133,8 +132,8 @@ def test_nobody_in_the_clip_is_said_with_its_name(tmp_path, monkeypatch):
     def nobody(*arguments, **options):
         raise ValueError("no person in any of the 3 frames")
 
-    monkeypatch.setattr(driver, "load_openpose", lambda name, device: None)
-    monkeypatch.setattr(driver, "find_poses", nobody)
+    monkeypatch.setattr("openpose.load_openpose", lambda name, device: None)
+    monkeypatch.setattr("openpose.find_poses", nobody)
     with pytest.raises(ValueError, match=r"landscape.mp4: no person in any of the 3 frames"):
         read_driver(tmp_path / "landscape.mp4", cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

@@ -10,17 +10,19 @@ from torch import nn
 from weights import fill
 
 import openpose
-from openpose import (
+from openpose import OpenPose, detect, detect_bodies, find_poses
+from poses.maps import (
     LIMBS,
-    OpenPose,
+    blurring,
     body_input,
     body_size,
     decode_bodies,
     decode_hands,
-    detect,
+    enlarged,
     face_boxes,
-    find_poses,
     hand_boxes,
+    resizing,
+    smoothing,
 )
 from poses.people import INTERPOLATED, fill_gaps, follow_people, smooth_poses
 from poses.pose import Pose, absences, has_person, is_seen, load_poses
@@ -189,7 +191,7 @@ def test_resizing_is_opencvs(size, new_size):
     values = np.random.RandomState(0).rand(size, size).astype(np.float32)
     method = cv2.INTER_AREA if new_size < size else cv2.INTER_LANCZOS4
     expected = cv2.resize(values, (new_size, new_size), interpolation=method)
-    matrix = openpose.resizing(size, new_size)
+    matrix = resizing(size, new_size)
     assert np.abs(matrix @ values @ matrix.T - expected).max() < 1e-4
 
 
@@ -197,9 +199,9 @@ def test_resizing_is_opencvs(size, new_size):
 def test_smoothing_is_scipys_and_the_hands_blur_is_opencvs(size):
     ndimage, cv2 = pytest.importorskip("scipy.ndimage"), pytest.importorskip("cv2")
     values = np.random.RandomState(0).rand(size, size)
-    matrix = openpose.smoothing(size)
+    matrix = smoothing(size)
     assert np.abs(matrix @ values @ matrix.T - ndimage.gaussian_filter(values, 3)).max() < 1e-6
-    matrix = openpose.blurring(size, 0.8, 3, "reflect")
+    matrix = blurring(size, 0.8, 3, "reflect")
     levels = (255 * values).astype(np.uint8)
     expected = cv2.GaussianBlur(levels, (0, 0), 0.8)
     assert np.abs(matrix @ levels @ matrix.T - expected).max() < 1.5
@@ -344,10 +346,10 @@ def test_many_frames_are_found_as_each_alone():
     height, width = 96, 128
     script = [[standing(20 + 4 * i, 90, 80)] * (i % 3 > 0) for i in range(20)]
     frames = np.zeros((20, height, width, 3), np.uint8)
-    people = detect(acted(script, height, width), frames, hands=False, face=False)
+    people = detect_bodies(acted(script, height, width), frames)
     assert [len(in_frame) for in_frame in people] == [len(bodies) for bodies in script]
     for i in range(20):
-        (alone,) = detect(acted(script[i : i + 1], height, width), frames[:1], False, False)
+        (alone,) = detect_bodies(acted(script[i : i + 1], height, width), frames[:1])
         assert all((a.body == b.body).all() for a, b in zip(people[i], alone))
 
 
@@ -370,7 +372,7 @@ def test_no_frames_have_no_people_and_other_arrays_are_refused():
 def test_body_only_needs_no_other_network():
     nets = acted([[standing(64, 90, 80)]], 96, 128)
     del nets.hand, nets.face
-    ((pose,),) = detect(nets, np.zeros((1, 96, 128, 3), np.uint8), hands=False, face=False)
+    ((pose,),) = detect_bodies(nets, np.zeros((1, 96, 128, 3), np.uint8))
     assert is_seen(pose.body).all() and not is_seen(pose.face).any()
 
 
@@ -501,8 +503,8 @@ def test_hands_too_small_to_look_at_are_enlarged():
     (pose,) = find_poses(nets, frames)
     middle = np.array([x, y]) + side // 2 + 12
     assert np.abs(pose.left_hand[8, :2] * (512, 384) - middle).max() < 12
-    assert openpose.enlarged(large[0]).shape == (512, 683, 3)
-    assert openpose.enlarged(np.zeros((600, 520, 3), np.uint8)).shape == (600, 520, 3)
+    assert enlarged(large[0]).shape == (512, 683, 3)
+    assert enlarged(np.zeros((600, 520, 3), np.uint8)).shape == (600, 520, 3)
 
 
 def test_hands_are_found_where_the_arm_was_only_interpolated():
@@ -532,8 +534,7 @@ def run(monkeypatch):
         nets = acted(script, height, width)
         monkeypatch.setattr(openpose, "load_openpose", lambda name, device: nets)
         monkeypatch.setattr("sys.argv", ["openpose.py", *map(str, arguments)])
-        _, args = openpose.parse_arguments()
-        openpose.main(args)
+        openpose.main(openpose.parse_arguments())
 
     return run
 

@@ -10,16 +10,15 @@ from demo.motion import motion
 from demo.pool import stacked
 from demo.pretrain_openpose import PARTS, SIZES, body_batch, evaluate, face_batch, hand_batch, varied
 from demo.puppet import pose_of, random_puppet, render
-from openpose import (
+from openpose import OpenPose, load_openpose
+from poses.maps import (
     HAND_MAP,
-    OpenPose,
     cells_to_pixels,
     decode_bodies,
     decode_hands,
     face_boxes,
     find_faces,
     hand_boxes,
-    load_openpose,
     separable,
 )
 from poses.pose import is_seen
@@ -83,7 +82,7 @@ def test_face_targets_decode_to_the_face(puppet):
     nets = OpenPose(**{**SIZES, "width": 0.01})
     nets.face = Says(maps)
     x, y, side = face_boxes(keypoints[0, PARTS["body"]].round(), 128, 128)["face"]
-    (face,) = find_faces(nets, [frames[0, y : y + side, x : x + side]])
+    (face,) = find_faces(nets.face, [frames[0, y : y + side, x : x + side]], SIZES["face_size"])
     assert is_seen(face).all()
     cell = side / (maps.shape[-1] - 1)  # a face's points are read in whole cells
     assert np.abs(face + (x, y, 0) - keypoints[0, PARTS["face"]])[:, :2].max() < 1 + cell / 2

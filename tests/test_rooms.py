@@ -61,6 +61,8 @@ def test_no_import_goes_round_in_a_circle():
         ("train", ("sample", "beyond", "metrics", "evaluate", "demo", "bench")),
         ("evaluate", ("train", "sample", "demo", "bench")),
         ("video", ("poses", "posecrafter", "unet")),
+        ("poses.source", ("openpose", "poses.drawn", "poses.maps")),  # JSON poses need none of them
+        ("poses.maps", ("openpose",)),
     ],
 )
 def test_nobody_reaches_up_the_table(module, never):
