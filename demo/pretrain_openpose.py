@@ -41,6 +41,7 @@ LIMB_REACH = 8  # pixels of the input: half the width of a limb's field
 SIDE, IDENTITIES = 128, range(30_000, 31_500)  # pixels, and seeds, of the frames that show whole puppets
 EVALUATED = 200  # puppets, numbered from 0, which neither training has seen
 STEPS = {"body": 3000, "hand": 8000, "face": 3000}  # of training
+BATCH = 16  # frames
 
 
 def varied(rng: np.random.Generator, pool: np.ndarray, batch: int) -> tuple[Tensor, np.ndarray]:
@@ -152,12 +153,12 @@ def start_lively(net: nn.Module) -> None:
     net.conv1_1.weight.data *= 4  # the input's deviation is about a quarter
 
 
-def train(part: str, net: nn.Module, pools: Sequence[np.ndarray], work: Path, batch: int = 16) -> None:
+def train(part: str, net: nn.Module, pools: Sequence[np.ndarray], work: Path) -> None:
     """Squared errors of all stages alike. What is not zero weighs more, as it is one cell in a hundred."""
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((3, step))
-        frames, keypoints = varied(rng, pools[rng.integers(len(pools))], batch)
+        frames, keypoints = varied(rng, pools[rng.integers(len(pools))], BATCH)
         if part == "body":
             images, targets = body_batch(frames, keypoints)
         else:  # in enlarged frames, as `find_poses` does
