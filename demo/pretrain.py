@@ -37,7 +37,7 @@ from controlnet import ControlNet
 from demo.pool import FACTOR, POSES, TWIN, as_found, pose_from, render_pool
 from demo.save import save_model
 from demo.vocabulary import learn_merges
-from device import compute_device
+from device import compute_device, has_fast_bfloat16
 from posecrafter import ALPHAS_CUMPROD, TRAIN_STEPS, draw_hints, edit_latents, image_tensor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -99,6 +99,12 @@ def optimise(
         torch._foreach_copy_(parameters, average)
 
 
+def in_bfloat16(device: torch.device) -> torch.autocast:
+    """Networks compute in bfloat16 in it, where that is fast; their weights stay float32."""
+    fast = device.type == "cuda" or has_fast_bfloat16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
 def start_residuals_at_zero(model: nn.Module) -> None:
     """Every residual branch starts as nothing, so that a deep network trains fast from its first step."""
     for name, weight in model.named_parameters():
@@ -139,7 +145,7 @@ def train_vae(vae: VAE, pool: np.ndarray, work: Path) -> None:
         images = (image_tensor(pool["frames"][rows]) * 2 - 1).to(device)
         weight = loss_weights(pool["masks"][rows], pool["poses"][rows]).to(device)
         weight = F.interpolate(weight / weight.mean(), images.shape[2:])
-        with torch.autocast(device.type, torch.bfloat16):
+        with in_bfloat16(device):
             mean, log_variance = (x.float() for x in vae.encode(images))
             noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(device)
             output = vae.decode(mean + noise * torch.exp(log_variance.clamp(-30, 10) / 2))
@@ -159,7 +165,7 @@ def train_vae(vae: VAE, pool: np.ndarray, work: Path) -> None:
 def encode(vae: VAE, frames: np.ndarray) -> Tensor:
     """Frames uint8 (F, H, W, 3) -> latents (F, 8, h, w), float32, in the host's memory."""
     images = (image_tensor(frames) * 2 - 1).to(vae.quant_conv.weight.device)
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with in_bfloat16(images.device):
         return vae.config.scale * vae.encode(images)[0].float().cpu()
 
 
@@ -261,7 +267,7 @@ def train_networks(
         batch["tokens"] = torch.stack([tokens_of(prompt) for prompt in batch.pop("prompts")])
         batch = {name: x.to(device) for name, x in batch.items()}
         inputs = batch["latents"], batch["timestep"]
-        with torch.autocast(device.type, torch.bfloat16):
+        with in_bfloat16(device):
             context = networks["text_encoder"](batch["tokens"])
             control = networks["controlnet"](*inputs, context, batch["hints"])
             predicted = networks["unet"](*inputs, context, control)

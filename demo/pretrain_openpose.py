@@ -165,7 +165,7 @@ def train(part: str, net: nn.Module, pools: Sequence[np.ndarray], work: Path) ->
             shown = np.stack([openpose.enlarged(frame) for frame in frames.numpy()])
             keypoints[..., :2] *= shown.shape[1] / frames.shape[1]
             images, targets = crops_batch(part, rng, torch.from_numpy(shown), keypoints)
-        with torch.autocast("cpu", torch.bfloat16):
+        with pretrain.in_bfloat16(images.device):
             stages = net.stages(images.contiguous(memory_format=torch.channels_last))
         loss = 0
         for stage in stages:
@@ -211,9 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pool", type=Path, default="runs/pretrain/pool.npy", help="of pretrain.py")
     parser.add_argument("--work", type=Path, default="runs/pretrain_openpose", help="pool and checkpoints")
-    parser.add_argument(
-        "--out", type=Path, default="runs/pretrain_openpose/openpose", help="for the weights"
-    )
+    parser.add_argument("--out", type=Path, default="runs/pretrain_openpose/openpose", help="weights")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the demo's networks")
     args = parser.parse_args()
     keep_freed_memory()
@@ -229,9 +227,7 @@ def main() -> None:
         save_openpose(nets, args.out)
         print(f"{args.out}: written")
     for part, (share, error) in evaluate(nets, range(EVALUATED)).items():
-        print(
-            f"{part}: {share:.1%} found, {error:.2f} pixels off, in {EVALUATED} unseen puppets of {SIDE} pixels"
-        )
+        print(f"{part}: {share:.1%} found, {error:.2f} pixels off, in {EVALUATED} frames of {SIDE} pixels")
 
 
 if __name__ == "__main__":
