@@ -208,8 +208,8 @@ def training_batch(rng: Generator, pool: np.ndarray, vae: VAE, progress: float) 
       z differ, so noise_i = noise_0 + sqrt(a / (1 - a)) (z_0 - z_i), with a of that last timestep.
       The pose alone then says where things go; or latent editing has moved face and hands, or the whole
       body, in a third of them each. The other clips have independent noise, as fine-tuning has.
-    - A third of those that share noise remember the twin's frame 0 instead, and the prompt tells the colour that
-      the puppet has: what noise and prompt disagree in, the prompt decides.
+    - In half of those that share noise and have a twin, the noise remembers the *twin's* frame 0, and the prompt
+      tells what is different: words count more than what the noise remembers.
     - In the first fifth of training (`progress` 0 to 0.2) frame 0 is often less noisy than its timestep says, so
       that there is an appearance to look up. Then it does not count in the loss.
     - The loss weighs the person, and where they stood in frame 0, and most what is small in them.
@@ -228,14 +228,15 @@ def training_batch(rng: Generator, pool: np.ndarray, vae: VAE, progress: float) 
     clips = zip(identities, images.split(FRAMES), noise.split(FRAMES), poses)
     for i, z, of_clip, (first, *others) in clips:
         words, told = pool["captions"][i]
-        share_noise, of_twin = rng.random() < 0.65, told and rng.random() < 0.33
+        share_noise = rng.random() < 0.65
+        of_twin = share_noise and told and rng.random() < 0.5
         if share_noise:
             remembered = encode(vae, pool["frames"][i, [TWIN]])[0] if of_twin else z[0]
             starts = (of_clip[0] + ratio * remembered).repeat(FRAMES, 1, 1, 1)
             if parts := ("", "face,hands", "body")[rng.integers(3)]:
                 edit_latents(starts[1:], starts[0], others, first, parts)
             of_clip.copy_(starts - ratio * z)
-        prompts.append(prompt_from(rng, words, told if share_noise and of_twin else ""))
+        prompts.append(prompt_from(rng, words, told if of_twin else ""))
 
     timestep = torch.from_numpy(rng.integers(TRAIN_STEPS, size=CLIPS))
     a = ALPHAS_CUMPROD[timestep].repeat_interleave(FRAMES)  # (F,)
