@@ -215,10 +215,8 @@ def training_batch(rng: Generator, pool: np.ndarray, vae: VAE, progress: float) 
     - The loss weighs the person, and where they stood in frame 0, and most what is small in them.
     """
     identities = rng.integers(len(pool), size=CLIPS)
-    order = [
-        [0, *rng.permutation(range(1, POSES))[: FRAMES - 1]] for _ in identities
-    ]  # 0: where the twin is
-    rows = identities.repeat(FRAMES), np.concatenate(order)
+    others = [rng.permutation(range(1, POSES))[: FRAMES - 1] for _ in identities]
+    rows = identities.repeat(FRAMES), np.insert(others, 0, 0, axis=1).ravel()  # 0: the twin has this pose
     keypoints, size = pool["poses"][rows], pool["frames"].shape[2:4]
     poses = [as_found(rng, clip, *size) for clip in np.split(keypoints, CLIPS)]
 
@@ -226,16 +224,16 @@ def training_batch(rng: Generator, pool: np.ndarray, vae: VAE, progress: float) 
     noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32))
     ratio, prompts = (ALPHAS_CUMPROD[-1] / (1 - ALPHAS_CUMPROD[-1])).sqrt(), []
     clips = zip(identities, images.split(FRAMES), noise.split(FRAMES), poses)
-    for i, z, of_clip, (first, *others) in clips:
+    for i, z, clip_noise, (first, *others) in clips:
         words, told = pool["captions"][i]
         share_noise = rng.random() < 0.65
         of_twin = share_noise and told and rng.random() < 0.5
         if share_noise:
             remembered = encode(vae, pool["frames"][i, [TWIN]])[0] if of_twin else z[0]
-            starts = (of_clip[0] + ratio * remembered).repeat(FRAMES, 1, 1, 1)
+            starts = (clip_noise[0] + ratio * remembered).repeat(FRAMES, 1, 1, 1)
             if parts := ("", "face,hands", "body")[rng.integers(3)]:
                 edit_latents(starts[1:], starts[0], others, first, parts)
-            of_clip.copy_(starts - ratio * z)
+            clip_noise.copy_(starts - ratio * z)
         prompts.append(prompt_from(rng, words, told if of_twin else ""))
 
     timestep = torch.from_numpy(rng.integers(TRAIN_STEPS, size=CLIPS))
