@@ -1,18 +1,18 @@
 """The pool of puppets that the demo's networks learn from: each in several poses, with keypoints and captions."""
 
-import json
 import multiprocessing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import trange
+from tqdm import tqdm
 
 from demo.motion import DANCES, motion
-from demo.puppet import CLOTH_COLOURS, HAIR_COLOURS, Paint, Puppet, caption, random_puppet, render
+from demo.puppet import Puppet, caption, random_puppet, render
 from demo.scenery import disguise
 from poses.pose import Pose, place_pose
+from video import replacing
 
 FACTOR = 4  # pixels to a latent pixel
 POSES = 8  # per identity, drawn from ten seconds of motion
@@ -23,22 +23,16 @@ DISGUISED, MOVING = 0.25, 0.35  # shares of the puppets: in disguise; turning or
 FOUND_WITHIN = np.repeat((1.6, 1.1, 0.6), (18, 70, 2 * 21))[:, None]
 
 
-def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str, str]:
-    """The same person with hair, shirt or lower garment in another colour, and the captions' words for
-    what differs: the puppet's, and the twin's."""
-    which = rng.integers(puppet.hair_shape == "bald", 3)
-    name, colours = (("hair", HAIR_COLOURS), ("shirt", CLOTH_COLOURS), ("lower", CLOTH_COLOURS))[which]
-    others = [colour for colour in colours if colour != getattr(puppet, name).name]
-    colour = str(rng.choice(others))
-    twin = replace(puppet, **{name: Paint(colour, colours[colour])})
-    words, twins_words = (caption(who).split(", ")[1 + which] for who in (puppet, twin))
-    return twin, words, twins_words
-
-
-def latent_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Latent pixels that hold any of these pixels: booleans (..., H, W) to (..., H/4, W/4)."""
-    *rest, height, width = pixels.shape
-    return pixels.reshape(*rest, height // FACTOR, FACTOR, width // FACTOR, FACTOR).any((-3, -1))
+def row_type(height: int, width: int) -> np.dtype:
+    """A row of the pool is one identity: POSES frames and the twin's, with foreground masks and keypoints."""
+    frames = POSES + 1
+    columns = [
+        ("frames", np.uint8, (frames, height, width, 3)),
+        ("masks", bool, (frames, height // FACTOR, width // FACTOR)),
+        ("poses", np.float32, (frames, 130, 3)),
+        ("captions", "U100", 2),  # the caption, and its words for what is another in the twin
+    ]
+    return np.dtype(columns)
 
 
 def stacked(pose: Pose) -> np.ndarray:
@@ -47,32 +41,24 @@ def stacked(pose: Pose) -> np.ndarray:
 
 
 def pose_from(keypoints: np.ndarray) -> Pose:
-    """The pose with these keypoints (130, 3), see `stacked`."""
+    """The pose with these keypoints (130, 3), the inverse of `stacked`."""
     return Pose(*np.split(keypoints, (18, 18 + 70, 18 + 70 + 21)))
 
 
-def details(pose: Pose) -> tuple[np.ndarray, ...]:
-    """The keypoints (K, 3) of what is small and what people look at."""
-    return pose.face, pose.left_hand, pose.right_hand
+def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str]:
+    """The same person with hair, shirt or lower garment in another colour, and the puppet's words for that."""
+    which = rng.integers(puppet.hair_shape == "bald", 3)
+    part = ("hair", "shirt", "lower")[which]
+    mine = other = getattr(puppet, part)
+    while other.name == mine.name:
+        other = getattr(random_puppet(rng.integers(10_000, 20_000)), part)
+    return replace(puppet, **{part: other}), caption(puppet).split(", ")[1 + which]
 
 
-def near(keypoints: np.ndarray, height: int, width: int, margin: float = 2.0) -> np.ndarray:
-    """The box of keypoints (K, 3), canvas-normalised, grown by `margin` pixels: booleans (height, width)."""
-    mask = np.zeros((height, width), bool)
-    points = keypoints[:, :2] * (width, height)
-    left, top = (points.min(axis=0) - margin).clip(0).astype(int)
-    right, bottom = np.ceil(points.max(axis=0) + margin).clip(0).astype(int)
-    mask[top:bottom, left:right] = True
-    return mask
+def render_identity(seed: int, height: int, width: int, disguised: float = DISGUISED) -> tuple:
+    """One row of the pool, see `row_type`.
 
-
-def render_identity(
-    seed: int, height: int, width: int, disguised: float = DISGUISED
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """A row of the pool, and three texts: the caption, its words for what the twin changes, the twin's words for
-    it. In disguise no colour is what it is called: the caption is "a person", and the others are empty.
-
-    The row: frames (POSES + 1, H, W, 3) uint8, masks (POSES + 1, H/4, W/4) uint8, poses (POSES + 1, 130, 3).
+    In disguise no colour is what it is called: the caption is "a person", and no words are told.
     Puppets are drawn in a square as wide as the frame, or wider in disguise; the frame cuts off legs, not heads.
     """
     rng = np.random.default_rng((3, seed))
@@ -84,51 +70,30 @@ def render_identity(
     dance = str(rng.choice(DANCES[1:])) if rng.random() < MOVING else DANCES[0]
     puppet = random_puppet(seed)
     states = motion(seed, POSES * 15, dance=dance)[::15]  # 1.25 s apart
-    twin, *told = twin_of(puppet, rng)
-    frames, poses, masks = [], [], []
-    for who, state in [*((puppet, state) for state in states), (twin, states[0])]:
-        frame, pose, mask = render(who, state, side)
-        shown = np.s_[top : top + height, left : left + width]
-        frames.append(frame[shown])
-        masks.append(mask[shown])
-        poses.append(stacked(place_pose(pose, side / width, side / height, -left / width, -top / height)))
-    frames, masks = np.stack(frames), np.stack(masks)
+    twin, told = twin_of(puppet, rng)
+    drawn = [*(render(puppet, state, side) for state in states), render(twin, states[0], side)]
+    frames, poses, masks = zip(*drawn)
+    frames, masks = (np.stack(x)[:, top : top + height, left : left + width] for x in (frames, masks))
+    placed = (place_pose(pose, side / width, side / height, -left / width, -top / height) for pose in poses)
     if in_disguise:
         frames = disguise(frames, masks, seed)
-    words = ["a person", "", ""] if in_disguise else [caption(puppet), *told]
-    masks = latent_pixels(masks).astype(np.uint8)
-    return {"frames": frames, "masks": masks, "poses": np.stack(poses)}, words
+    masks = masks.reshape(-1, height // FACTOR, FACTOR, width // FACTOR, FACTOR).any((2, 4))
+    captions = ("a person", "") if in_disguise else (caption(puppet), told)
+    return frames, masks, np.stack([stacked(pose) for pose in placed]), captions
 
 
-def render_pool(work: Path, identities: range, height: int, width: int) -> dict:
-    """The pool, rendered unless it is there: memory-mapped arrays with one row per identity, and "captions"."""
-    work.mkdir(parents=True, exist_ok=True)
-    rows, frames = len(identities), POSES + 1
-    shapes = {
-        "frames": (np.uint8, (rows, frames, height, width, 3)),
-        "masks": (np.uint8, (rows, frames, height // FACTOR, width // FACTOR)),
-        "poses": (np.float32, (rows, frames, 130, 3)),
-    }
-    done = work / "captions.json"
-    if not done.exists():
-        pool = {
-            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape)
-            for name, (dtype, shape) in shapes.items()
-        }
-        captions = []
-        with multiprocessing.Pool() as workers:
-            task = partial(render_identity, height=height, width=width)
-            rendered = workers.imap(task, identities, chunksize=8)
-            for i in trange(rows, desc="rendering puppets", mininterval=10):
-                row, words = next(rendered)
-                for name, array in row.items():
-                    pool[name][i] = array
-                captions.append(words)
-        for array in pool.values():
-            array.flush()
-        done.write_text(json.dumps(captions))
-    pool = {name: np.load(work / f"{name}.npy", mmap_mode="r") for name in shapes}
-    return pool | {"captions": json.loads(done.read_text())}
+def render_pool(path: Path, identities: range, height: int, width: int) -> np.ndarray:
+    """The pool (identities,) of type `row_type`, memory-mapped; rendered on all cores unless the file exists."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        task = partial(render_identity, height=height, width=width)
+        with replacing(path) as unfinished, multiprocessing.Pool() as workers:
+            rows, count = workers.imap(task, identities, chunksize=8), len(identities)
+            pool = np.lib.format.open_memmap(unfinished, "w+", row_type(height, width), (count,))
+            for i, row in enumerate(tqdm(rows, "rendering puppets", count, mininterval=10)):
+                pool[i] = row
+            pool.flush()
+    return np.load(path, mmap_mode="r")
 
 
 def as_found(rng: np.random.Generator, keypoints: np.ndarray, height: int, width: int) -> list[Pose]:
@@ -142,27 +107,3 @@ def as_found(rng: np.random.Generator, keypoints: np.ndarray, height: int, width
     found[..., :2] += error / (width, height)
     found[((keypoints[..., :2] < 0) | (keypoints[..., :2] >= 1)).any(axis=-1)] = 0
     return [pose_from(each) for each in found]
-
-
-def weighted_frame(
-    rng: np.random.Generator, pool: dict, of_face: float, of_hands: float, crop: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """A frame of the pool, or a square of `crop` pixels around a part of the person, and its pixels' weights:
-    1, 3 on the person, and those of face and hands in their boxes."""
-    i, j = rng.integers(len(pool["frames"])), rng.integers(POSES)
-    frame, mask = pool["frames"][i, j], pool["masks"][i, j]
-    height, width = frame.shape[:2]
-    parts = details(pose_from(pool["poses"][i, j]))
-    weight = 1 + 2 * np.kron(mask, np.ones((FACTOR, FACTOR), np.float32))
-    for part, heavy in zip(parts, (of_face, of_hands, of_hands)):
-        weight[near(part, height, width)] = heavy
-    if not crop:
-        return frame, weight
-    if rng.random() < 0.3:
-        centre = FACTOR * rng.choice(np.argwhere(mask))
-    else:
-        centre = parts[rng.integers(3)][:, 1::-1].mean(axis=0) * (height, width)
-    corner = (centre - crop * rng.uniform(0.2, 0.8, 2)).astype(int) // FACTOR * FACTOR
-    top, left = np.clip(corner, 0, (height - crop, width - crop))
-    window = np.s_[top : top + crop, left : left + crop]
-    return frame[window], weight[window]

@@ -24,63 +24,49 @@ from vae import VAE
 def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes a model as a folder in the diffusers layout, which `load_model` and diffusers read.
 
-    The temporal layers are left out, as in a public model: loading starts them anew. Everything is
-    written beside the folder first, so that a full disk leaves what was there before. A part's weights
-    of other names and precisions, which would be older ones, are removed.
+    The temporal layers are left out, as in a public model: loading starts them anew. A part's weights of other
+    names and precisions, which would be older ones, are removed.
     """
     folder = Path(folder)
-    parts = {
-        "unet": (model.unet, "diffusion_pytorch_model", unet_config_json(model.unet)),
-        "controlnet": (
-            model.controlnet,
-            "diffusion_pytorch_model",
-            controlnet_config_json(model.controlnet),
-        ),
-        "vae": (model.vae, "diffusion_pytorch_model", vae_config_json(model.vae)),
-        "text_encoder": (
-            model.text_encoder,
-            "model",
-            text_config_json(model.text_encoder, model.tokenizer),
-        ),
+    configs = {
+        "unet": unet_config(model.unet),
+        "controlnet": controlnet_config(model.controlnet),
+        "vae": vae_config(model.vae),
+        "text_encoder": text_config(model.text_encoder, model.tokenizer),
     }
+    stems = dict.fromkeys(configs, "diffusion_pytorch_model") | {"text_encoder": "model"}
     with replaced_folder(folder) as new:
-        for part, (network, stem, config) in parts.items():
+        for part, config in configs.items():
             write_json(new / part / "config.json", config)
-            write_tensors(new / part / f"{stem}.safetensors", network, dtype)
+            write_tensors(new / part / f"{stems[part]}.safetensors", getattr(model, part), dtype)
         save_tokenizer(model.tokenizer, new / "tokenizer")
-        settings = {name: getattr(model, name) for name in SETTINGS}
-        write_json(new / "posecrafter.json", settings)
+        write_json(new / "posecrafter.json", {name: getattr(model, name) for name in SETTINGS})
     known = {name for each in WEIGHT_FILES for name in variants(each)}
-    for part, (_, stem, _) in parts.items():
+    for part, stem in stems.items():
         for name in known - {f"{stem}.safetensors"}:
             (folder / part / name).unlink(missing_ok=True)
 
 
 def save_openpose(openpose: OpenPose, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes the `openpose/` of a model's folder, and as safely."""
+    """Writes the `openpose/` of a model's folder."""
     with replaced_folder(Path(folder)) as new:
-        write_openpose(openpose, new, dtype)
-
-
-def write_openpose(openpose: OpenPose, folder: Path, dtype: torch.dtype) -> None:
-    write_json(folder / "config.json", openpose.config)
-    for part in OPENPOSE_PARTS:
-        write_tensors(folder / f"{part}.safetensors", openpose.get_submodule(part), dtype)
+        write_json(new / "config.json", openpose.config)
+        for part in OPENPOSE_PARTS:
+            write_tensors(new / f"{part}.safetensors", openpose.get_submodule(part), dtype)
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder whose files, once all are written, replace those of the same names in `folder`."""
+    """A new folder whose files, once all are written, replace those of the same names in `folder`: a full disk
+    leaves what was there before."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary)
         yield new
-        for path in sorted(new.rglob("*")):
+        for path in filter(Path.is_file, new.rglob("*")):
             target = folder / path.relative_to(new)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -89,18 +75,15 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_tensors(path: Path, network: nn.Module, dtype: torch.dtype) -> None:
-    tensors = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in network.state_dict().items()
-        if not TEMPORAL.match(name)
-    }
+    weights = network.state_dict().items()
+    tensors = {name: x.to(dtype).contiguous() for name, x in weights if not TEMPORAL.match(name)}
     try:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error})") from None
 
 
-def unet_config_json(unet: UNet | ControlNet) -> dict:
+def unet_config(unet: UNet | ControlNet) -> dict:
     config = unet.config
     down_types, up_types = level_types(len(config.widths))
     return {
@@ -117,33 +100,29 @@ def unet_config_json(unet: UNet | ControlNet) -> dict:
     }
 
 
-def controlnet_config_json(controlnet: ControlNet) -> dict:
-    config = unet_config_json(controlnet)
-    for key in ("out_channels", "up_block_types"):
-        del config[key]
-    return config | {
-        "_class_name": "ControlNetModel",
-        "conditioning_embedding_out_channels": controlnet.controlnet_cond_embedding.widths,
-    }
+def controlnet_config(controlnet: ControlNet) -> dict:
+    config = unet_config(controlnet) | {"_class_name": "ControlNetModel"}
+    del config["out_channels"], config["up_block_types"]
+    return config | {"conditioning_embedding_out_channels": controlnet.controlnet_cond_embedding.widths}
 
 
-def vae_config_json(vae: VAE) -> dict:
-    config, levels = vae.config, len(vae.config.widths)
+def vae_config(vae: VAE) -> dict:
+    config = vae.config
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": config.latent_channels,
         "block_out_channels": config.widths,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.widths),
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": config.norm_groups,
         "scaling_factor": config.scale,
     }
 
 
-def text_config_json(text_encoder: TextEncoder, tokenizer: Tokenizer) -> dict:
+def text_config(text_encoder: TextEncoder, tokenizer: Tokenizer) -> dict:
     config = text_encoder.config
     return {
         "architectures": ["CLIPTextModel"],
