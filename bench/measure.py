@@ -145,25 +145,10 @@ def fill_difference(bench: Bench, check: str, row: dict) -> None:
         row[name] = equal.difference(check, bench.device, dtype, bench.sizes.small)
 
 
-def step_of(bench: Bench, frames: int, offload: str) -> tuple[Callable[[], Tensor], int]:
-    """A denoising step of so many frames, ready to be called; and how many frames its slices have."""
-    model, (latents, hints, context) = bench.model(), bench.inputs(frames)
-    way = plans(bench.device, bench.dtype, (frames, *bench.sizes.finest), None, offload)[0]
-    # As `sample` has them: hints wait with the skips, and the prompt's keys and values are made once.
-    hints = Offloaded(hints, bench.device) if way.offload else hints.to(bench.device)
-    context = Context(context)
-
-    def step() -> Tensor:
-        with torch.inference_mode(), slices(way):
-            return predict_noise(model, latents, 501, context, hints)
-
-    return step, min(frames, way.numbers // int(np.prod(bench.sizes.finest)))
-
-
 def fill_step(bench: Bench, frames: int, offload: str, row: dict) -> None:
     """Raises MemoryError, too, where pinned memory would take most of the host's."""
     bench.release()
-    model, (width, side, _) = bench.model(), bench.sizes.finest
+    sizes, model, (width, side, _) = bench.sizes, bench.model(), bench.sizes.finest
     where = {"offload": offload, "device": bench.device}
     row["predicted, GB"] = predicted(sampling_peak, model, frames, side, side, bench.dtype, **where)
     if offload == OFFLOADED:
@@ -171,11 +156,17 @@ def fill_step(bench: Bench, frames: int, offload: str, row: dict) -> None:
         pinned = 12 * frames * width * side**2 * bench.dtype.itemsize
         if pinned > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise MemoryError
-    step, row["frames a slice"] = step_of(bench, frames, offload)
-    row["seconds"] = bench.seconds(step)
-    meta = equal.without_weights(bench.sizes.unet, HINTS)
+    latents, hints, context = bench.inputs(frames)
+    way = plans(bench.device, bench.dtype, (frames, *sizes.finest), None, offload)[0]
+    row["frames a slice"] = min(frames, way.numbers // (width * side**2))
+    # As `sample` has them: hints wait with the skips, and the prompt's keys and values are made once.
+    hints = Offloaded(hints, bench.device) if way.offload else hints.to(bench.device)
+    with torch.inference_mode(), slices(way):
+        known = Context(context)
+        row["seconds"] = bench.seconds(lambda: predict_noise(model, latents, 501, known, hints))
+    meta = equal.without_weights(sizes.unet, HINTS)
     with torch.device("meta"):
-        meta.vae = VAE(bench.sizes.vae)
+        meta.vae = VAE(sizes.vae)
     row["TFLOP/s"] = frames * operations(meta, side, side)[0] / TERA / row["seconds"]
     row.update(bench.memory())
 
@@ -196,15 +187,13 @@ def short_step_seconds(bench: Bench) -> float:
 def fill_whole(bench: Bench, row: dict) -> None:
     """Encode, invert, sample and decode, with fewer steps and frames, and the seconds scaled."""
     bench.release()
-    model, frames, (_, side, _) = bench.model(), bench.sizes.whole, bench.sizes.finest
+    model, frames = bench.model(), bench.sizes.whole
     _, hints, context = bench.inputs(frames)
     shape = 1, bench.sizes.pixels, bench.sizes.pixels, 3
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     latent = encode_frames(model, image)
     noise = latent.repeat(frames, 1, 1, 1)
     few = noise[:16]
-    where = {"offload": "auto", "device": bench.device}
-    peak = predicted(sampling_peak, model, frames, side, side, bench.dtype, **where)
     ways = plans(bench.device, bench.dtype, (frames, *bench.sizes.finest))
 
     def all_steps(work: Callable[[int], object]) -> float:
@@ -217,7 +206,7 @@ def fill_whole(bench: Bench, row: dict) -> None:
     row["sample, s"] = all_steps(lambda steps: sample(model, noise, hints, context, steps, slicing=ways))
     row["decode, s"] = bench.seconds(lambda: list(decode_latents(model, few))) * frames / len(few)
     row["together, s"] = sum(row.values())  # of seconds alone, so far
-    row.update(bench.memory() | {"predicted, GB": peak})
+    row.update(bench.memory())
 
 
 def fill_training(bench: Bench, row: dict) -> None:
@@ -260,14 +249,8 @@ def fill_peer(bench: Bench, name: str, row: dict) -> None:
         return
     ours = short_step_seconds(bench)
     bench.release(networks=True)  # so that the card is free for the other process
-    asked = {
-        "frames": sizes.short,
-        "size": sizes.pixels,
-        "device": bench.device,
-        "dtype": "float16",
-        "runs": 3,
-    }
-    options = [f"--{option}={value}" for option, value in asked.items()]
+    asked = {"frames": sizes.short, "size": sizes.pixels, "device": bench.device, "runs": 3}
+    options = ["--dtype=float16", *(f"--{option}={value}" for option, value in asked.items())]
     options += ["--widths", *map(str, sizes.unet.widths)]
     if name == CONTROLVIDEO:
         options += ["--controlvideo", str(args.controlvideo)]
@@ -292,11 +275,8 @@ def fill_rate(bench: Bench, convolution: bool, row: dict) -> None:
     there = {"device": bench.device, "dtype": bench.dtype}
     n, frames, (width, side, _) = bench.sizes.matrix, bench.sizes.short, bench.sizes.finest
     if convolution:
-        x, weight = (
-            torch.randn(frames, width, side, side, **there),
-            torch.randn(width, width, 3, 3, **there),
-        )
-        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        x = torch.randn(frames, width, side, side, **there).to(memory_format=torch.channels_last)
+        weight = torch.randn(width, width, 3, 3, **there).to(memory_format=torch.channels_last)
         count, work = 2 * 9 * width**2 * side**2 * frames, partial(F.conv2d, x, weight, padding=1)
     else:
         count, work = 2 * n**3, partial(torch.matmul, *torch.randn(2, n, n, **there))
@@ -332,7 +312,7 @@ def tables(bench: Bench) -> list[Table]:
         ),
         Table(
             f"A command: {sizes.whole} frames {at} in {STEPS} steps",
-            ("encode, s", "invert, s", "sample, s", "decode, s", "together, s", *MEMORY),
+            ("encode, s", "invert, s", "sample, s", "decode, s", "together, s", *MEMORY[1:]),
             {f"b {sizes.whole} frames, the command": partial(fill_whole, bench)},
             "Encoding and inversion are of one frame. Measured are runs of 1 and 3 steps, and decoding of at most "
             "16 frames; the rest is scaled. Left out are poses, the text encoder, loading and video files.",

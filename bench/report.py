@@ -114,22 +114,18 @@ class Rows:
 
 def describe(device: torch.device, tiny: bool) -> dict[str, str]:
     """What figures depend on: the GPU and the software."""
-    about = {
-        "sizes": "tiny" if tiny else "full",
-        "PyTorch": torch.__version__,
-        "commit": said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-    }
+    commit = said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    about = {"sizes": "tiny" if tiny else "full", "PyTorch": torch.__version__, "commit": commit}
     if device.type != "cuda":
         return {"card": CPU} | about
     card = torch.cuda.get_device_properties(device)
-    return {
+    return about | {
         "card": card.name,
-        "compute capability": f"{card.major}.{card.minor}",
         "memory": f"{card.total_memory / GIGA:.1f} GB",
         "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
-    } | about
+    }
 
 
 def said_by(*command: str) -> str:

@@ -151,8 +151,7 @@ def work(tmp_path) -> Path:
 
 def run(work: Path, *options: object) -> dict[str, float]:
     command = [work / "result", *options]
-    _, args = evaluate.parse_arguments([str(word) for word in command])
-    return evaluate.main(args)
+    return evaluate.main(evaluate.parse_arguments([str(word) for word in command]))
 
 
 def test_all_that_needs_no_network_is_measured_and_the_rest_named(work, capsys):
