@@ -39,8 +39,8 @@ OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo",
 
 # ---- The implementations: UNet and ControlNet on the meta device, and the step that calls them ---
 
-Step = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # latents, timestep, context, hints -> noise
-Implementation = tuple[nn.Module, nn.Module, Step]
+# latents, timestep, context and hints -> noise
+Implementation = tuple[nn.Module, nn.Module, Callable[[Tensor, int, Tensor, Tensor], Tensor]]
 
 
 def ours(widths: tuple[int, ...]) -> Implementation:

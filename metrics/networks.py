@@ -30,42 +30,25 @@ Network = TypeVar("Network", bound=nn.Module)
 LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
-class AlexNet(nn.Module):
-    """Images (N, 3, H, W) -> the maps after each of the five convolutions and its ReLU.
+class LPIPS(nn.Module):
+    """How different two pictures look (Zhang et al. 2018, version 0.1): 0 for equal ones.
 
-    "One weird trick", Krizhevsky 2014, as in torchvision.
+    `net` and `lins` come from two public files: AlexNet's (Krizhevsky 2014, as in torchvision) and LPIPS's, a
+    weight per channel.
     """
 
     def __init__(self):
         super().__init__()
         # fmt: off
-        self.features = nn.Sequential(
+        self.net = nn.ModuleDict({"features": nn.Sequential(
             nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
             nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
             nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(),
             nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
             nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(),
-        )
+        )})
         # fmt: on
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                maps.append(x)
-        return maps
-
-
-class LPIPS(nn.Module):
-    """How different two pictures look (Zhang et al. 2018, version 0.1): 0 for equal ones.
-
-    `net` and `lins` come from two public files: AlexNet's and LPIPS's, a weight per channel.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.net, self.lins = AlexNet(), nn.ModuleDict()
+        self.lins = nn.ModuleDict()
         for index, channels in enumerate((64, 192, 384, 256, 256)):
             weights = nn.Conv2d(channels, 1, 1, bias=False)
             self.lins[f"lin{index}"] = nn.ModuleDict({"model": nn.Sequential(nn.Identity(), weights)})
@@ -76,10 +59,14 @@ class LPIPS(nn.Module):
         return sum(lin.model((ours - theirs) ** 2).mean(dim=(1, 2, 3)) for lin, ours, theirs in maps)
 
     def directions(self, x: Tensor) -> list[Tensor]:
-        """AlexNet's maps, each pixel's channels divided by their length."""
+        """AlexNet's maps after each ReLU, each pixel's channels divided by their length."""
         shift, scale = (x.new_tensor(v)[:, None, None] for v in (LPIPS_SHIFT, LPIPS_SCALE))
-        maps = self.net((x - shift) / scale)
-        return [each / (each.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for each in maps]
+        x, maps = (x - shift) / scale, []
+        for layer in self.net.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
+        return maps
 
 
 # ---- Networks said as tables --------------------------------------------------------------------
