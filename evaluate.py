@@ -64,18 +64,34 @@ def check_count(path: Path, count: int, what: str, result: Path, frames: int) ->
         raise ValueError(f"{path}: {count} {what}, but {result} has {frames} frames; {hint}")
 
 
-def read_placed_poses(
-    path: Path, within: range | None, height: int, width: int, canvas: tuple[int, int] | None = None
-) -> list[Pose]:
-    """Poses on a canvas of the result's size, which they cover as frames do.
+def beside(clip: Path, end: str) -> Path:
+    """A file named after a video, or after a folder of frames, whose name may have dots."""
+    return clip.with_name((clip.name if clip.is_dir() else clip.stem) + end)
 
-    canvas: the (height, width) of the video that they were found in, for a file that does not say.
+
+def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[Pose], list[Pose]]:
+    """The poses asked for and those of the training frames, as far as they are given.
+
+    They are on a canvas of the result's size (height, width), which they cover as frames do.
     """
-    poses = load_poses(path, *(canvas or (None, None))[::-1])
-    if within and within.stop > len(poses):
-        raise ValueError(f"{path}: {len(poses)} poses, so none for --range {within.start}:{within.stop}")
-    placing = cover(*(read_canvas(path) or canvas or (height, width)), height, width).placement
-    return [place_pose(poses[i], *placing) for i in within or range(len(poses))]
+
+    def placed(path: Path, within: range | None, canvas: tuple[int, int] | None) -> list[Pose]:
+        """canvas: the (height, width) of the video that they were found in, for a file that does not say."""
+        poses = load_poses(path, *(canvas or (None, None))[::-1])
+        if within and within.stop > len(poses):
+            raise ValueError(f"{path}: {len(poses)} poses, none for --range {within.start}:{within.stop}")
+        placing = cover(*(read_canvas(path) or canvas or size), *size).placement
+        return [place_pose(poses[i], *placing) for i in within or range(len(poses))]
+
+    asked = trained = []
+    if args.poses:
+        # What sample.py wrote beside the result holds the poses of its frames alone.
+        own = args.poses.resolve() == beside(args.result, ".poses.json").resolve()
+        asked = placed(args.poses, None if own else args.range, args.canvas)
+        check_count(args.poses, len(asked), "poses", args.result, frames)
+    if args.train and (known := beside(args.train, ".poses.json")).is_file():
+        trained = placed(known, None, None)
+    return asked, trained
 
 
 def network_figures(
@@ -83,8 +99,7 @@ def network_figures(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics of the public networks, and for those that must be left out the reason."""
     device, _ = compute_device()
-    # TF32 would cost the fourth digit.
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would cost the fourth digit
     torch.set_float32_matmul_precision("highest")
     figures, left_out = {}, {}
     for name, fewest in {"fid": 2, "fvd": metric.CLIP_FRAMES + metric.CLIP_STEP, "clip_t": 2}.items():
@@ -114,16 +129,6 @@ def network_figures(
     return figures, left_out
 
 
-def print_table(figures: dict[str, float], left_out: dict[str, str]) -> None:
-    for name, (title, better, form, _) in METRICS.items():
-        if name in figures:
-            print(f"{title:>12} {figures[name]:10{form}}   {better} is better")
-    if left_out:
-        print("Left out:")
-    for name, reason in left_out.items():
-        print(f"{METRICS[name][0]:>12}   {reason}")
-
-
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -138,24 +143,6 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--weights", type=Path, help="folder to look for the public networks' files in")
     add("--model", default="sd15", help="whose OpenPose finds the result's poses (default: sd15)")
     return parser.parse_args(command)
-
-
-def beside(clip: Path, end: str) -> Path:
-    """A file named after a video, or after a folder of frames, whose name may have dots."""
-    return clip.with_name((clip.name if clip.is_dir() else clip.stem) + end)
-
-
-def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[Pose], list[Pose]]:
-    """The poses asked for and those of the training frames, as far as they are given; size: height, width."""
-    asked = trained = []
-    if args.poses:
-        # What sample.py wrote beside the result holds the poses of its frames alone.
-        own = args.poses.resolve() == beside(args.result, ".poses.json").resolve()
-        asked = read_placed_poses(args.poses, None if own else args.range, *size, args.canvas)
-        check_count(args.poses, len(asked), "poses", args.result, frames)
-    if args.train and (known := beside(args.train, ".poses.json")).is_file():
-        trained = read_placed_poses(known, None, *size)
-    return asked, trained
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -201,7 +188,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         save_image(outputs[2], worst_frames(result, truth, by_frame["psnr"]))
     with replacing(outputs[0]) as unfinished:
         unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    print_table(figures, report["left_out"])
+    for name, (title, better, form, _) in METRICS.items():
+        figure = f"{figures[name]:10{form}}   {better} is better" if name in figures else ""
+        print(f"{title:>12} {figure or '  left out: ' + report['left_out'][name]}")
     print(f"Written: {', '.join(map(str, outputs if args.truth else outputs[:1]))}")
     return figures
 

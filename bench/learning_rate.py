@@ -71,10 +71,10 @@ def kept(name: str, compute: Callable[[], dict]) -> dict:
 def demo_model(times: int, dtype: torch.dtype) -> SimpleNamespace:
     """The demo model, widened."""
     model = SimpleNamespace(**vars(load_model("demo")))
-    return frozen(widen(model, times) if times > 1 else model, dtype)
+    return cast_and_freeze(widen(model, times) if times > 1 else model, dtype)
 
 
-def frozen(model, dtype: torch.dtype) -> SimpleNamespace:
+def cast_and_freeze(model, dtype: torch.dtype) -> SimpleNamespace:
     for network in (model.unet, model.controlnet, model.vae, model.text_encoder):
         network.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
     return model
@@ -117,10 +117,6 @@ def fixed_loss(model, inputs: Inputs) -> float:
     return statistics.mean(loss_at(model, inputs, t, seed=1_000_000 + t).item() for t in LOSS_TIMESTEPS)
 
 
-def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
 def clip_as_the_public_code(trained: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter]) -> None:
     """Scales the trained gradients as ControlVideo's `train.py` does, to a norm of 1 over ALL parameters.
 
@@ -147,7 +143,7 @@ def fine_tune(model, inputs: Inputs, rate: float, public: bool) -> dict[str, flo
     the median step, and how far weights moved in the mean.
     """
     trained = prepare_training(model)
-    start = copies(trained)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     both = nn.ModuleList([model.unet, model.controlnet])
     ours = set(map(id, trained.values()))
     others = [parameter for parameter in both.parameters() if id(parameter) not in ours]
@@ -179,7 +175,8 @@ def tuning(times: int, puppet: int, rate: float, public: bool) -> dict[str, floa
         inputs = training_inputs(model, of)
         figures = fine_tune(model, inputs, rate, public) if rate else {}
         figures["loss"] = fixed_loss(model, inputs)
-        latents = method.generate(frozen(model, dtype), of, of.targets, steps=DDIM_STEPS).latents
+        cast_and_freeze(model, dtype)
+        latents = method.generate(model, of, of.targets, steps=DDIM_STEPS).latents
         result = np.stack(list(method.decode_latents(model, latents)))
         masks = {"person": of.person, "background": ~of.person, "whole": None}
         return figures | {name: psnr(result, of.truth, mask) for name, mask in masks.items()}
@@ -213,7 +210,7 @@ def first_step(model, inputs: Inputs) -> dict[str, dict[str, float]]:
     model: in float32, because one step is often less than bfloat16 can add to a weight.
     """
     trained = prepare_training(model)
-    start = copies(trained)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     compute = partial(loss_at, model, inputs, timestep=500, seed=0)
     loss, before = contributions(model, compute)
     loss.backward()

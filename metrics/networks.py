@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
+from shutil import copyfileobj
 from typing import TypeVar
 from urllib.request import urlopen
 
@@ -73,7 +74,7 @@ class LPIPS(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """A batch norm that has done learning: a scale and a shift per channel."""
+    """A batch norm that has done learning: a scale and a shift per channel, which a file fills."""
 
     def __init__(self, channels: int, epsilon: float):
         super().__init__()
@@ -89,9 +90,9 @@ class BatchNorm(nn.Module):
 class Table(nn.Module):
     """Chains of layers side by side, whose outputs are stacked along the channels.
 
-    A step of a chain is a function, a convolution (name, channels, kernel) with its stride if it is
-    not 1, a block (name, table), or a table without a name, whose layers are named with ours.
-    `convolution(inputs, channels, kernel, ...)` makes the layer; its `channels` are those that come out.
+    A step of a chain is a function, a convolution (name, channels, kernel) with its stride if it is not 1, a block
+    (name, table), or a table without a name, whose layers are named with ours. `convolution(inputs, channels,
+    kernel, ...)` makes the layer; its `channels` are those that come out.
     """
 
     def __init__(self, table: list[list], inputs: int, convolution: Callable[..., nn.Module]):
@@ -195,9 +196,7 @@ INCEPTION = [[
 class Conv2d(nn.Module):
     """Convolution, batch norm, ReLU; nothing is padded where a stride is given, even that of 1."""
 
-    def __init__(
-        self, inputs: int, channels: int, kernel: int | tuple[int, int], stride: int | None = None
-    ):
+    def __init__(self, inputs: int, channels: int, kernel: int | tuple, stride: int | None = None):
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         self.channels, padding = channels, 0 if stride else (height // 2, width // 2)
@@ -321,16 +320,14 @@ class WebFile:
 
     def fetch(self) -> Path:
         """Raises OSError when it does not come whole; then nothing of it is kept."""
-        digest, count = sha256(), 0
         self.kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.kept) as unfinished:
             with urlopen(self.url, timeout=30) as source, unfinished.open("wb") as target:
+                copyfileobj(source, target)
                 size = int(source.headers.get("Content-Length") or 0)
-                while piece := source.read(2**20):
-                    digest.update(piece)
-                    count += target.write(piece)
-            if count < size or not digest.hexdigest().startswith(self.sha256):
-                raise OSError(f"{count} bytes came, which are not the published file")
+            content = unfinished.read_bytes()
+            if len(content) < size or not sha256(content).hexdigest().startswith(self.sha256):
+                raise OSError(f"{len(content)} bytes came, which are not the published file")
         return self.kept
 
 
