@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.step import random_weights
+from bench.common import random_weights
 from controlnet import ControlNet
-from posecrafter import invert, predict_noise, sample, trainable_parameters, training_loss
+from posecrafter import invert, network_inputs, predict_noise, sample, trainable_parameters, training_loss
 from slicing import Slicing, slices
 from unet import UNet, UNetConfig
 
@@ -23,16 +23,54 @@ SLICED, OFFLOADED = Slicing(2**13), Slicing(2**13, offload=True)  # one frame of
 LOSS_SCALE = 1024  # keeps float16 gradients above the smallest numbers; exact, as a power of two
 
 
+# ---- Networks, and a training step --------------------------------------------------------------
+
+
+def without_weights(config: UNetConfig, hint_widths: tuple[int, ...]) -> SimpleNamespace:
+    """UNet and ControlNet on the meta device."""
+    with torch.device("meta"):
+        return SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, hint_widths))
+
+
 def networks(
     config: UNetConfig, hint_widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> SimpleNamespace:
     """UNet and ControlNet with random weights: the same on every device."""
-    with torch.device("meta"):
-        bundle = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, hint_widths))
-    for seed, (name, network) in enumerate(list(vars(bundle).items())):
-        network = random_weights(network, seed, dtype)
-        setattr(bundle, name, network.to(device, memory_format=torch.channels_last))
-    return bundle
+    model = without_weights(config, hint_widths)
+    for seed, network in enumerate((model.unet, model.controlnet)):
+        random_weights(network, seed, dtype).to(device, memory_format=torch.channels_last)
+    return model
+
+
+def prepare_training(model) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, float32 and with gradients to come, as `train.train` has them."""
+    trained = trainable_parameters(model)
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return trained
+
+
+def step_loss(
+    model, latents: Tensor, hints: Tensor, context: Tensor, noise: Tensor, timestep: int = 501
+) -> Tensor:
+    """The loss as `train.train` computes it, in the precision of the frozen weights."""
+    dtype = network_inputs(model)["dtype"]
+    with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
+        return training_loss(model, latents, hints, context, timestep, noise)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """For training, as `compute_device` has it: of cuDNN's attention some gradients are not numbers.
+
+    Going backwards needs it too, where recomputed activations must be those that went forwards.
+    """
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
+# ---- What is compared ---------------------------------------------------------------------------
 
 
 @functools.cache
@@ -58,9 +96,6 @@ def small_inputs(model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return latents, noise, context, hints
 
 
-# ---- What is compared ---------------------------------------------------------------------------
-
-
 def one_noise(model, way: Slicing) -> list[Tensor]:
     latents, _, context, hints = small_inputs(model)
     with torch.inference_mode(), slices(way):
@@ -78,37 +113,11 @@ def loss_and_gradients(model, way: Slicing) -> list[Tensor]:
     """The way plays no part: where gradients are recorded, there is one slice."""
     model = copy.deepcopy(model)
     latents, noise, context, hints = small_inputs(model)
-    parameters = prepare_training(model)
+    parameters = prepare_training(model).values()
     with without_cudnn_attention():
         loss = step_loss(model, latents, hints, context, noise)
         (LOSS_SCALE * loss).backward()
     return [loss.detach(), *(p.grad / LOSS_SCALE for p in parameters)]
-
-
-def prepare_training(model) -> list[torch.nn.Parameter]:
-    """As `train.train` has it: trained weights are float32, and the others keep their precision."""
-    parameters = list(trainable_parameters(model).values())
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return parameters
-
-
-def step_loss(model, latents: Tensor, hints: Tensor, context: Tensor, noise: Tensor) -> Tensor:
-    """The loss as `train.train` computes it, at timestep 501."""
-    device, dtype = latents.device.type, context.dtype
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        return training_loss(model, latents, hints, context, 501, noise)
-
-
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """For training, as `compute_device` has it: of cuDNN's attention some gradients are not numbers.
-
-    Going backwards needs it too, where recomputed activations must be those that went forwards.
-    """
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        yield
 
 
 CHECKS: dict[str, tuple[Callable[..., list[Tensor]], Slicing]] = {
@@ -121,38 +130,24 @@ CHECKS: dict[str, tuple[Callable[..., list[Tensor]], Slicing]] = {
 }
 
 
-# ---- The comparison -----------------------------------------------------------------------------
-
-
 @functools.cache
 def reference(compute: Callable[..., list[Tensor]], config: UNetConfig) -> list[Tensor]:
     """The results on the CPU in float32, the clip in one slice."""
     return compute(small_model(config, torch.device("cpu"), torch.float32), WHOLE)
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """float32 is float32: TF32 would round to 10 bits what is multiplied."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
 def difference(check: str, device: torch.device, dtype: torch.dtype, config: UNetConfig = SMALL) -> float:
     """The largest difference of a check's results from those of the CPU in float32; NaN if there is a NaN.
 
     Relative to the largest number of each result. Of several results, such as gradients, the worst counts.
+    From then on float32 is multiplied without TF32, which would round it to 10 bits.
     """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     compute, way = CHECKS[check]
-    with without_tf32():
-        found = compute(small_model(config, device, dtype), way)
+    found, exact = compute(small_model(config, device, dtype), way), reference(compute, config)
     differences = [
-        (ours.float().cpu() - exact).abs().max() / exact.abs().max()
-        for ours, exact in zip(found, reference(compute, config), strict=True)
+        (ours.float().cpu() - theirs).abs().max() / theirs.abs().max()
+        for ours, theirs in zip(found, exact, strict=True)
     ]
     return torch.stack(differences).max().item()

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,23 +26,22 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import posecrafter as method
-from bench.step import random_weights
+from bench.common import HINTS, ROOT, print_table
+from bench.equal import networks, prepare_training, step_loss
 from bench.widen import start_temporal_attention, widen
 from checkpoint import load_model
 from command import keep_freed_memory
-from controlnet import ControlNet
 from demo.puppet import clip
 from device import compute_device
 from metrics.figures import psnr
-from poses.pose import Pose
 from poses.source import uniform_frames
-from unet import BasicTransformerBlock, UNet, UNetConfig
+from unet import BasicTransformerBlock, UNetConfig
 from video import replacing
 
-WORK = Path(__file__).resolve().parents[1] / "runs" / "learning_rate"
+WORK = ROOT / "runs" / "learning_rate"
 PUPPETS = (12, 13)  # that no other table uses
 SIZE = 96  # pixels
-TARGET_FRAMES, DDIM_STEPS = 6, 10
+TRAINING_FRAMES, TARGET_FRAMES, DDIM_STEPS = 4, 6, 10
 # Times the demo model's. 4 times are 256, 512, 640 and 640 with 8 heads, near Stable Diffusion's.
 WIDTHS = (1, 2, 4)
 PUBLIC_RATES = (3e-5, 3e-3)
@@ -51,6 +50,8 @@ STEP_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 LOSS_TIMESTEPS = (100, 300, 500, 700, 900)
 SCALE = 65536  # torch.amp.GradScaler's first scale, which it keeps for 2000 steps if nothing overflows
+
+Inputs = tuple[Tensor, Tensor, Tensor]  # latents (F, C, h, w), embedded hints, context
 
 
 def kept(name: str, compute: Callable[[], dict]) -> dict:
@@ -67,38 +68,23 @@ def kept(name: str, compute: Callable[[], dict]) -> dict:
 # ---- The models, and what they see --------------------------------------------------------------
 
 
-def to_precision(model, dtype: torch.dtype) -> SimpleNamespace:
-    for network in (model.unet, model.controlnet):
-        network.to(dtype=dtype, memory_format=torch.channels_last)
-    return model
-
-
-@lru_cache(maxsize=1)  # one width at a time
 def demo_model(times: int, dtype: torch.dtype) -> SimpleNamespace:
     """The demo model, widened."""
     model = SimpleNamespace(**vars(load_model("demo")))
-    if times > 1:
-        model = widen(model, times)
-    for network in (model.vae, model.text_encoder):
-        network.to(dtype)
-    return to_precision(model, dtype)
+    return cast_and_freeze(widen(model, times) if times > 1 else model, dtype)
 
 
-def stable_diffusion_sized() -> SimpleNamespace:
-    """UNet and ControlNet of Stable Diffusion 1.5's sizes with random weights in float32."""
-    with torch.device("meta"):
-        networks = {"unet": UNet(UNetConfig()), "controlnet": ControlNet(UNetConfig())}
-    for seed, network in enumerate(networks.values()):
-        random_weights(network, seed, torch.float32)
-        start_temporal_attention(network)
-    return to_precision(SimpleNamespace(**networks), torch.float32)
+def cast_and_freeze(model, dtype: torch.dtype) -> SimpleNamespace:
+    for network in (model.unet, model.controlnet, model.vae, model.text_encoder):
+        network.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+    return model
 
 
 @lru_cache
-def scene(puppet: int, frames: int) -> SimpleNamespace:
-    """So many frames uint8 (F, SIZE, SIZE, 3) to train on, and another dance with the person's masks."""
+def scene(puppet: int) -> SimpleNamespace:
+    """Frames uint8 (F, SIZE, SIZE, 3) and poses to train on, and another dance with the person's masks."""
     filmed, poses, _ = clip(puppet, 2 * puppet, 36, SIZE)
-    chosen = uniform_frames(range(36), frames)
+    chosen = uniform_frames(range(36), TRAINING_FRAMES)
     truth, targets, person = clip(puppet, 2 * puppet + 1, 48, SIZE)
     asked = uniform_frames(range(48), TARGET_FRAMES)
     return SimpleNamespace(
@@ -110,62 +96,25 @@ def scene(puppet: int, frames: int) -> SimpleNamespace:
     )
 
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # latents (F, C, h, w), embedded hints, context
-
-
-def inputs_of(model, frames: np.ndarray, poses: Sequence[Pose]) -> Inputs:
-    hints = method.embed_hints(model, poses, SIZE, SIZE)
-    context = method.encode_prompt(model, "a person")
+def training_inputs(model, of: SimpleNamespace) -> Inputs:
+    latents = method.encode_frames(model, of.frames)
+    hints = method.embed_hints(model, of.poses, SIZE, SIZE)
     # Clones, because autograd takes no inference tensors.
-    return method.encode_frames(model, frames).clone(), hints.clone(), context.clone()
-
-
-def random_inputs(model, frames: int = 3, size: int = 128) -> Inputs:
-    random = torch.Generator().manual_seed(0)
-    images = torch.rand(frames, 3, size, size, generator=random).to(**method.network_inputs(model))
-    latents = torch.randn(frames, 4, size // 8, size // 8, generator=random)
-    context = torch.randn(77, 768, generator=random).to(images.dtype)
-    with torch.no_grad():
-        return latents, model.controlnet.embed_hint(images), context
+    return latents.clone(), hints.clone(), method.encode_prompt(model, "a person").clone()
 
 
 # ---- A fine-tuning and what comes of it ---------------------------------------------------------
 
 
 def loss_at(model, inputs: Inputs, timestep: int, seed: int) -> Tensor:
-    latents, hints, context = inputs
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    dtype = method.network_inputs(model)["dtype"]
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        return method.training_loss(model, latents, hints, context, timestep, noise)
+    noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed))
+    return step_loss(model, *inputs, noise, timestep)
 
 
 @torch.no_grad()
 def fixed_loss(model, inputs: Inputs) -> float:
     """The mean over the same five timesteps and noises every time."""
-    losses = [loss_at(model, inputs, t, seed=1_000_000 + t).item() for t in LOSS_TIMESTEPS]
-    return statistics.mean(losses)
-
-
-def prepare(model) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, in float32, with gradients to come."""
-    trained = method.trainable_parameters(model)
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return trained
-
-
-def taken(model) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in method.trainable_parameters(model).items()}
-
-
-def put(model, tensors: dict[str, Tensor]) -> None:
-    """Gives the model these trained tensors, in its own precision, frozen."""
-    for name, parameter in method.trainable_parameters(model).items():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-        parameter.data = tensors[name].to(**method.network_inputs(model), copy=True)
+    return statistics.mean(loss_at(model, inputs, t, seed=1_000_000 + t).item() for t in LOSS_TIMESTEPS)
 
 
 def clip_as_the_public_code(trained: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter]) -> None:
@@ -184,96 +133,59 @@ def clip_as_the_public_code(trained: Iterable[nn.Parameter], frozen: Iterable[nn
 
 def mean_size(tensors: Iterable[Tensor]) -> float:
     """Mean absolute value of all elements."""
-    tensors = list(tensors)
-    return sum(t.abs().sum().item() for t in tensors) / sum(t.numel() for t in tensors)
+    return torch.cat([t.detach().abs().flatten() for t in tensors]).mean(dtype=torch.float64).item()
 
 
-def fine_tune(model, inputs: Inputs, steps: int, rate: float, public: bool = False) -> dict[str, float]:
+def fine_tune(model, inputs: Inputs, rate: float, public: bool) -> dict[str, float]:
     """Fine-tunes in place as `train.train` does, with gradients clipped to norm 1 over the trained tensors.
 
     public: clip them as the public code does. Returns the mean size of the gradients' elements after clipping, in
     the median step, and how far weights moved in the mean.
     """
-    trained, start = prepare(model), taken(model)
-    networks = nn.ModuleList([model.unet, model.controlnet])
+    trained = prepare_training(model)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    both = nn.ModuleList([model.unet, model.controlnet])
     ours = set(map(id, trained.values()))
-    frozen = [parameter for parameter in networks.parameters() if id(parameter) not in ours]
-    for parameter in frozen:
+    others = [parameter for parameter in both.parameters() if id(parameter) not in ours]
+    for parameter in others:
         parameter.requires_grad_(public)
     optimizer = torch.optim.AdamW(trained.values(), lr=rate)
     sizes = []
-    for step in tqdm(range(steps), desc=f"rate {rate:g}", leave=False):
+    for step in tqdm(range(method.training_steps(TRAINING_FRAMES)), desc=f"rate {rate:g}", leave=False):
         timestep = torch.randint(0, 1000, (), generator=torch.Generator().manual_seed(step)).item()
-        networks.zero_grad()
+        both.zero_grad()
         loss_at(model, inputs, timestep, seed=step).backward()
         if public:
-            clip_as_the_public_code(trained.values(), frozen)
+            clip_as_the_public_code(trained.values(), others)
         else:
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
         sizes.append(mean_size(parameter.grad for parameter in trained.values()))
         optimizer.step()
-    networks.zero_grad()
-    networks.requires_grad_(False)
+    both.zero_grad()
     moved = mean_size(parameter - start[name] for name, parameter in trained.items())
     return {"gradient": statistics.median(sizes), "moved": moved}
 
 
-def new_dance(model, of: SimpleNamespace) -> np.ndarray:
-    """The frames uint8 (TARGET_FRAMES, SIZE, SIZE, 3) of the dance that is asked for, by the paper's method."""
-    k = method.select_reference(of.poses, of.targets)
-    latents, hint, context = inputs_of(model, of.frames[k : k + 1], [of.poses[k]])
-    trajectory = method.invert(model, latents, hint, context, DDIM_STEPS)
-    poses = method.insert_reference(of.poses[k], of.targets)
-    noise = trajectory[-1].repeat(len(poses), 1, 1, 1)
-    method.edit_latents(noise[1:], noise[0], poses[1:], poses[0])
-    hints = method.embed_hints(model, poses, SIZE, SIZE)
-    latents = method.sample(model, noise, hints, context, DDIM_STEPS)
-    return np.stack(list(method.decode_latents(model, latents[1:])))
-
-
-def tuning(times: int, puppet: int, rate: float, frames: int, public: bool = False) -> dict[str, float]:
+def tuning(times: int, puppet: int, rate: float, public: bool) -> dict[str, float]:
     """Loss and PSNR of the demo model, widened, after fine-tuning; at rate 0 of the model as it is."""
 
     def compute() -> dict[str, float]:
-        _, dtype = compute_device(training=True)
-        model, of, figures = demo_model(times, dtype), scene(puppet, frames), {}
-        inputs, base = inputs_of(model, of.frames, of.poses), taken(model)
-        try:
-            if rate:
-                steps = method.training_steps(frames)
-                figures = fine_tune(model, inputs, steps, rate, public)
-            figures["loss"] = fixed_loss(model, inputs)
-            put(model, taken(model))
-            result = new_dance(model, of)
-        finally:
-            put(model, base)
-        figures["person"] = psnr(result, of.truth, of.person)
-        figures["background"] = psnr(result, of.truth, ~of.person)
-        return figures | {"whole": psnr(result, of.truth)}
+        dtype, of = compute_device(training=True)[1], scene(puppet)
+        model = demo_model(times, dtype)
+        inputs = training_inputs(model, of)
+        figures = fine_tune(model, inputs, rate, public) if rate else {}
+        figures["loss"] = fixed_loss(model, inputs)
+        cast_and_freeze(model, dtype)
+        latents = method.generate(model, of, of.targets, steps=DDIM_STEPS).latents
+        result = np.stack(list(method.decode_latents(model, latents)))
+        masks = {"person": of.person, "background": ~of.person, "whole": None}
+        return figures | {name: psnr(result, of.truth, mask) for name, mask in masks.items()}
 
-    name = f"x{times}-puppet{puppet}-{frames}frames-{rate:g}{'-public' if public else ''}"
+    name = f"x{times}-puppet{puppet}-{TRAINING_FRAMES}frames-{rate:g}{'-public' if public else ''}"
     return kept(name, compute)
 
 
-# ---- (a) The public code's clipping -------------------------------------------------------------
-
-
-def part_a(frames: int, puppet: int = PUPPETS[0]) -> None:
-    before = tuning(1, puppet, 0, frames)["loss"]
-    print(f"The loss is {before:.4f} before.\n")
-    print("| gradients | rate | element of the gradient | weights moved | loss after | person, dB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    rows = [("as the public code clips", rate, True) for rate in PUBLIC_RATES]
-    rows += [("clipped over what is trained", rate, False) for rate in CLEAN_RATES]
-    for how, rate, public in rows:
-        row = tuning(1, puppet, rate, frames, public)
-        print(
-            f"| {how} | {rate:g} | {row['gradient']:.1e} | {row['moved']:.1e} "
-            f"| {row['loss']:.4f} | {row['person']:.2f} |"
-        )
-
-
-# ---- (b) One step -------------------------------------------------------------------------------
+# ---- One step -----------------------------------------------------------------------------------
 
 
 def contributions(model, compute: Callable[[], Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -297,11 +209,9 @@ def first_step(model, inputs: Inputs) -> dict[str, dict[str, float]]:
 
     model: in float32, because one step is often less than bfloat16 can add to a weight.
     """
-    trained, start = prepare(model), taken(model)
-
-    def compute() -> Tensor:
-        return loss_at(model, inputs, timestep=500, seed=0)
-
+    trained = prepare_training(model)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    compute = partial(loss_at, model, inputs, timestep=500, seed=0)
     loss, before = contributions(model, compute)
     loss.backward()
     nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -317,63 +227,83 @@ def first_step(model, inputs: Inputs) -> dict[str, dict[str, float]]:
         ]
         losses = {"before": loss.item(), "after": loss_after.item()}
         results[f"{rate:g}"] = losses | {"change": statistics.mean(changes)}
-    put(model, start)
     return results
 
 
-def part_b(widths: Sequence[int], frames: int, puppet: int = PUPPETS[0]) -> None:
-    def of_demo(times: int) -> dict:
-        model, of = demo_model(times, torch.float32), scene(puppet, frames)
-        return first_step(model, inputs_of(model, of.frames, of.poses))
-
-    def of_random_weights() -> dict:
-        model = stable_diffusion_sized()
-        return first_step(model, random_inputs(model))
-
-    rows = {f"demo model, width times {r}": (f"b-x{r}", lambda r=r: of_demo(r)) for r in widths}
-    rows["Stable Diffusion 1.5's sizes, random weights"] = "b-sd", of_random_weights
-    print(f"| model | {' | '.join(f'{rate:g}' for rate in STEP_RATES)} |")
-    print(f"| --- |{' --- |' * len(STEP_RATES)}")
-    for row, (name, compute) in rows.items():
-        cells = [
-            f"{cell['change']:.3f} ({cell['before']:.3f} → {cell['after']:.3f})"
-            for cell in kept(name, compute).values()
-        ]
-        print(f"| {row} | {' | '.join(cells)} |")
+def first_step_of_demo(times: int) -> dict:
+    model = demo_model(times, torch.float32)
+    return first_step(model, training_inputs(model, scene(PUPPETS[0])))
 
 
-# ---- (c) Fine-tuning at several widths ----------------------------------------------------------
+def first_step_of_random_weights() -> dict:
+    """At Stable Diffusion 1.5's sizes, on 3 frames of 128x128."""
+    model = networks(UNetConfig(), HINTS, torch.float32, torch.device("cpu"))
+    for network in (model.unet, model.controlnet):
+        start_temporal_attention(network)
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 128, 128, generator=random)
+    latents = torch.randn(3, 4, 16, 16, generator=random)
+    context = torch.randn(77, 768, generator=random)
+    with torch.no_grad():
+        hints = model.controlnet.embed_hint(images)
+    return first_step(model, (latents, hints, context))
 
 
-def part_c(widths: Sequence[int], puppets: Sequence[int], rates: Sequence[float], frames: int) -> None:
-    rows = {"not tuned": (0, False)} | {f"{rate:g}": (rate, False) for rate in rates}
-    rows["0.003, clipped as the public code does"] = 3e-3, True
-    print("| width | puppet | rate | loss | person, dB | background, dB | whole frame, dB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for times, puppet, row in product(widths, puppets, rows):
-        rate, public = rows[row]
-        found = tuning(times, puppet, rate, frames, public)
-        figures = " | ".join(f"{found[name]:.2f}" for name in ("person", "background", "whole"))
-        print(f"| {times} | {puppet} | {row} | {found['loss']:.4f} | {figures} |")
+# ---- The tables ---------------------------------------------------------------------------------
+
+
+def formatted(found: dict[str, float], **digits: str) -> list[str]:
+    return [format(found[name], form) for name, form in digits.items()]
+
+
+def part_a() -> None:
+    before = tuning(1, PUPPETS[0], 0, False)["loss"]
+    print(f"The loss is {before:.4f} before.\n")
+    runs = [("as the public code clips", rate, True) for rate in PUBLIC_RATES]
+    runs += [("clipped over what is trained", rate, False) for rate in CLEAN_RATES]
+    digits = {"gradient": ".1e", "moved": ".1e", "loss": ".4f", "person": ".2f"}
+    print_table(
+        ("gradients", "rate", "element of the gradient", "weights moved", "loss after", "person, dB"),
+        (
+            (how, rate, *formatted(tuning(1, PUPPETS[0], rate, public), **digits))
+            for how, rate, public in runs
+        ),
+    )
+
+
+def part_b(widths: Sequence[int]) -> None:
+    models = {f"demo model, width times {r}": (f"b-x{r}", partial(first_step_of_demo, r)) for r in widths}
+    models["Stable Diffusion 1.5's sizes, random weights"] = "b-sd", first_step_of_random_weights
+    cell = "{change:.3f} ({before:.3f} → {after:.3f})"
+    print_table(
+        ("model", *(f"{rate:g}" for rate in STEP_RATES)),
+        ((title, *(cell.format(**at) for at in kept(*of).values())) for title, of in models.items()),
+    )
+
+
+def part_c(widths: Sequence[int]) -> None:
+    runs = [("not tuned", 0, False), *((f"{rate:g}", rate, False) for rate in TUNING_RATES)]
+    runs.append(("0.003, clipped as the public code does", 3e-3, True))
+    digits = {"loss": ".4f", "person": ".2f", "background": ".2f", "whole": ".2f"}
+    print_table(
+        ("width", "puppet", "rate", "loss", "person, dB", "background, dB", "whole frame, dB"),
+        (
+            (times, puppet, title, *formatted(tuning(times, puppet, rate, public), **digits))
+            for times, puppet, (title, rate, public) in product(widths, PUPPETS, runs)
+        ),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices="abc", default=list("abc"))
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="of parts b and c")
-    parser.add_argument("--puppets", nargs="+", type=int, default=PUPPETS, help="of part c")
-    parser.add_argument("--rates", nargs="*", type=float, default=TUNING_RATES, help="of part c")
-    parser.add_argument("--frames", type=int, default=4, help="training frames (default: 4)")
     args = parser.parse_args()
     keep_freed_memory()
+    parts = {"a": part_a, "b": partial(part_b, args.widths), "c": partial(part_c, args.widths)}
     for part in args.parts:
         print(f"\n({part})\n")
-        if part == "a":
-            part_a(args.frames)
-        elif part == "b":
-            part_b(args.widths, args.frames)
-        else:
-            part_c(args.widths, args.puppets, args.rates, args.frames)
+        parts[part]()
 
 
 if __name__ == "__main__":

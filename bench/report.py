@@ -12,21 +12,18 @@ from pathlib import Path
 
 import torch
 
+from bench.common import GIGA, ROOT, table
 from video import replacing
 
-ROOT = Path(__file__).resolve().parents[1]
-GIGA = 1e9
 NOT_INSTALLED, DOES_NOT_FIT = "not installed", "does not fit"
 CPU = "CPU rehearsal"
-
 HEADER = """# GPUs, measured
 
 `python bench/card.py` wrote this file: a section for each GPU that it ran on. Times are medians of 3 runs (of 1,
 where a run takes more than 20 seconds) after one to warm up. GB are 10^9 bytes. Memory:
 
-- predicted: by `memory.py`, without measuring anything;
+- predicted: by `sample.py --plan`'s code, without measuring anything;
 - allocated: the most bytes of tensors at a time, weights included;
-- reserved: the most bytes that PyTorch's allocator held;
 - taken: what the free memory of the GPU fell by, so libraries' workspaces count too, but not the CUDA context;
 - host: the largest resident memory of the process so far.
 """
@@ -43,6 +40,23 @@ class Table:
     ]  # what measures a row, by its key: the part's letter and a name
     note: str = ""
 
+    def markdown(self, known: dict[str, dict]) -> str:
+        def cells(key: str) -> list[str]:
+            row = known.get(key, {"reason": "not measured yet"})
+            first, *rest = (written(row.get(column)) for column in self.columns)
+            return [key[2:], row.get("reason", first), *rest]
+
+        lines = table(("", *self.columns), map(cells, self.fills))
+        note = [textwrap.fill(self.note, 115)] if self.note else []
+        return "\n\n".join([f"### {min(self.fills)[0]}: {self.title}", *note, "\n".join(lines)]) + "\n"
+
+
+def written(value: float | str | None) -> str:
+    """Three digits, and a dash for what there is not."""
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"
+
 
 class Rows:
     """The known rows of one GPU. A file keeps them, beside the Markdown file, with those of other GPUs.
@@ -51,9 +65,8 @@ class Rows:
     """
 
     def __init__(self, out: Path, about: dict[str, str]):
-        self.file, self.about = out.with_suffix(".json"), about
-        tiny = ", tiny sizes" if about["sizes"] == "tiny" else ""
-        self.title = about["card"] + tiny
+        self.out, self.file, self.about = out, out.with_suffix(".json"), about
+        self.title = about["card"] + (", tiny sizes" if about["sizes"] == "tiny" else "")
         known = self._sections().get(self.title)
         if known is None or known["about"] != about:
             known = {"about": about, "date": f"{datetime.date.today()}", "rows": {}}
@@ -79,31 +92,40 @@ class Rows:
 
     def _save(self) -> None:
         """What is not installed may be there next time, and is not kept."""
-        kept = {k: row for k, row in self.known.items() if row.get("reason") != NOT_INSTALLED}
+        kept = {key: row for key, row in self.known.items() if row.get("reason") != NOT_INSTALLED}
         section = {"about": self.about, "date": self.date, "rows": kept}
         with replacing(self.file) as unfinished:
-            sections = self._sections() | {self.title: section}
-            unfinished.write_text(json.dumps(sections, indent=1) + "\n")
+            unfinished.write_text(json.dumps(self._sections() | {self.title: section}, indent=1) + "\n")
+
+    def write_report(self, tables: list[Table]) -> None:
+        """Puts the GPU's section into the Markdown file, in place of its older one. Other sections stay."""
+        text = self.out.read_text() if self.out.exists() else HEADER
+        head, *parts = re.split(r"(?m)^## (.*)\n", text)
+        sections = dict(zip(parts[::2], parts[1::2]))
+        about = ", ".join(f"{name} {value}" for name, value in self.about.items() if name != "card")
+        said = [f"\n{self.date}; {about}.\n"]
+        if self.about["card"] == CPU:
+            said.append("This is a CPU rehearsal of the code: no figure here is a GPU's.\n")
+        sections[self.title] = "\n".join(said + [each.markdown(self.known) for each in tables])
+        texts = [head, *(f"## {title}\n{body}" for title, body in sections.items())]
+        with replacing(self.out) as unfinished:
+            unfinished.write_text("\n".join(text.rstrip() + "\n" for text in texts))
 
 
 def describe(device: torch.device, tiny: bool) -> dict[str, str]:
     """What figures depend on: the GPU and the software."""
-    about = {
-        "sizes": "tiny" if tiny else "full",
-        "PyTorch": torch.__version__,
-        "commit": said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-    }
+    commit = said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    about = {"sizes": "tiny" if tiny else "full", "PyTorch": torch.__version__, "commit": commit}
     if device.type != "cuda":
         return {"card": CPU} | about
     card = torch.cuda.get_device_properties(device)
-    return {
+    return about | {
         "card": card.name,
-        "compute capability": f"{card.major}.{card.minor}",
         "memory": f"{card.total_memory / GIGA:.1f} GB",
         "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
-    } | about
+    }
 
 
 def said_by(*command: str) -> str:
@@ -113,42 +135,3 @@ def said_by(*command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.partition("\n")[0].strip()
-
-
-# ---- Markdown -----------------------------------------------------------------------------------
-
-
-def write_report(out: Path, rows: Rows, tables: list[Table]) -> None:
-    """Puts the GPU's section into the file, in place of its older one. Other sections stay as they are."""
-    head, *sections = re.split(r"(?m)^(?=## )", out.read_text() if out.exists() else HEADER)
-    about = ", ".join(f"{name} {value}" for name, value in rows.about.items() if name != "card")
-    parts = [f"## {rows.title}\n", f"{rows.date}; {about}.\n"]
-    if rows.about["card"] == CPU:
-        parts.append("This is a CPU rehearsal of the code: no figure here is a GPU's.\n")
-    parts += [markdown(table, rows.known) for table in tables]
-    titles = [section.partition("\n")[0] for section in sections]
-    place = titles.index(f"## {rows.title}") if f"## {rows.title}" in titles else len(sections)
-    sections[place : place + 1] = ["\n".join(parts)]
-    with replacing(out) as unfinished:
-        unfinished.write_text("\n".join(text.rstrip() + "\n" for text in (head, *sections)))
-
-
-def markdown(table: Table, known: dict[str, dict]) -> str:
-    part = min(table.fills)[0]
-    lines = [f"### {part}: {table.title}\n"]
-    lines += [textwrap.fill(table.note, 115) + "\n"] if table.note else []
-    lines += ["| | " + " | ".join(table.columns) + " |", "| --- |" + " --- |" * len(table.columns)]
-    for key in table.fills:
-        row = known.get(key, {"reason": "not measured yet"})
-        cells = [written(row.get(column)) for column in table.columns]
-        if "reason" in row:
-            cells[0] = row["reason"]
-        lines.append(f"| {key[2:]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def written(value: float | str | None) -> str:
-    """Three digits, and a dash for what there is not."""
-    if not isinstance(value, float):
-        return "–" if value is None else str(value)
-    return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"

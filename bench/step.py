@@ -1,7 +1,7 @@
 """How long one denoising step takes, ControlNet and UNet, against the public implementations.
 
     python bench/step.py                          ours and diffusers (2-D: frames as a batch, no temporal layers)
-    python bench/step.py --controlvideo FOLDER    and the public ControlVideo code, with --python of a
+    python bench/step.py --controlvideo FOLDER    and the public ControlVideo code, with --python of an
                                                   environment that it runs in (diffusers 0.11.1)
 
 Each runs in processes of its own, turn by turn, with the same random weights at Stable Diffusion 1.5's sizes: the
@@ -11,21 +11,23 @@ the same on a GPU.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-WIDTHS, HINTS = (320, 640, 1280, 1280), (16, 32, 96, 256)
-# What `command.py` says to glibc and torch, from outside.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.common import HINTS, WIDTHS, print_table, random_weights, seconds
+
+# What `command.keep_freed_memory` asks of glibc and torch, said from outside.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -35,120 +37,76 @@ KEEP_MEMORY = {
 }
 OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
 
+# ---- The implementations: UNet and ControlNet on the meta device, and the step that calls them ---
 
-# ---- The networks, each as a function of (latents, timestep, context, hints) ---------------------
-
-
-def random_weights(network: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
-    """Weights that keep the scale of what goes through; the same for the same names, whoever asks."""
-    network = network.to(dtype).to_empty(device="cpu")
-    for name, tensor in sorted(network.state_dict().items()):
-        random = torch.Generator().manual_seed(seed + sum(name.encode()) * len(name))
-        if "_temp." in name or tensor.ndim == 1:
-            tensor.fill_(float("norm" in name and name.endswith("weight")))
-        else:
-            weights = torch.empty(tensor.shape).uniform_(-1, 1, generator=random)
-            tensor.copy_((weights * (3 / tensor[0].numel()) ** 0.5).bfloat16())
-    return network.eval().requires_grad_(False)
+# latents, timestep, context and hints -> noise
+Implementation = tuple[nn.Module, nn.Module, Callable[[Tensor, int, Tensor, Tensor], Tensor]]
 
 
-def ours(widths, hints, dtype, device):
-    sys.path.insert(0, str(ROOT))
+def ours(widths: tuple[int, ...]) -> Implementation:
     from command import keep_freed_memory
     from controlnet import ControlNet
-    from posecrafter import finest_map
+    from posecrafter import finest_map, network_inputs, predict_noise
     from slicing import plans, slices
     from unet import Context, UNet, UNetConfig
 
     keep_freed_memory()
+    config, known = UNetConfig(widths=widths), {}
     with torch.device("meta"):
-        unet = UNet(UNetConfig(widths=widths))
-        controlnet = ControlNet(UNetConfig(widths=widths), hints)
-    unet, controlnet = (
-        random_weights(network, seed, dtype).to(device, memory_format=torch.channels_last)
-        for seed, network in enumerate((unet, controlnet))
-    )
-    known = {}
+        model = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, HINTS))
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
         if "context" not in known or len(known["hint"]) != len(hint):  # once per run, not per step
-            known.update(context=Context(context), hint=controlnet.embed_hint(hint))
-        bundle = argparse.Namespace(unet=unet)
-        (way, *_) = plans(latents.device, dtype, finest_map(bundle, latents))
-        with slices(way):
-            control = controlnet(latents, timestep, known["context"], known["hint"])
-            return unet(latents, timestep, known["context"], control)
+            known.update(context=Context(context), hint=model.controlnet.embed_hint(hint))
+        with slices(plans(*network_inputs(model).values(), finest_map(model, latents))[0]):
+            return predict_noise(model, latents, timestep, known["context"], known["hint"])
 
-    return step
+    return model.unet, model.controlnet, step
 
 
-def exact(widths, hints, dtype, device):
-    torch.backends.cudnn.allow_tf32 = False  # of products it is off by default
-    return ours(widths, hints, dtype, device)
+def predicted(
+    unet: nn.Module, controlnet: nn.Module, x: Tensor, timestep: int, context: Tensor, hint: Tensor
+):
+    """The noise, by networks with the interface of diffusers."""
+    residuals, middle = controlnet(x, timestep, context, hint, return_dict=False)
+    added = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
+    return unet(x, timestep, context, **added).sample
 
 
-def diffusers_2d(widths, hints, dtype, device):
+def diffusers_2d(widths: tuple[int, ...]) -> Implementation:
     import diffusers
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
+    sizes["down_block_types"] = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(
-            down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-            up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-            **sizes,
+            up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, **sizes
         )
-        controlnet = diffusers.ControlNetModel(
-            down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-            conditioning_embedding_out_channels=hints,
-            **sizes,
-        )
-    unet, controlnet = (
-        random_weights(network, seed, dtype).to(device, memory_format=torch.channels_last)
-        for seed, network in enumerate((unet, controlnet))
-    )
+        controlnet = diffusers.ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes)
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
-        context = context.expand(len(latents), -1, -1)
-        residuals, middle = controlnet(latents, timestep, context, hint, return_dict=False)
-        return unet(
-            latents,
-            timestep,
-            context,
-            down_block_additional_residuals=residuals,
-            mid_block_additional_residual=middle,
-        ).sample
+        return predicted(unet, controlnet, latents, timestep, context.expand(len(latents), -1, -1), hint)
 
-    return step
+    return unet, controlnet, step
 
 
-def controlvideo(widths, hints, dtype, device):
+def controlvideo(widths: tuple[int, ...]) -> Implementation:
     from libs.controlnet3d import ControlNetModel  # of the public code's folder, on the path
     from libs.unet import UNet3DConditionModel
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
     with torch.device("meta"):
         unet = UNet3DConditionModel(**sizes)
-        controlnet = ControlNetModel(conditioning_embedding_out_channels=hints, **sizes)
-    unet, controlnet = (
-        random_weights(network, seed, dtype).to(device) for seed, network in enumerate((unet, controlnet))
-    )
+        controlnet = ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes)
 
     def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
         clip, hint = (x.transpose(0, 1)[None].contiguous() for x in (latents, hint))
-        residuals, middle = controlnet(clip, timestep, context[None], hint, return_dict=False)
-        predicted = unet(
-            clip,
-            timestep,
-            context[None],
-            down_block_additional_residuals=residuals,
-            mid_block_additional_residual=middle,
-        ).sample
-        return predicted[0].transpose(0, 1)
+        return predicted(unet, controlnet, clip, timestep, context[None], hint)[0].transpose(0, 1)
 
-    return step
+    return unet, controlnet, step
 
 
-IMPLEMENTATIONS = {OURS: ours, DIFFUSERS: diffusers_2d, CONTROLVIDEO: controlvideo, EXACT: exact}
+IMPLEMENTATIONS = {OURS: ours, DIFFUSERS: diffusers_2d, CONTROLVIDEO: controlvideo, EXACT: ours}
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
@@ -156,15 +114,20 @@ IMPLEMENTATIONS = {OURS: ours, DIFFUSERS: diffusers_2d, CONTROLVIDEO: controlvid
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> None:
-    """In a process of its own: saves the seconds of every run, what one frame's noise came out as, and on a GPU
+    """In a process of its own: saves the seconds of every run, the noise predicted for one frame, and on a GPU
     the most bytes that tensors took there.
     """
     if args.controlvideo:
         sys.path.insert(0, str(args.controlvideo))
-    dtype = torch.float32 if args.measure == EXACT else getattr(torch, args.dtype)
-    step = IMPLEMENTATIONS[args.measure](tuple(args.widths), HINTS, dtype, args.device)
-    on_gpu = torch.device(args.device).type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    name, exact = args.measure, args.measure == EXACT
+    dtype = torch.float32 if exact else getattr(torch, args.dtype)
+    *networks, step = IMPLEMENTATIONS[name](tuple(args.widths))
+    for seed, network in enumerate(networks):
+        random_weights(network, seed, dtype).to(args.device)
+        if name != CONTROLVIDEO:
+            network.to(memory_format=torch.channels_last)
+    if exact:
+        torch.backends.cudnn.allow_tf32 = False  # of products it is off by default
     random = torch.Generator().manual_seed(0)
 
     def inputs(frames: int) -> tuple:
@@ -174,15 +137,11 @@ def measure(args: argparse.Namespace) -> None:
         there = {"device": args.device, "dtype": dtype}
         return latents.to(**there), 501, context.to(**there), hint.to(**there)
 
-    result = {"frame": step(*inputs(1)).float().cpu().contiguous(), "seconds": []}
+    result = {"frame": step(*inputs(1)).float().cpu().contiguous()}
     clip = inputs(args.frames)
-    for _ in range(0 if args.measure == EXACT else 1 + args.runs):
-        wait()
-        start = time.perf_counter()
-        step(*clip)
-        wait()
-        result["seconds"].append(time.perf_counter() - start)
-    result["peak"] = torch.cuda.max_memory_allocated() if on_gpu else None
+    runs = 0 if exact else 1 + args.runs
+    result["seconds"] = [seconds(lambda: step(*clip), args.device) for _ in range(runs)]
+    result["peak"] = torch.cuda.max_memory_allocated() if "cuda" in args.device else None
     torch.save(result, args.out)
 
 
@@ -202,33 +161,29 @@ def run(
 
 
 def main(args: argparse.Namespace) -> None:
-    peers = [DIFFUSERS, *([CONTROLVIDEO] if args.controlvideo else [])]
     rows = {OURS: (OURS, {})}
-    for peer in peers:
+    for peer in (DIFFUSERS, CONTROLVIDEO) if args.controlvideo else (DIFFUSERS,):
         rows[peer] = peer, {}
         if args.device == "cpu":
             rows[f"{peer}, memory kept"] = peer, KEEP_MEMORY
-    options = sys.argv[1:]
-    reference = run(EXACT, args.python, options, {})["frame"]
+    exact = run(EXACT, args.python, sys.argv[1:], {})["frame"]
     results = {row: [] for row in rows}
     for _ in range(args.processes):
         for row, (name, environment) in rows.items():
-            results[row].append(run(name, args.python, options, environment))
-            print(row, *(f"{s:.2f}" for s in results[row][-1]["seconds"]), file=sys.stderr)
+            results[row].append(run(name, args.python, sys.argv[1:], environment))
 
-    table = {}
-    for row, found in results.items():
-        seconds = [s for result in found for s in result["seconds"][1:]]  # the first warms up
-        error = (found[0]["frame"] - reference).norm() / reference.norm()
-        table[row] = statistics.median(seconds), min(seconds), max(seconds), error.item()
+    def cells(row: str, took: list[float]) -> tuple[str, ...]:
+        middle, frame = statistics.median(took), results[row][0]["frame"]
+        error = (frame - exact).norm() / exact.norm()
+        spread = f"{min(took):.2f} to {max(took):.2f}"
+        return row, f"{middle:.2f}", spread, f"{middle / ours_took:.2f}", f"{error:.4f}"
+
+    # The first run of each process warms up.
+    took = {row: [s for each in found for s in each["seconds"][1:]] for row, found in results.items()}
+    ours_took = statistics.median(took[OURS])
     print(f"One step, {args.frames} frames of {args.size}x{args.size}, {args.dtype}:\n")
-    print("| | seconds | fastest to slowest | against ours | error on one frame |")
-    print("| --- | --- | --- | --- | --- |")
-    for row, (middle, best, worst, error) in table.items():
-        ratio = middle / table[OURS][0]
-        print(f"| {row} | {middle:.2f} | {best:.2f} to {worst:.2f} | {ratio:.2f} | {error:.4f} |")
-    if args.json:
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    head = "", "seconds", "fastest to slowest", "against ours", "error on one frame"
+    print_table(head, (cells(row, found) for row, found in took.items()))
 
 
 if __name__ == "__main__":
@@ -242,7 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")
     parser.add_argument("--python", default=sys.executable, help="interpreter for --controlvideo")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--measure", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

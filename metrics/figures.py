@@ -1,6 +1,7 @@
 """The paper's metrics, frame by frame, by features and by poses."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,15 +18,16 @@ from poses.pose import Pose, is_seen
 # ---- Frame by frame -----------------------------------------------------------------------------
 
 
-def check_shapes(result: np.ndarray, truth: np.ndarray) -> None:
+def pairs(result: np.ndarray, truth: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each frame with its true one, in float64: in uint8, 1 - 2 would be 255."""
     if result.shape != truth.shape:
         raise ValueError(f"cannot compare frames {result.shape} with {truth.shape}")
+    return ((a.astype(np.float64), b.astype(np.float64)) for a, b in zip(result, truth))
 
 
 def frame_l1(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Mean absolute difference of frames uint8 (F, H, W, 3), from 0 to 1, of each: (F,)."""
-    check_shapes(result, truth)
-    return np.array([np.abs(a.astype(np.float64) - b).mean() / 255 for a, b in zip(result, truth)])
+    return np.array([np.abs(a - b).mean() / 255 for a, b in pairs(result, truth)])
 
 
 def frame_psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -33,55 +35,43 @@ def frame_psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = 
 
     `mask`, booleans (F, H, W), limits it to some pixels; not a number for frames where it is empty.
     """
-    check_shapes(result, truth)
     values = []
-    for index, (a, b) in enumerate(zip(result, truth)):
-        # As floats: a difference of uint8 wraps around, and 1 - 2 would count as 255.
-        error = (a.astype(np.float64) - b) ** 2 / 255**2
+    for index, (a, b) in enumerate(pairs(result, truth)):
+        error = (a - b) ** 2 / 255**2
         error = error if mask is None else error[mask[index]]
         values.append(-10 * np.log10(max(error.mean(), 1e-10)) if error.size else np.nan)
     return np.array(values)
 
 
 def psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of frames uint8 (F, H, W, 3), per frame, then averaged.
-
-    `mask`, booleans (F, H, W), limits it to some pixels; frames where it is empty do not count.
-    Equal frames are given 100 dB. Raises ValueError for shapes that differ.
-    """
+    """The mean of `frame_psnr`; frames where the mask is empty do not count."""
     return float(np.nanmean(frame_psnr(result, truth, mask)))
 
 
 def frame_ssim(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Structural similarity of frames uint8 (F, H, W, 3), of each: (F,), up to 1 for equal ones.
 
-    Wang et al. 2004: a Gaussian window of 11x11 with deviation 1.5, on each colour channel in the
-    range [0, 1], where the window fits; averaged over channels and pixels. Raises ValueError for
-    shapes that differ or frames below 11 pixels.
+    Wang et al. 2004: a Gaussian window of 11x11 with deviation 1.5, on each colour channel in the range [0, 1],
+    where the window fits; averaged over channels and pixels. Raises ValueError for frames below 11 pixels.
     """
-    check_shapes(result, truth)
     if min(truth.shape[1:3]) < 11:
         raise ValueError(f"frames of {truth.shape[2]}x{truth.shape[1]} pixels are below SSIM's 11x11")
     bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
     window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
-
-    def blur(x: Tensor) -> Tensor:
-        return F.conv2d(x, window)
-
+    blur, c1, c2 = partial(F.conv2d, weight=window), 0.01**2, 0.03**2
     values = []
-    for a, b in zip(result, truth):  # channels as a batch: (3, 1, H, W)
-        a, b = (torch.tensor(x).permute(2, 0, 1)[:, None].double() / 255 for x in (a, b))
+    for pair in pairs(result, truth):  # channels as a batch: (3, 1, H, W)
+        a, b = (torch.from_numpy(x).permute(2, 0, 1)[:, None] / 255 for x in pair)
         mean_a, mean_b = blur(a), blur(b)
         var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
         covariance = blur(a * b) - mean_a * mean_b
-        c1, c2 = 0.01**2, 0.03**2
         similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
         values.append((similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean().item())
     return np.array(values)
 
 
 def ssim(result: np.ndarray, truth: np.ndarray) -> float:
-    """Structural similarity of frames uint8 (F, H, W, 3), per frame, then averaged: `frame_ssim`."""
+    """The mean of `frame_ssim`."""
     return float(frame_ssim(result, truth).mean())
 
 
@@ -105,12 +95,9 @@ def batches(count: int, title: str) -> Iterator[slice]:
 @torch.inference_mode()
 def frame_lpips(network: LPIPS, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """LPIPS of frames uint8 (F, H, W, 3), of each: (F,)."""
-    check_shapes(result, truth)
-    values = [
-        network(pictures(result[part], network), pictures(truth[part], network)).cpu()
-        for part in batches(len(result), "LPIPS")
-    ]
-    return torch.cat(values).double().numpy()
+    parts = batches(len(result), "LPIPS")
+    both = ((pictures(result[part], network), pictures(truth[part], network)) for part in parts)
+    return torch.cat([network(*pair).cpu() for pair in both]).double().numpy()
 
 
 @torch.inference_mode()
@@ -140,10 +127,10 @@ def clip_embeddings(network: ImageEncoder, frames: np.ndarray) -> np.ndarray:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Between Gaussians fitted to features (N, D) and (M, D), which makes FID and FVD.
 
-    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) with the covariances A and B. As A is x'x for
-    the centred features x / (N - 1)^(1/2), and B likewise y'y, the root's trace is the sum of the
-    singular values of x y': the same number as by a root of the D x D matrix, without its rounding
-    errors where there are fewer features than D. Raises ValueError for fewer than 2 features.
+    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) with the covariances A and B. As A is x'x for the centred
+    features x / (N - 1)^(1/2), and B likewise y'y, the root's trace is the sum of the singular values of x y'.
+    Where there are fewer features than D, this has smaller rounding errors than a root of the D x D matrix.
+    Raises ValueError for fewer than 2 features.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError("a distance of distributions needs 2 features or more of each")
@@ -173,10 +160,9 @@ def pose_fidelity(
 ) -> tuple[float, float]:
     """How well the poses found in frames of height x width follow those asked for: (PCK, error).
 
-    PCK is the share of the body keypoints asked for that were found within 0.1 of the longer side of
-    the asked body's box (Yang & Ramanan 2013); one not found is a miss, and so is one that was only
-    interpolated. The error is the mean distance of those found, in units of that side; not a number
-    when there are none.
+    PCK is the share of the body keypoints asked for that were found within 0.1 of the longer side of the asked
+    body's box (Yang & Ramanan 2013); one not found is a miss, and so is one that was only interpolated. The error
+    is the mean distance of those found, in units of that side; not a number when there are none.
     """
     hits, count, distances = 0, 0, []
     for ours, theirs in zip(found, asked):

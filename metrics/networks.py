@@ -7,9 +7,10 @@ Each is said as the table that it is, under the names of its public file. They r
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
+from shutil import copyfileobj
 from typing import TypeVar
 from urllib.request import urlopen
 
@@ -28,78 +29,60 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # ---- LPIPS --------------------------------------------------------------------------------------
 
-# Channels, kernel, stride and padding of AlexNet's convolutions, by their places in the public
-# file ("One weird trick", Krizhevsky 2014, as in torchvision). Its max pools stand before two.
-ALEXNET = {
-    "0": (64, 11, 4, 2),
-    "3": (192, 5, 1, 2),
-    "6": (384, 3, 1, 1),
-    "8": (256, 3, 1, 1),
-    "10": (256, 3, 1, 1),
-}
-POOLED = ("3", "6")
 # LPIPS's own numbers for what [-1, 1] is shifted and scaled by, per colour
 LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-
-
-class AlexNet(nn.Module):
-    """Images (N, 3, H, W) -> the maps after each of the five convolutions and its ReLU."""
-
-    def __init__(self):
-        super().__init__()
-        self.features, inputs = nn.ModuleDict(), 3
-        for place, (channels, kernel, stride, padding) in ALEXNET.items():
-            self.features[place] = nn.Conv2d(inputs, channels, kernel, stride, padding)
-            inputs = channels
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for place, convolution in self.features.items():
-            if place in POOLED:
-                x = F.max_pool2d(x, 3, 2)
-            x = F.relu(convolution(x))
-            maps.append(x)
-        return maps
 
 
 class LPIPS(nn.Module):
     """How different two pictures look (Zhang et al. 2018, version 0.1): 0 for equal ones.
 
-    `net` and `lins` come from two public files: AlexNet's and LPIPS's, a weight per channel.
+    `net` and `lins` come from two public files: AlexNet's (Krizhevsky 2014, as in torchvision) and LPIPS's, a
+    weight per channel.
     """
 
     def __init__(self):
         super().__init__()
-        self.net, self.lins = AlexNet(), nn.ModuleDict()
-        for index, (channels, *_) in enumerate(ALEXNET.values()):
+        # fmt: off
+        self.net = nn.ModuleDict({"features": nn.Sequential(
+            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(),
+        )})
+        # fmt: on
+        self.lins = nn.ModuleDict()
+        for index, channels in enumerate((64, 192, 384, 256, 256)):
             weights = nn.Conv2d(channels, 1, 1, bias=False)
             self.lins[f"lin{index}"] = nn.ModuleDict({"model": nn.Sequential(nn.Identity(), weights)})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] and as many others -> distances (N,)."""
-        distance = 0
-        for lin, ours, theirs in zip(self.lins.values(), self.directions(a), self.directions(b)):
-            distance = distance + lin.model((ours - theirs) ** 2).mean(dim=(1, 2, 3))
-        return distance
+        maps = zip(self.lins.values(), self.directions(a), self.directions(b))
+        return sum(lin.model((ours - theirs) ** 2).mean(dim=(1, 2, 3)) for lin, ours, theirs in maps)
 
     def directions(self, x: Tensor) -> list[Tensor]:
-        """AlexNet's maps, each pixel's channels divided by their length."""
+        """AlexNet's maps after each ReLU, each pixel's channels divided by their length."""
         shift, scale = (x.new_tensor(v)[:, None, None] for v in (LPIPS_SHIFT, LPIPS_SCALE))
-        maps = self.net((x - shift) / scale)
-        return [each / (each.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for each in maps]
+        x, maps = (x - shift) / scale, []
+        for layer in self.net.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
+        return maps
 
 
 # ---- Networks said as tables --------------------------------------------------------------------
 
 
 class BatchNorm(nn.Module):
-    """A batch norm that has done learning: a scale and a shift per channel."""
+    """A batch norm that has done learning: a scale and a shift per channel, which a file fills."""
 
     def __init__(self, channels: int, epsilon: float):
         super().__init__()
         self.epsilon = epsilon
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            self.register_buffer(name, torch.full((channels,), float(value)))
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            self.register_buffer(name, torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         numbers = self.running_mean, self.running_var, self.weight, self.bias
@@ -109,50 +92,44 @@ class BatchNorm(nn.Module):
 class Table(nn.Module):
     """Chains of layers side by side, whose outputs are stacked along the channels.
 
-    A step of a chain is a function, a convolution (name, channels, kernel) with its stride if it is
-    not 1, a block (name, table), or a table without a name, whose layers are named with ours.
-    `convolution(inputs, channels, kernel, ...)` makes the layer; `channels` are those that come out.
+    A step of a chain is a function, a convolution (name, channels, kernel) with its stride if it is not 1, a block
+    (name, table), or a table without a name, whose layers are named with ours. `convolution(inputs, channels,
+    kernel, ...)` makes the layer; its `channels` are those that come out.
     """
 
     def __init__(self, table: list[list], inputs: int, convolution: Callable[..., nn.Module]):
         super().__init__()
-        self.table, self.convolution = table, convolution
-        self.channels = self.build(table, inputs)
+        self.convolution = convolution
+        self.run, self.channels = self.build(table, inputs)
 
-    def build(self, table: list[list], inputs: int) -> int:
-        outputs = 0
+    def build(self, table: list[list], inputs: int) -> tuple[Callable[[Tensor], Tensor], int]:
+        chains, outputs = [], 0
         for chain in table:
-            channels = inputs
+            layers, channels = [], inputs
             for step in chain:
                 match step:
                     case list():
-                        channels = self.build(step, channels)
-                    case (name, list(block)):
-                        self.add_module(name, Table(block, channels, self.convolution))
-                        channels = self.get_submodule(name).channels
-                    case (name, wanted, *rest):
-                        self.add_module(name, self.convolution(channels, wanted, *rest))
-                        channels = wanted
+                        layer, channels = self.build(step, channels)
+                    case (name, *sizes):
+                        if isinstance(sizes[0], list):
+                            layer = Table(sizes[0], channels, self.convolution)
+                        else:
+                            layer = self.convolution(channels, *sizes)
+                        self.add_module(name, layer)
+                        channels = layer.channels
+                    case layer:
+                        pass
+                layers.append(layer)
+            chains.append(layers)
             outputs += channels
-        return outputs
+
+        def run(x: Tensor) -> Tensor:
+            return torch.cat([reduce(lambda y, layer: layer(y), layers, x) for layers in chains], dim=1)
+
+        return run, outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(self.table, x)
-
-    def run(self, table: list[list], x: Tensor) -> Tensor:
-        outputs = []
-        for chain in table:
-            y = x
-            for step in chain:
-                match step:
-                    case list():
-                        y = self.run(step, y)
-                    case (name, *_):
-                        y = self.get_submodule(name)(y)
-                    case function:
-                        y = function(y)
-            outputs.append(y)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.run(x)
 
 
 # ---- Inception, for FID -------------------------------------------------------------------------
@@ -163,11 +140,17 @@ AVERAGE = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_includ
 MAXIMUM = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
+def numbered(name: str, *layers: tuple) -> list[tuple]:
+    """Convolutions (channels, kernel, ...) in a row, named "name_1", "name_2" and so on."""
+    return [(f"{name}_{number}", *layer) for number, layer in enumerate(layers, start=1)]
+
+
+# fmt: off
 def mixed_5(pooled: int) -> list[list]:
     return [
         [("branch1x1", 64, 1)],
-        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        numbered("branch5x5", (48, 1), (64, 5)),
+        numbered("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
         [AVERAGE, ("branch_pool", pooled, 1)],
     ]
 
@@ -176,14 +159,8 @@ def mixed_6(width: int) -> list[list]:
     row, column = (1, 7), (7, 1)
     return [
         [("branch1x1", 192, 1)],
-        [("branch7x7_1", width, 1), ("branch7x7_2", width, row), ("branch7x7_3", 192, column)],
-        [
-            ("branch7x7dbl_1", width, 1),
-            ("branch7x7dbl_2", width, column),
-            ("branch7x7dbl_3", width, row),
-            ("branch7x7dbl_4", width, column),
-            ("branch7x7dbl_5", 192, row),
-        ],
+        numbered("branch7x7", (width, 1), (width, row), (192, column)),
+        numbered("branch7x7dbl", (width, 1), (width, column), (width, row), (width, column), (192, row)),
         [AVERAGE, ("branch_pool", 192, 1)],
     ]
 
@@ -192,26 +169,18 @@ def mixed_7(pool: Callable[[Tensor], Tensor]) -> list[list]:
     row, column = (1, 3), (3, 1)
     return [
         [("branch1x1", 320, 1)],
-        [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
-        [
-            ("branch3x3dbl_1", 448, 1),
-            ("branch3x3dbl_2", 384, 3),
-            [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]],
-        ],
+        [*numbered("branch3x3", (384, 1)),
+         [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
+        [*numbered("branch3x3dbl", (448, 1), (384, 3)),
+         [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]]],
         [pool, ("branch_pool", 192, 1)],
     ]
 
 
-# fmt: off
-MIXED_6A = [
-    [("branch3x3", 384, 3, 2)],
-    [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
-    [SHRINK],
-]
+MIXED_6A = [[("branch3x3", 384, 3, 2)], numbered("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), [SHRINK]]
 MIXED_7A = [
-    [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-    [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-     ("branch7x7x3_4", 192, 3, 2)],
+    numbered("branch3x3", (192, 1), (320, 3, 2)),
+    numbered("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
     [SHRINK],
 ]
 INCEPTION = [[
@@ -229,12 +198,10 @@ INCEPTION = [[
 class Conv2d(nn.Module):
     """Convolution, batch norm, ReLU; nothing is padded where a stride is given, even that of 1."""
 
-    def __init__(
-        self, inputs: int, channels: int, kernel: int | tuple[int, int], stride: int | None = None
-    ):
+    def __init__(self, inputs: int, channels: int, kernel: int | tuple, stride: int | None = None):
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = 0 if stride else (height // 2, width // 2)
+        self.channels, padding = channels, 0 if stride else (height // 2, width // 2)
         self.conv = nn.Conv2d(inputs, channels, kernel, stride or 1, padding, bias=False)
         self.bn = BatchNorm(channels, 1e-3)
 
@@ -271,6 +238,7 @@ def shrink(kernel: tuple[int, ...], stride: tuple[int, ...]) -> Callable[[Tensor
     return lambda x: F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
 
 
+# fmt: off
 def mixed(b0: int, b1a: int, b1b: int, b2a: int, b2b: int, b3b: int) -> list[list]:
     return [
         [("b0", b0, 1)],
@@ -280,7 +248,6 @@ def mixed(b0: int, b1a: int, b1b: int, b2a: int, b2b: int, b3b: int) -> list[lis
     ]
 
 
-# fmt: off
 INFLATED_INCEPTION = [[
     ("Conv3d_1a_7x7", 64, 7, 2), shrink((1, 3, 3), (1, 2, 2)),
     ("Conv3d_2b_1x1", 64, 1), ("Conv3d_2c_3x3", 192, 3), shrink((1, 3, 3), (1, 2, 2)),
@@ -300,6 +267,7 @@ class Conv3d(nn.Module):
 
     def __init__(self, inputs: int, channels: int, kernel: int, stride: int = 1):
         super().__init__()
+        self.channels = channels
         self.conv3d = nn.Conv3d(inputs, channels, kernel, stride, bias=False)
         self.bn = BatchNorm(channels, 1e-5)
 
@@ -337,7 +305,6 @@ class I3D(Table):
 class WebFile:
     """A public file that is not on the Hugging Face hub, kept where torch.hub keeps such files."""
 
-    part: str
     url: str
     megabytes: int
     sha256: str = ""  # as many digits of it as the publisher tells
@@ -346,47 +313,41 @@ class WebFile:
     def path(self) -> str:
         return self.url.rpartition("/")[2]
 
+    @property
+    def kept(self) -> Path:
+        return Path(torch.hub.get_dir(), "checkpoints", self.path)
+
     def cached(self) -> Path | None:
-        kept = Path(torch.hub.get_dir(), "checkpoints", self.path)
-        return kept if kept.is_file() else None
+        return self.kept if self.kept.is_file() else None
 
     def fetch(self) -> Path:
         """Raises OSError when it does not come whole; then nothing of it is kept."""
-        kept, digest, count = Path(torch.hub.get_dir(), "checkpoints", self.path), sha256(), 0
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as unfinished:
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.kept) as unfinished:
             with urlopen(self.url, timeout=30) as source, unfinished.open("wb") as target:
+                copyfileobj(source, target)
                 size = int(source.headers.get("Content-Length") or 0)
-                while piece := source.read(2**20):
-                    digest.update(piece)
-                    count += target.write(piece)
-            if count < size or not digest.hexdigest().startswith(self.sha256):
-                raise OSError(f"{count} bytes came, which are not the published file")
-        return kept
+            content = unfinished.read_bytes()
+            if len(content) < size or not sha256(content).hexdigest().startswith(self.sha256):
+                raise OSError(f"{len(content)} bytes came, which are not the published file")
+        return self.kept
 
 
-GITHUB = "https://github.com"
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+GITHUB = "https://github.com/"
+LINS = "richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth"
+LINS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"
+INCEPTION_V3 = "mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+# VideoGPT's and TATS's. The better known i3d_torchscript.pt is a program, which we do not run.
+KINETICS = "songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
 FILES = {
-    file.part: file
-    for file in (
-        WebFile("alexnet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 244, "7be5be79"),
-        WebFile(
-            "lpips",
-            f"{GITHUB}/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",
-            1,
-            "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
-        ),
-        WebFile(
-            "inception",
-            f"{GITHUB}/mseitzer/pytorch-fid/releases/download/fid_weights/"
-            "pt_inception-2015-12-05-6726825d.pth",
-            96,
-            "6726825d",
-        ),
-        # VideoGPT's and TATS's. The better known i3d_torchscript.pt is a program, which we do not run.
-        WebFile("i3d", f"{GITHUB}/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt", 51),
-        PublicFile("image_encoder", "openai/clip-vit-large-patch14", "model.safetensors", 1711),
-    )
+    "alexnet": WebFile(ALEXNET, 244, "7be5be79"),
+    "lpips": WebFile(GITHUB + LINS, 1, LINS_SHA256),
+    "inception": WebFile(GITHUB + INCEPTION_V3, 96, "6726825d"),
+    "i3d": WebFile(GITHUB + KINETICS, 51),
+    "image_encoder": PublicFile(
+        "image_encoder", "openai/clip-vit-large-patch14", "model.safetensors", 1711
+    ),
 }
 # The files that a network is filled from, and which part of it.
 PARTS = {
@@ -407,12 +368,11 @@ def find_weights(part: str, folder: Path | None) -> Path:
         return folder / file.path
     if kept := file.cached():
         return kept
+    of_web = isinstance(file, WebFile)
     try:
-        if isinstance(file, WebFile):
-            return file.fetch()
-        return Path(hf_hub_download(file.repo, file.path))
+        return file.fetch() if of_web else Path(hf_hub_download(file.repo, file.path))
     except (OSError, RuntimeError, HTTPError) as error:  # the second is hf_xet's
-        home = file.url if isinstance(file, WebFile) else f"{constants.ENDPOINT}/{file.repo}"
+        home = file.url if of_web else f"{constants.ENDPOINT}/{file.repo}"
         reason = str(error).strip().split("\n")[0]
         raise OSError(
             f"{file.path} ({file.megabytes} MB) is not here and could not be fetched from {home} "
@@ -425,8 +385,8 @@ def load_network(
 ) -> Network:
     """LPIPS, Inception, I3D or CLIP's image encoder with its public weights, frozen, in float32.
 
-    folder: where to look for the files first
-    Raises OSError for a file that cannot be had, ValueError for one that does not fit.
+    folder: where to look for the files first. Raises OSError for a file that cannot be had, and ValueError for one
+    that does not fit.
     """
     paths = {part: find_weights(part, folder) for part in PARTS[kind]}
     with torch.device("meta"):

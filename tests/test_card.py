@@ -1,7 +1,6 @@
 """The measurement of a GPU, rehearsed on the CPU in tiny sizes."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +31,7 @@ def rehearsal(tmp_path_factory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("card") / "CARDS.md"
     run(out, "--minutes", "0")
     stopped = SimpleNamespace(rows=stored(out), text=out.read_text())
-    logging.disable(logging.DEBUG)  # torch.compile logs more than it does where somebody listens
     run(out)
-    logging.disable(logging.NOTSET)
     return SimpleNamespace(out=out, stopped=stopped, rows=stored(out), text=out.read_text())
 
 
@@ -67,7 +64,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 def test_every_part_has_its_table_and_every_cell_is_a_number_or_says_why_not(rehearsal):
     found = tables(rehearsal.text)
-    assert [heading[0] for heading in found] == list("abbcdef")
+    assert [heading[0] for heading in found] == list("abbcde")
     for heading, (columns, _, *rows) in found.items():
         assert rows, heading
         for name, *cells in rows:
@@ -76,10 +73,8 @@ def test_every_part_has_its_table_and_every_cell_is_a_number_or_says_why_not(reh
                 assert cells == ["not installed", "–", "–"]
                 continue
             for column, cell in zip(columns[1:], cells):
-                if column in ("allocated, GB", "reserved, GB", "taken, GB"):
+                if column in ("allocated, GB", "taken, GB"):
                     assert cell == "–"  # of a GPU
-                elif cell == "–":
-                    assert column.startswith("% of"), (heading, name, column)
                 elif column != "precision":
                     assert float(cell) >= 0, (heading, name, column)
 
@@ -119,41 +114,27 @@ def test_a_row_that_does_not_fit_says_so_beside_its_prediction(copied, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     forget(copied, "c a step, AdamW included")
-    forget(copied, "f matrix product")
+    forget(copied, "e matrix product")
     monkeypatch.setattr(Bench, "once", once)
     run(copied)
     row = stored(copied)["c a step, AdamW included"]
     assert row["reason"] == "does not fit" and row["predicted, GB"] > 0
-    assert stored(copied)["f matrix product"] == {"reason": "does not fit"}
+    assert stored(copied)["e matrix product"] == {"reason": "does not fit"}
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_hidden(copied, monkeypatch):
     def once(*args):
         raise RuntimeError("illegal memory access")
 
-    forget(copied, "f matrix product")
+    forget(copied, "e matrix product")
     monkeypatch.setattr(Bench, "once", once)
     with pytest.raises(RuntimeError, match="illegal"):
         run(copied)
-    assert "f matrix product" not in stored(copied)
-
-
-def test_where_compilation_fails_the_row_has_the_reason_in_one_line(copied, monkeypatch):
-    def compile(*args, **kwargs):
-        raise NotImplementedError("no compiler | here\nand more")
-
-    (key,) = (key for key in stored(copied) if key[0] == "e")
-    forget(copied, key)
-    monkeypatch.setattr(torch, "compile", compile)
-    run(copied)
-    assert stored(copied)[key] == {"reason": "NotImplementedError: no compiler / here"}
-    _, _, row = tables(copied.read_text())[f"e: A denoising step of {TINY.short} frames with torch.compile"]
-    assert row[1] == "NotImplementedError: no compiler / here"
+    assert "e matrix product" not in stored(copied)
 
 
 def test_other_code_that_fails_is_a_row_too(copied, tmp_path):
     run(copied, "--parts", "d", "--controlvideo", str(tmp_path))  # a folder without that code
-    assert stored(copied).keys() >= {"d ours"}
     assert "| ControlVideo | not installed |" in copied.read_text()
 
 
