@@ -1,12 +1,11 @@
-"""What each part of the method is worth, on puppets: `python demo/ablate.py`, a few hours on a laptop.
+"""What each part of the method is worth, on puppets: `python demo/ablate.py --parts main`, hours on a laptop.
 
-Trains on puppets that the demo model has never seen and has them dance another dance, with the parts of
-the method added one by one, and beside three ways that need no diffusion. Then the method's settings, one
-at a time. Poses come from the renderer, so that the method is measured and not the pose finder.
+Trains on puppets that the demo model has never seen and has them dance another dance, with the parts of the method
+added one by one, and beside three ways that need no diffusion. Other parts change the method's settings, one at a
+time. Poses come from the renderer, so that the method is measured and not the pose finder.
 
-Every run of every puppet, a cell, is kept in `runs/ablate/`: an interrupted command goes on where it
-stopped. `demo/RESULTS.md` and the pictures beside it are made of the cells that exist, and of nothing else
-(`--only-report`: without computing any).
+Every trial of every puppet is kept in `runs/ablate/`: an interrupted command goes on where it stopped.
+`demo/RESULTS.md` and the pictures beside it are made of what is there (`--only-report`: without computing more).
 """
 
 import argparse
@@ -31,9 +30,8 @@ from video import contact_sheet, replacing, save_image
 
 # ---- What is compared ---------------------------------------------------------------------------
 
-Rows = dict[
-    str, dict
-]  # by name: what differs from the paper's full method, fields of a `Trial` or a `Method`
+# By name: the fields of a `Trial`, or of its `Method`, that differ from the paper's full method.
+Rows = dict[str, dict]
 
 
 def crossing(outer: Rows, inner: Rows) -> Rows:
@@ -82,7 +80,7 @@ WORDS = {
     "guidance 3": {"guidance": 3, "guidance_until": read_settings(locate("demo"))["guidance_until"]},
     "guidance 3, to the end": {"guidance": 3},
 }
-PARTS: dict[str, Rows] = {
+PARTS: dict[str, Rows] = {  # rows are compared with the first one whose name begins with the same words
     "main": MAIN,
     "harder": crossing(HARDER, {row: MAIN[row] for row in (FULL, MOVED, HELD)}),
     **{f"replay-{n}": crossing({f"{n} steps": {"ddim_steps": n}}, KEY_FRAMES) for n in (10, 20, 50)},
@@ -91,12 +89,8 @@ PARTS: dict[str, Rows] = {
         {name: changes for name, changes in KEY_FRAMES.items() if name.endswith(("as it is", "both"))},
     ),
     "attributes": crossing({part: {"repainted": part} for part in REPAINTED}, WORDS),
-    "alpha": {
-        f"before step {n} of 50": {"ddim_steps": 50, "edit_step": n} for n in (1, 5, 10, 20, 30, 40, 50)
-    },
-    "frames": {
-        f"{n} of 72 frames": {"training_frames": n, "clip_frames": 72} for n in (8, 2, 4, 16, 32, 64)
-    },
+    "alpha": {f"step {n} of 50": {"ddim_steps": 50, "edit_step": n} for n in (1, 5, 10, 20, 30, 40, 50)},
+    "frames": {f"{n} of 72": {"training_frames": n, "clip_frames": 72} for n in (8, 2, 4, 16, 32, 64)},
     "rate": {"the model's own": {}} | {f"{rate:g}": {"learning_rate": rate} for rate in (3e-4, 3e-3, 1e-2)},
     "interpolation": {
         "bilinear": {},
@@ -105,10 +99,7 @@ PARTS: dict[str, Rows] = {
     },
     "steps": {f"{n} steps": {"ddim_steps": n} for n in (10, 20, 50)},
 }
-SHEETS = {
-    "main": list(MAIN),
-    "attributes": [f"{part}: guidance 3" for part in REPAINTED],
-}  # rows to be seen
+TRIAL_OPTIONS = ("target_frames", "target_every", "ddim_steps", "training_steps")
 
 
 def changed(full: Trial, changes: dict) -> Trial:
@@ -142,6 +133,7 @@ A seed changes training, noise and both dances. Means are over puppets, seeds av
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; more have the last one's, which is on the safe side.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+Table = dict[str, np.ndarray]  # by row: all FIGURES of all puppets, (puppets, figures)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -152,8 +144,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def gather(work: Path, done: Sequence[dict[str, Trial]]) -> dict[str, np.ndarray]:
-    """Each row's FIGURES, (puppets, figures), seeds averaged."""
+def gather(work: Path, done: Sequence[dict[str, Trial]]) -> Table:
+    """The figures of trials, of which there is an entry per puppet and seed; seeds are averaged."""
     values = {}
     for row in done[0]:
         puppets = np.array([trials[row].identity for trials in done])
@@ -162,9 +154,7 @@ def gather(work: Path, done: Sequence[dict[str, Trial]]) -> dict[str, np.ndarray
     return values
 
 
-def differences(
-    values: dict[str, np.ndarray], pairs: Iterable[tuple[str, str]] = ()
-) -> dict[str, np.ndarray]:
+def differences(values: Table, pairs: Iterable[tuple[str, str]] = ()) -> Table:
     """Puppet by puppet: by default from the first row whose name begins with the same words up to a colon."""
     first = {}
     for row in values:
@@ -173,7 +163,7 @@ def differences(
     return {f"{a} − {b}": values[a] - values[b] for a, b in pairs}
 
 
-def markdown_table(values: dict[str, np.ndarray], signed: bool = False) -> str:
+def markdown_table(values: Table, signed: bool = False) -> str:
     """Means with 95 % intervals; differences are signed, and bold where the interval excludes 0."""
     measured = np.isfinite(next(iter(values.values()))).all(axis=0)
     titles, forms, _ = zip(*(figure for figure, kept in zip(FIGURES.values(), measured) if kept))
@@ -181,60 +171,50 @@ def markdown_table(values: dict[str, np.ndarray], signed: bool = False) -> str:
     for row, found in values.items():
         cells = []
         for form, (mean, half) in zip(forms, map(interval, found.T[measured])):
-            text = f"{mean:{'+' if signed else ''}{form}}" + (
-                f" ± {half:{form}}" if np.isfinite(half) else ""
-            )
+            text = f"{mean:{'+' if signed else ''}{form}}"
+            text += f" ± {half:{form}}" if np.isfinite(half) else ""
             cells.append(f"**{text}**" if signed and abs(mean) > half else text)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Trial]], rows: Sequence[str]) -> None:
-    """Truth and rows of some puppets, about 20 in all."""
+def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Trial]]) -> None:
+    """The first two puppets: truth and all rows."""
     clips = {}
-    for trials in done[: 20 // len(rows)]:
-        who = trials[rows[0]].identity
-        clips[f"{who}: truth"] = set_scene(trials[rows[0]]).truth
-        clips |= {f"{who}: {row}": np.load(cell_path(work, trials[row]))["frames"] for row in rows}
+    for trials in done[:2]:
+        for row, trial in trials.items():
+            clips.setdefault(f"{trial.identity}: truth", set_scene(trial).truth)
+            clips[f"{trial.identity}: {row}"] = np.load(cell_path(work, trial))["frames"]
     save_image(path, contact_sheet(clips, cell_height=128))
 
 
 def report(args: argparse.Namespace) -> None:
     """Writes RESULTS.md and its pictures from the puppets that have all cells of a part."""
-    options = ("identities", "seeds", *TRIAL_OPTIONS)
-    given = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options if getattr(args, name)]
     text = []
     for part, subjects in plan(args).items():
-        done = [
-            trials for trials in subjects if all(cell_path(args.work, t).exists() for t in trials.values())
-        ]
+        done = [each for each in subjects if all(cell_path(args.work, t).exists() for t in each.values())]
         if not done:
             continue
-        values, clips = gather(args.work, done), f"{len(done)} of {len(subjects)} clips in each row."
+        values = gather(args.work, done)
         gains = differences(values, MAIN_PAIRS if part == "main" else ())
-        text += [f"## {part}", clips, markdown_table(values)]
-        text += [
-            "Differences, puppet by puppet; bold where the interval excludes 0:",
-            markdown_table(gains, True),
-        ]
-        if part in SHEETS:
-            args.out.mkdir(parents=True, exist_ok=True)
-            draw_sheet(args.out / f"results_{part}.png", args.work, done, SHEETS[part])
-            text += [f"![Truth and rows of some puppets](results_{part}.png)"]
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw_sheet(args.out / f"sheet_{part}.png", args.work, done)
+        text += [f"## {part}", f"{len(done)} of {len(subjects)} clips in each row.", markdown_table(values)]
+        text += ["Differences, puppet by puppet; bold where the interval excludes 0:"]
+        text += [markdown_table(gains, signed=True), f"![Truth and all rows](sheet_{part}.png)"]
     if not text:
         print(f"{args.work}: no puppet has all cells of a part yet, so there is nothing to report")
         return
-    meanings = [f"- {title}: {meaning}." for title, _, meaning in FIGURES.values()]
-    command = f"    python demo/ablate.py {' '.join(given)} --parts {' '.join(args.parts)}"
-    args.out.mkdir(parents=True, exist_ok=True)
+    given = {name: getattr(args, name) for name in ("identities", "seeds", *TRIAL_OPTIONS)}
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
+    command = f"    python demo/ablate.py {' '.join(options)} --parts {' '.join(args.parts)}"
+    meanings = "\n".join(f"- {title}: {meaning}." for title, _, meaning in FIGURES.values())
     with replacing(args.out / "RESULTS.md") as unfinished:
-        unfinished.write_text("\n\n".join([ABOUT, command, "\n".join(meanings), *text]) + "\n")
+        unfinished.write_text("\n\n".join([ABOUT, command, meanings, *text]) + "\n")
     print(f"Look at {args.out / 'RESULTS.md'}; the pictures are beside it.")
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
-TRIAL_OPTIONS = ("target_frames", "target_every", "ddim_steps", "training_steps")
 
 
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
@@ -242,26 +222,20 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--identities", type=int, default=8, help="puppets 0, 1, ... (default: 8)")
     parser.add_argument("--seeds", type=int, default=1, help="of each (default: 1)")
     parser.add_argument("--target-frames", type=int, default=24, help="default: 24")
-    parser.add_argument(
-        "--target-every", type=int, default=1, help="every so many of the dance (default: 1)"
-    )
+    parser.add_argument("--target-every", type=int, default=1, help="of the dance's frames (default: 1)")
     parser.add_argument("--ddim-steps", type=int, default=20, help="default: 20")
     parser.add_argument("--training-steps", type=int, help="default: the paper's, 100 for 8 frames")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--only-report", action="store_true", help="compute nothing; report what there is")
     parser.add_argument("--work", type=Path, default=Path("runs/ablate"), help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="of the report (default: demo)"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: demo")
     return parser.parse_args(command)
 
 
 def main(args: argparse.Namespace) -> None:
-    if not (
-        1 <= args.identities <= 500 and args.seeds > 0 and args.target_every > 0 and args.target_frames > 1
-    ):
+    if min(args.seeds, args.target_every, args.target_frames - 1) < 1 or not 1 <= args.identities <= 500:
         raise ValueError(
-            "give 1 to 500 --identities, 1 or more --seeds and --target-every, 2 or more --target-frames"
+            "1 to 500 --identities, 1 or more --seeds and --target-every, 2 or more --target-frames"
         )
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     wanted = [trial for subjects in plan(args).values() for trials in subjects for trial in trials.values()]

@@ -58,11 +58,10 @@ def edit_by_nearest(scene: posecrafter.Scene) -> posecrafter.Edits:
     """The paper's editor, reading the nearest pixel: no noise is averaged with its neighbours."""
     edits = posecrafter.edit_once(scene)
 
-    def nearest(latent: Tensor, points: np.ndarray) -> Tensor:
-        return sample_bilinear(latent, points.round())
-
     def before_step(latents: Tensor, step: int) -> None:
-        with mock.patch("posecrafter.sample_bilinear", nearest):
+        with mock.patch(
+            "posecrafter.sample_bilinear", lambda z, points: sample_bilinear(z, points.round())
+        ):
             edits.before_step(latents, step)
 
     return replace(edits, before_step=before_step)
@@ -143,6 +142,9 @@ def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, f
 
 # ---- Cells on disk ------------------------------------------------------------------------------
 
+# The fields of trials that are sampled from the same trained tensors where these agree.
+TRAINED_BY = ("identity", "seed", "training_frames", "clip_frames", "training_steps", "learning_rate")
+
 
 @cache
 def weights_digest() -> str:
@@ -157,11 +159,6 @@ def kept(folder: Path, *settings) -> Path:
 
 def cell_path(work: Path, trial: Trial) -> Path:
     return kept(work / "cells", asdict(trial)).with_suffix(".npz")
-
-
-def trained_path(work: Path, trial: Trial) -> Path:
-    trained_by = trial.training_frames, trial.clip_frames, trial.training_steps, trial.learning_rate
-    return kept(work / "trained", trial.identity, trial.seed, trained_by).with_suffix(".safetensors")
 
 
 def save_cell(work: Path, trial: Trial, figures: dict[str, float], frames: np.ndarray) -> None:
@@ -183,9 +180,11 @@ def compute(trials: Iterable[Trial], work: Path) -> None:
     base, tuned = load_demo(), load_demo()
     openpose = load_openpose("demo", posecrafter.network_inputs(base)["device"])
     for trial in tqdm(trials, unit="clip"):
-        with redirect_stderr(io.StringIO()):  # where the bars within a cell go
-            scene, path, model = set_scene(trial), trained_path(work, trial), base
+        with redirect_stderr(io.StringIO()):  # where the bars within a trial go
+            scene, model = set_scene(trial), base
             if trial.training_steps != 0:
+                trained_by = [getattr(trial, name) for name in TRAINED_BY]
+                path = kept(work / "trained", trained_by).with_suffix(".safetensors")
                 fine_tune(trial, scene, path)
                 load_trained(tuned, path)
                 model = tuned

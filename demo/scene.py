@@ -12,15 +12,7 @@ from checkpoint import Model, load_model
 from demo import puppet as puppets
 from demo.drive import unlike
 from device import compute_device
-from posecrafter import (
-    PAPER,
-    Method,
-    embed_hints,
-    encode_frames,
-    encode_prompt,
-    network_inputs,
-    training_steps,
-)
+from posecrafter import PAPER, Method, embed_hints, encode_frames, encode_prompt, training_steps
 from poses.pose import Pose
 from poses.retarget import retarget
 from poses.source import uniform_frames
@@ -117,7 +109,7 @@ def fine_tune(trial: Trial, scene: Scene, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     model, state = load_demo(), path.with_suffix(".pt")
     latents = encode_frames(model, scene.frames).clone()
-    hints = embed_hints(model, scene.poses, *scene.frames.shape[1:3]).to(**network_inputs(model), copy=True)
+    hints = embed_hints(model, scene.poses, *scene.frames.shape[1:3]).to(latents.device, copy=True)
     context = encode_prompt(model, PROMPT).clone()
     steps = trial.training_steps or training_steps(trial.training_frames)
     rate = trial.learning_rate or model.learning_rate

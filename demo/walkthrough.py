@@ -42,9 +42,8 @@ BEFORE, AFTER = "before fine-tuning", "after fine-tuning"
 def from_the_knees_up(scene: Scene) -> Scene:
     """A scene in frames whose height is three quarters of their width, so that face and hands are larger."""
     height = scene.frames.shape[1] * 3 // 4
-    poses, targets = (
-        [place_pose(p, 1, 4 / 3, 0, 0) for p in each] for each in (scene.poses, scene.targets)
-    )
+    poses = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in scene.poses]
+    targets = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in scene.targets]
     frames, truth = scene.frames[:, :height], scene.truth[:, :height]
     return replace(scene, frames=frames, truth=truth, poses=poses, targets=targets)
 
@@ -57,19 +56,11 @@ class Walk:
     scene: Scene
     reference: int  # which training frame
     trajectory: list[Tensor]  # of the reference, from image to noise, (1, C, h, w) each
+    latents: list[
+        Tensor
+    ]  # (M + 1, C, h, w), before each sampling step, after editing; and after the last step
     poses: list[Pose]  # of the M + 1 frames, the reference's first
-    noise: Tensor  # (M + 1, C, h, w), before latent editing
-    edited: Tensor  # the same, after
-    latents: list[Tensor]  # before each sampling step, and after the last
-
-    @property
-    def timesteps(self) -> list[int]:
-        return ddim_timesteps(len(self.latents) - 1)
-
-    @property
-    def asking(self) -> int:
-        """The frame that the pictures of attention ask from."""
-        return len(self.poses) // 2
+    timesteps: list[int]  # of the sampling steps
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         return list(decode_latents(self.models[AFTER], latents))
@@ -78,27 +69,16 @@ class Walk:
         return draw_pose(pose, *self.scene.frames.shape[1:3])
 
 
-@torch.inference_mode()
 def walk(models: dict[str, Model], scene: Scene, steps: int) -> Walk:
-    """What `posecrafter.generate` does, with nothing thrown away."""
-    model, size = models[AFTER], scene.frames.shape[1:3]
-    context = encode_prompt(model, PROMPT)
-    k = posecrafter.select_reference(scene.poses, scene.targets)
-    image = posecrafter.encode_frames(model, scene.frames[k : k + 1])
-    trajectory = posecrafter.invert(
-        model, image, embed_hints(model, [scene.poses[k]], *size), context, steps
-    )
-    poses = posecrafter.insert_reference(scene.poses[k], scene.targets)
-    noise = trajectory[-1].repeat(len(poses), 1, 1, 1)
-    edited = noise.clone()
-    posecrafter.edit_latents(edited[1:], noise[0], poses[1:], poses[0])
-    hints, latents = embed_hints(model, poses, *size), []
-
-    def keep(before: Tensor, step: int) -> None:
-        latents.append(before.clone())
-
-    latents.append(posecrafter.sample(model, edited, hints, context, steps, before_step=keep))
-    return Walk(models, scene, k, trajectory, poses, noise, edited, latents)
+    """Makes a clip with `generate` and keeps what the UNet reads: inversion's latents, then sampling's."""
+    k, read = posecrafter.select_reference(scene.poses, scene.targets), []
+    hook = models[AFTER].unet.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    made = generate(models[AFTER], scene, scene.targets, PAPER, k, steps, PROMPT)
+    hook.remove()
+    trajectory = [*read[:steps], read[steps][:1]]  # sampling starts from the end of inversion
+    latents = [*read[steps:], torch.cat([made.reconstruction, made.latents])]
+    poses = [scene.poses[k], *scene.targets]
+    return Walk(models, scene, k, trajectory, latents, poses, ddim_timesteps(steps))
 
 
 @torch.inference_mode()
@@ -197,7 +177,7 @@ def token_at(point: np.ndarray, shape: tuple[int, int]) -> int:
 
 def key_frame_attention(way: Walk) -> Image.Image:
     """How much three locations of a target frame look at each location of frame 0."""
-    result, frame, shape = way.decode(way.latents[-1]), way.asking, way.noise.shape[-2:]
+    result, frame, shape = way.decode(way.latents[-1]), len(way.poses) // 2, way.latents[0].shape[-2:]
     tokens = {when: attention_tokens(way, 0, when) for when in way.models}
     rows = []
     for name, point in ASKED.items():
@@ -213,13 +193,14 @@ def key_frame_attention(way: Walk) -> Image.Image:
 
 def temporal_attention(way: Walk) -> Image.Image:
     """How much one location of a target frame looks at the same location of all frames."""
-    frame, width, place = way.asking, 104, ASKED["the nose"](way.poses[way.asking])
+    frame, width = len(way.poses) // 2, 104
+    place = ASKED["the nose"](way.poses[frame])
     pictures = [crossed(shrunk(one, width), place) for one in way.decode(way.latents[-1])]
     pictures[frame] = framed(pictures[frame])
     numbered = [captioned(f"frame {i}", picture) for i, picture in enumerate(pictures)]
     rows = [(f"one location in all frames; frame {frame} asks", numbered)]
     for when, model in way.models.items():
-        track = attention_tokens(way, 1, when)[:, token_at(place, way.noise.shape[-2:])]
+        track = attention_tokens(way, 1, when)[:, token_at(place, way.latents[0].shape[-2:])]
         weights = attention_weights(decoder_block(model, 1).attn_temp, track[frame], track).mean(axis=0)
         rows.append((f"weights {when}", [number(w, w, width, 72) for w in weights]))
     return sheet(rows)
@@ -227,7 +208,7 @@ def temporal_attention(way: Walk) -> Image.Image:
 
 def editing(way: Walk) -> Image.Image:
     """The noise with the parts' hulls: where they are, and in the reference where their maps lead."""
-    rows, shape = [], way.noise.shape[-2:]
+    rows, noise, shape = [], way.trajectory[-1][0], way.latents[0].shape[-2:]
     for frame in (1, len(way.poses) - 1):
         here, there = {}, {}
         for part in face_and_hands(way.poses[frame], way.poses[0], *shape):
@@ -236,9 +217,9 @@ def editing(way: Walk) -> Image.Image:
             here[part.name] = hull
             there[part.name] = hull @ part.to_other[:, :2].T + part.to_other[:, 2]
         cells = {
-            "the reference's noise": outlined(way.noise[0], there, 320),
-            f"frame {frame}, before": outlined(way.noise[frame], here, 320),
-            f"frame {frame}, after": outlined(way.edited[frame], here, 320),
+            "the reference's noise": outlined(noise, there, 320),
+            f"frame {frame}, before": outlined(noise, here, 320),
+            f"frame {frame}, after": outlined(way.latents[0][frame], here, 320),
         }
         rows.append(("", [captioned(*cell) for cell in cells.items()]))
     return sheet(rows)
