@@ -111,9 +111,9 @@ def changed(full: Trial, changes: dict) -> Trial:
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[dict[str, Trial]]]:
-    """For each part a list with one entry per puppet and seed: its trials, by the names of the rows."""
+    """For each part a list with one entry per puppet: its trials, by the names of the rows."""
     options = {name: getattr(args, name) for name in TRIAL_OPTIONS}
-    fulls = [Trial(i, seed, **options) for seed in range(args.seeds) for i in range(args.identities)]
+    fulls = [Trial(identity, **options) for identity in range(args.identities)]
     haired = [full for full in fulls if random_puppet(full.identity).hair_shape != "bald"]
     planned = {}
     for part in args.parts:
@@ -128,8 +128,7 @@ ABOUT = """# What each part of the method is worth, on puppets
 
 `demo/ablate.py` wrote this; [docs/RESULTS.md](../docs/RESULTS.md) explains the rows. The demo model has not seen
 these puppets. Frames have 128x128 pixels. The renderer gives the poses, of another dance than the training clip's.
-A seed changes training, noise and both dances. Means are over puppets, seeds averaged first, with 95 % intervals
-(Student's t over puppets). ↑: higher is better, ↓: lower is better."""
+Means are over puppets, with 95 % intervals (Student's t). ↑: higher is better, ↓: lower is better."""
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; more have the last one's, which is on the safe side.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
@@ -142,16 +141,6 @@ def interval(values: np.ndarray) -> tuple[float, float]:
         return float(values[0]), float("nan")
     t = T[min(len(values) - 1, len(T)) - 1]
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def gather(work: Path, done: Sequence[dict[str, Trial]]) -> Table:
-    """The figures of trials, of which there is an entry per puppet and seed; seeds are averaged."""
-    values = {}
-    for row in done[0]:
-        puppets = np.array([trials[row].identity for trials in done])
-        found = np.stack([load_figures(work, trials[row]) for trials in done])
-        values[row] = np.stack([found[puppets == one].mean(axis=0) for one in np.unique(puppets)])
-    return values
 
 
 def differences(values: Table, pairs: Iterable[tuple[str, str]] = ()) -> Table:
@@ -195,17 +184,17 @@ def report(args: argparse.Namespace) -> None:
         done = [each for each in subjects if all(cell_path(args.work, t).exists() for t in each.values())]
         if not done:
             continue
-        values = gather(args.work, done)
+        values = {row: np.stack([load_figures(args.work, each[row]) for each in done]) for row in done[0]}
         gains = differences(values, MAIN_PAIRS if part == "main" else ())
         args.out.mkdir(parents=True, exist_ok=True)
         draw_sheet(args.out / f"sheet_{part}.png", args.work, done)
-        text += [f"## {part}", f"{len(done)} of {len(subjects)} clips in each row.", markdown_table(values)]
+        text += [f"## {part}", f"{len(done)} of {len(subjects)} puppets.", markdown_table(values)]
         text += ["Differences, puppet by puppet; bold where the interval excludes 0:"]
         text += [markdown_table(gains, signed=True), f"![Truth and all rows](sheet_{part}.png)"]
     if not text:
         print(f"{args.work}: no puppet has all cells of a part yet, so there is nothing to report")
         return
-    given = {name: getattr(args, name) for name in ("identities", "seeds", *TRIAL_OPTIONS)}
+    given = {name: getattr(args, name) for name in ("identities", *TRIAL_OPTIONS)}
     options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
     command = f"    python demo/ablate.py {' '.join(options)} --parts {' '.join(args.parts)}"
     meanings = "\n".join(f"- {title}: {meaning}." for title, _, meaning in FIGURES.values())
@@ -220,7 +209,6 @@ def report(args: argparse.Namespace) -> None:
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--identities", type=int, default=8, help="puppets 0, 1, ... (default: 8)")
-    parser.add_argument("--seeds", type=int, default=1, help="of each (default: 1)")
     parser.add_argument("--target-frames", type=int, default=24, help="default: 24")
     parser.add_argument("--target-every", type=int, default=1, help="of the dance's frames (default: 1)")
     parser.add_argument("--ddim-steps", type=int, default=20, help="default: 20")
@@ -233,10 +221,8 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if min(args.seeds, args.target_every, args.target_frames - 1) < 1 or not 1 <= args.identities <= 500:
-        raise ValueError(
-            "1 to 500 --identities, 1 or more --seeds and --target-every, 2 or more --target-frames"
-        )
+    if min(args.identities, args.target_every, args.target_frames - 1) < 1:
+        raise ValueError("give 1 or more --identities and --target-every, and 2 or more --target-frames")
     ddim_timesteps(args.ddim_steps)  # refuses a number that makes no schedule
     wanted = [trial for subjects in plan(args).values() for trials in subjects for trial in trials.values()]
     missing = [trial for trial in dict.fromkeys(wanted) if not cell_path(args.work, trial).exists()]

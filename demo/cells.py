@@ -58,12 +58,10 @@ def edit_by_nearest(scene: posecrafter.Scene) -> posecrafter.Edits:
     """The paper's editor, reading the nearest pixel: no noise is averaged with its neighbours."""
     edits = posecrafter.edit_once(scene)
 
-    def before_step(latents: Tensor, step: int) -> None:
-        with mock.patch(
-            "posecrafter.sample_bilinear", lambda z, points: sample_bilinear(z, points.round())
-        ):
-            edits.before_step(latents, step)
+    def nearest(latent: Tensor, points: np.ndarray) -> Tensor:
+        return sample_bilinear(latent, points.round())
 
+    before_step = mock.patch("posecrafter.sample_bilinear", nearest)(edits.before_step)
     return replace(edits, before_step=before_step)
 
 
@@ -74,7 +72,7 @@ def make_clip(model: Model, trial: Trial, scene: Scene) -> np.ndarray:
         return trial.way(model, scene, k)
     model = replace(model, guidance_until=trial.guidance_until)
     prompt, guidance = (scene.prompt, trial.guidance) if trial.guidance else (PROMPT, 1.0)
-    arguments = trial.way, k, trial.ddim_steps, PROMPT, prompt, guidance, trial.seed
+    arguments = trial.way, k, trial.ddim_steps, PROMPT, prompt, guidance
     made = posecrafter.generate(model, scene, scene.targets, *arguments)
     return np.stack(list(decode_latents(model, made.latents)))
 
@@ -91,11 +89,7 @@ FIGURES = {  # each figure's title, how it is printed, and what it is
     "psnr_background": ("background ↑", ".2f", "PSNR of all but the true person's pixels"),
     "pck": ("PCK ↑", ".3f", "PCK@0.1 of the body joints that OpenPose finds, in every 4th frame"),
     "temporal": ("temporal ↓", ".4f", "mean absolute error of the change between frames, from 0 to 1"),
-    "video_sim": (
-        "Video-SIM ↓",
-        ".4f",
-        "how far target poses lie from training poses: the paper's Eq. (2)",
-    ),
+    "video_sim": ("Video-SIM ↓", ".4f", "distance of target to training poses: the paper's Eq. (2)"),
     "colour": ("colour ↓", ".0f", "distance of the part's mean colour to the one told, in RGB 0 to 255"),
     "psnr_elsewhere": ("elsewhere ↑", ".2f", "PSNR of all other pixels"),
 }
@@ -143,7 +137,7 @@ def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, f
 # ---- Cells on disk ------------------------------------------------------------------------------
 
 # The fields of trials that are sampled from the same trained tensors where these agree.
-TRAINED_BY = ("identity", "seed", "training_frames", "clip_frames", "training_steps", "learning_rate")
+TRAINED_BY = ("identity", "training_frames", "clip_frames", "training_steps", "learning_rate")
 
 
 @cache

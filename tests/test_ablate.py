@@ -124,25 +124,10 @@ def test_the_report_leaves_out_what_has_no_cells(tmp_path):
     invent(parts["steps"][0].values(), args.work)
     ablate.main(args)
     text = (args.out / "RESULTS.md").read_text()
-    assert "## main\n\n1 of 2 clips" in text
+    assert "## main\n\n1 of 2 puppets" in text
     assert "## steps" in text and "| 20 steps − 10 steps | " in text
     assert "## rate" not in text and "colour ↓ |" not in text
     assert {path.name for path in args.out.iterdir()} == {"RESULTS.md", "sheet_main.png", "sheet_steps.png"}
-
-
-def test_seeds_are_averaged_before_puppets(tmp_path):
-    args = few(tmp_path, "--identities", "2", "--seeds", "2", "--parts", "steps")
-    subjects = ablate.plan(args)["steps"]
-    for number, trials in enumerate(subjects):
-        invent([trials["10 steps"]] * (number + 1), args.work)  # the last one's figures are number / 8
-        invent([trials["20 steps"], trials["50 steps"]], args.work)
-    assert [(t["10 steps"].identity, t["10 steps"].seed) for t in subjects] == [
-        (0, 0),
-        (1, 0),
-        (0, 1),
-        (1, 1),
-    ]
-    assert ablate.gather(args.work, subjects)["10 steps"][:, 0].tolist() == [1 / 8, 2 / 8]
 
 
 def test_what_has_been_computed_is_not_computed_again(tmp_path, monkeypatch):
