@@ -22,7 +22,7 @@ from beyond.pseudo import METHODS
 from checkpoint import locate, read_settings
 from command import keep_freed_memory
 from demo import cells
-from demo.cells import FIGURES, cell_path, load_figures
+from demo.cells import FIGURES, cell_path, load_figures, shown
 from demo.puppet import random_puppet
 from demo.scene import REPAINTED, Trial, set_scene
 from posecrafter import ddim_timesteps
@@ -172,7 +172,7 @@ def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Trial]]) -> None
     clips = {}
     for trials in done[:2]:
         for row, trial in trials.items():
-            clips.setdefault(f"{trial.identity}: truth", set_scene(trial).truth)
+            clips[f"{trial.identity}: {trial.dance}, truth"] = shown(set_scene(trial).truth)
             clips[f"{trial.identity}: {row}"] = np.load(cell_path(work, trial))["frames"]
     save_image(path, contact_sheet(clips, cell_height=128))
 

@@ -155,12 +155,16 @@ def cell_path(work: Path, trial: Trial) -> Path:
     return kept(work / "cells", asdict(trial)).with_suffix(".npz")
 
 
+def shown(frames: np.ndarray) -> np.ndarray:
+    """Up to 8 frames, evenly spaced, for the report's sheets."""
+    return frames[:: -(-len(frames) // 8)]
+
+
 def save_cell(work: Path, trial: Trial, figures: dict[str, float], frames: np.ndarray) -> None:
-    """Keeps the figures, and 8 frames at most for the report's sheets."""
     path = cell_path(work, trial)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.savez_compressed(file, frames=frames[:: -(-len(frames) // 8)], **figures)
+        np.savez_compressed(file, frames=shown(frames), **figures)
 
 
 def load_figures(work: Path, trial: Trial) -> np.ndarray:
