@@ -158,12 +158,12 @@ def markdown_table(values: Table, signed: bool = False) -> str:
     titles, forms, _ = zip(*(figure for figure, kept in zip(FIGURES.values(), measured) if kept))
     lines = [f"|  | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
     for row, found in values.items():
-        cells = []
+        entries = []
         for form, (mean, half) in zip(forms, map(interval, found.T[measured])):
             text = f"{mean:{'+' if signed else ''}{form}}"
             text += f" ± {half:{form}}" if np.isfinite(half) else ""
-            cells.append(f"**{text}**" if signed and abs(mean) > half else text)
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+            entries.append(f"**{text}**" if signed and abs(mean) > half else text)
+        lines.append(f"| {row} | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 
