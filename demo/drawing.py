@@ -12,40 +12,30 @@ from metrics.pictures import PAPER as BACKGROUND
 GAP, CELL = 8, 192  # pixels
 HEAT = (250, 204, 21)
 PARTS = {"face": (250, 204, 21), "left_hand": (96, 165, 250), "right_hand": (248, 113, 113)}
-Cells = Sequence[tuple[str, Image.Image]]  # captions and pictures
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
-
-
-def sheet(rows: Sequence[tuple[str, Cells]]) -> Image.Image:
-    """Rows of pictures: a title above each row that has one, a caption above each picture."""
-    lines = [  # heights of title, captions and pictures
-        (
-            30 if title else 0,
-            22 if any(caption for caption, _ in cells) else 0,
-            max(picture.height for _, picture in cells),
-        )
-        for title, cells in rows
-    ]
-    width = GAP + max(sum(picture.width + GAP for _, picture in cells) for _, cells in rows)
-    page = Image.new("RGB", (width, GAP + sum(sum(line) + GAP for line in lines)), BACKGROUND)
-    pen, y = ImageDraw.Draw(page), GAP
-    for (title, cells), (for_title, for_caption, height) in zip(rows, lines):
-        pen.text((GAP, y + for_title // 2), title, INK, font(19), anchor="lm")
-        x, y = GAP, y + for_title
-        for caption, picture in cells:
-            middle = x + picture.width // 2, y + for_caption // 2
-            pen.text(middle, caption, INK, font(16), anchor="mm")
-            page.paste(picture, (x, y + for_caption))
+def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Rows of pictures, with a title above each row that has one."""
+    width = GAP + max(sum(picture.width + GAP for picture in row) for _, row in rows)
+    heights = [(30 if title else 0) + max(picture.height for picture in row) + GAP for title, row in rows]
+    page = Image.new("RGB", (width, GAP + sum(heights)), BACKGROUND)
+    y = GAP
+    for (title, row), height in zip(rows, heights):
+        ImageDraw.Draw(page).text((GAP, y + 15), title, INK, ImageFont.load_default(19), anchor="lm")
+        x = GAP
+        for picture in row:
+            page.paste(picture, (x, y + (30 if title else 0)))
             x += picture.width + GAP
-        y += for_caption + height + GAP
+        y += height
     return page
 
 
-def in_rows(cells: Cells, columns: int) -> list[tuple[str, Cells]]:
-    return [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
+def captioned(caption: str, picture: Image.Image) -> Image.Image:
+    taller = Image.new("RGB", (picture.width, picture.height + 22), BACKGROUND)
+    taller.paste(picture, (0, 22))
+    middle = picture.width // 2, 11
+    ImageDraw.Draw(taller).text(middle, caption, INK, ImageFont.load_default(16), anchor="mm")
+    return taller
 
 
 def shrunk(frame: np.ndarray, width: int = CELL) -> Image.Image:
@@ -60,10 +50,6 @@ def false_colours(latent: Tensor, width: int = CELL) -> Image.Image:
     picture = Image.fromarray(colours.permute(1, 2, 0).cpu().numpy())
     size = width, round(width * picture.height / picture.width)
     return picture.resize(size, Image.Resampling.NEAREST)
-
-
-def blank(width: int, height: int) -> Image.Image:
-    return Image.new("RGB", (width, height), BACKGROUND)
 
 
 def framed(picture: Image.Image) -> Image.Image:
@@ -87,11 +73,10 @@ def crossed(picture: Image.Image, point: np.ndarray) -> Image.Image:
 def number(value: float, share: float, width: int, height: int) -> Image.Image:
     """A number on a bar that fills a share of the picture, from 0 to 1."""
     picture = Image.new("RGB", (width, height), FAINT)
-    pen = ImageDraw.Draw(picture)
+    pen, middle = ImageDraw.Draw(picture), (width // 2, height // 2)
     pen.rectangle((0, round(height * (1 - share)), width, height), fill=LINE)
-    text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
-    outline = {"stroke_width": 2, "stroke_fill": BACKGROUND}
-    pen.text((width // 2, height // 2), text, "white", font(17), anchor="mm", **outline)
+    text, font = f"{value:.2f}" if value < 100 else f"{value:.0f}", ImageFont.load_default(17)
+    pen.text(middle, text, "white", font, anchor="mm", stroke_width=2, stroke_fill=BACKGROUND)
     return picture
 
 

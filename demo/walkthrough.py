@@ -8,134 +8,158 @@ step did into `docs/pictures/`. `docs/METHOD.md` explains the pictures. The trai
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import Model, load_model
+import posecrafter
+from checkpoint import Model
 from command import keep_freed_memory
-from demo.drawing import (
-    blank,
-    crossed,
-    false_colours,
-    framed,
-    heated,
-    in_rows,
-    number,
-    outlined,
-    sheet,
-    shrunk,
-)
-from demo.walk import (
-    PROMPT,
-    PUPPET,
-    TRAINING_FRAMES,
-    Scene,
-    Walk,
-    attention_tokens,
-    attention_weights,
-    decoder_block,
-    fine_tune,
-    predicted_images,
-    set_scene,
-    walk,
-)
-from device import compute_device
+from demo.drawing import captioned, crossed, false_colours, framed, heated, number, outlined, sheet, shrunk
+from demo.scene import PROMPT, Scene, Trial, fine_tune, load_demo, set_scene
 from metrics.figures import frame_psnr
-from posecrafter import PAPER, ddim_timesteps, decode_latents, generate, training_steps
+from metrics.pictures import PAPER as BACKGROUND
+from posecrafter import PAPER, ddim_timesteps, decode_latents, embed_hints, encode_prompt, generate
 from poses.parts import convex_hull, face_and_hands, latent_points
-from poses.pose import Pose, draw_pose, is_seen, pose_distance
+from poses.pose import Pose, draw_pose, is_seen, place_pose, pose_distance
 from poses.source import uniform_frames
 from run import load_trained
+from unet import Attention, BasicTransformerBlock
 from video import save_image
 
-# ---- The pictures -------------------------------------------------------------------------------
-
-
+PUPPET = 14
 BEFORE, AFTER = "before fine-tuning", "after fine-tuning"
+
+# ---- One run, with nothing thrown away ----------------------------------------------------------
+
+
+def from_the_knees_up(scene: Scene) -> Scene:
+    """A scene in frames whose height is three quarters of their width, so that face and hands are larger."""
+    height = scene.frames.shape[1] * 3 // 4
+    poses = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in scene.poses]
+    targets = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in scene.targets]
+    frames, truth = scene.frames[:, :height], scene.truth[:, :height]
+    return replace(scene, frames=frames, truth=truth, poses=poses, targets=targets)
 
 
 @dataclass(frozen=True)
-class Story:
-    """What the pictures are drawn from."""
+class Walk:
+    """All that is made on the way from training frames to a new clip."""
 
     models: dict[str, Model]  # BEFORE and AFTER fine-tuning
     scene: Scene
-    way: Walk  # of the tuned model
+    reference: int  # which training frame
+    trajectory: list[Tensor]  # of the reference, from image to noise, (1, C, h, w) each
+    latents: list[
+        Tensor
+    ]  # (M + 1, C, h, w), before each sampling step, after editing; and after the last step
+    poses: list[Pose]  # of the M + 1 frames, the reference's first
+    timesteps: list[int]  # of the sampling steps
 
-    @property
-    def steps(self) -> int:
-        return len(self.way.latents) - 1
-
-    @property
-    def asking(self) -> int:
-        """The frame that the pictures of attention ask from."""
-        return len(self.way.poses) // 2
-
-    @property
-    def result(self) -> list[np.ndarray]:
-        """The M + 1 frames, the reference's first."""
-        return list(decode_latents(self.models[AFTER], self.way.latents[-1]))
+    def decode(self, latents: Tensor) -> list[np.ndarray]:
+        return list(decode_latents(self.models[AFTER], latents))
 
     def control(self, pose: Pose) -> np.ndarray:
         return draw_pose(pose, *self.scene.frames.shape[1:3])
 
 
-def training_frames(story: Story) -> Image.Image:
-    frames = [(f"frame {i}", shrunk(frame)) for i, frame in enumerate(story.scene.frames)]
-    poses = [("", shrunk(story.control(pose))) for pose in story.scene.poses]
+def walk(models: dict[str, Model], scene: Scene, steps: int) -> Walk:
+    """Makes a clip with `generate` and keeps what the UNet reads: inversion's latents, then sampling's."""
+    k, read = posecrafter.select_reference(scene.poses, scene.targets), []
+    hook = models[AFTER].unet.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    made = generate(models[AFTER], scene, scene.targets, PAPER, k, steps, PROMPT)
+    hook.remove()
+    trajectory = [*read[:steps], read[steps][:1]]  # sampling starts from the end of inversion
+    latents = [*read[steps:], torch.cat([made.reconstruction, made.latents])]
+    poses = [scene.poses[k], *scene.targets]
+    return Walk(models, scene, k, trajectory, latents, poses, ddim_timesteps(steps))
+
+
+@torch.inference_mode()
+def noise_seen(way: Walk, step: int, when: str = AFTER) -> Tensor:
+    """The noise that a model predicts in a walk's latents at a sampling step, counted from 1."""
+    model = way.models[when]
+    hints = embed_hints(model, way.poses, *way.scene.frames.shape[1:3])
+    context = encode_prompt(model, PROMPT)
+    return posecrafter.predict_noise(model, way.latents[step - 1], way.timesteps[step - 1], context, hints)
+
+
+def images_expected(way: Walk, step: int) -> Tensor:
+    """The clean latents (M + 1, C, h, w) that a step's noise implies."""
+    a = posecrafter.alpha_cumprod(way.timesteps[step - 1])
+    return (way.latents[step - 1] - math.sqrt(1 - a) * noise_seen(way, step)) / math.sqrt(a)
+
+
+def decoder_block(model: Model, number: int) -> BasicTransformerBlock:
+    """The first (0) or the second (1) transformer block of the decoder's finest level."""
+    return model.unet.up_blocks[-1].attentions[number].transformer_blocks[0]
+
+
+def attention_tokens(way: Walk, number: int, when: str = AFTER) -> Tensor:
+    """What that block's key-frame and temporal attention read at half of the steps: (M + 1, h * w, C)."""
+    parts = []
+    hook = decoder_block(way.models[when], number).attn1.register_forward_pre_hook(
+        lambda _, inputs: parts.append(inputs[0][0].clone())
+    )
+    noise_seen(way, 1 + len(way.timesteps) // 2, when)
+    hook.remove()
+    return torch.cat(parts, dim=1)  # long clips come a few locations at a time
+
+
+@torch.inference_mode()
+def attention_weights(attention: Attention, asking: Tensor, asked: Tensor) -> np.ndarray:
+    """How much each head of a token (C,) looks at each of other tokens (S, C): (heads, S), of sum 1 over S."""
+    q = attention.split_heads(attention.to_q(asking[None, None])).float()  # (1, heads, 1, d)
+    k = attention.split_heads(attention.to_k(asked[None])).float()  # (1, heads, S, d)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return scores.softmax(-1)[0, :, 0].cpu().numpy()
+
+
+# ---- The pictures -------------------------------------------------------------------------------
+
+
+def training_frames(way: Walk) -> Image.Image:
+    frames = [captioned(f"frame {i}", shrunk(frame)) for i, frame in enumerate(way.scene.frames)]
+    poses = [shrunk(way.control(pose)) for pose in way.scene.poses]
     return sheet([("", row[i : i + 4]) for i in range(0, len(frames), 4) for row in (frames, poses)])
 
 
-def selection(story: Story) -> Image.Image:
+def selection(way: Walk) -> Image.Image:
     """Distances of all target poses to all training poses, in thousandths, and their sums."""
-    scene, k, width = story.scene, story.way.reference, 104
-    height = shrunk(scene.frames[0], width).height
+    scene, width = way.scene, 104
     distances = 1000 * np.array([[pose_distance(t, p) for p in scene.poses] for t in scene.targets])
-    frames = [("", shrunk(frame, width)) for frame in scene.frames]
-    empty = ("", blank(width, height))
-
-    def numbers(values: np.ndarray, high: float) -> list[tuple[str, Image.Image]]:
-        return [("", number(value, value / high, width, height)) for value in values]
-
-    rows = [
-        [("", shrunk(story.control(pose), width)), *numbers(row, distances.max())]
-        for pose, row in zip(scene.targets, distances)
-    ]
-    sums = distances.sum(axis=0)
-    rows = [[empty, *frames], *rows, [empty, *numbers(sums, sums.max())]]
-    for row in (rows[0], rows[-1]):
-        row[1 + k] = ("", framed(row[1 + k][1]))
-    titles = ["training frames; the chosen one is framed"]
-    titles += ["target poses, and their distance to each training pose, in thousandths"]
-    titles += [""] * (len(rows) - 3) + ["sums"]
-    return sheet(list(zip(titles, rows)))
+    frames = [shrunk(frame, width) for frame in scene.frames]
+    poses = [shrunk(way.control(pose), width) for pose in scene.targets]
+    empty, sums = Image.new("RGB", frames[0].size, BACKGROUND), distances.sum(axis=0)
+    bars = [[number(d, d / distances.max(), *empty.size) for d in row] for row in distances]
+    totals = [number(value, value / sums.max(), *empty.size) for value in sums]
+    for row in (frames, totals):
+        row[way.reference] = framed(row[way.reference])
+    rows = [("", [pose, *row]) for pose, row in zip(poses, bars)]
+    rows[0] = ("target poses, and their distance to each training pose, in thousandths", rows[0][1])
+    first = ("training frames; the chosen one is framed", [empty, *frames])
+    return sheet([first, *rows, ("sums", [empty, *totals])])
 
 
-def inversion(story: Story) -> Image.Image:
-    trajectory = story.way.trajectory
-    timesteps = [0, *ddim_timesteps(story.steps)[::-1]]
-    chosen = uniform_frames(range(len(trajectory)), min(5, len(trajectory)))
-    picked = torch.cat([trajectory[i] for i in chosen])
-    colours = [
-        (f"t = {timesteps[i]}, std {trajectory[i].std():.2f}", false_colours(trajectory[i][0]))
-        for i in chosen
-    ]
-    decoded = [("", shrunk(frame)) for frame in decode_latents(story.models[AFTER], picked)]
+def inversion(way: Walk) -> Image.Image:
+    steps = uniform_frames(range(len(way.trajectory)), min(5, len(way.trajectory)))
+    picked = [(t, way.trajectory[i]) for i, t in enumerate([0, *way.timesteps[::-1]]) if i in steps]
+    colours = [captioned(f"t = {t}, std {z.std():.2f}", false_colours(z[0])) for t, z in picked]
+    decoded = [shrunk(frame) for frame in way.decode(torch.cat([latent for _, latent in picked]))]
     return sheet([("three channels of the latent", colours), ("decoded", decoded)])
 
 
-def insertion(story: Story) -> Image.Image:
-    poses = [shrunk(story.control(pose)) for pose in story.way.poses]
-    cells = [("frame 0: the reference", framed(poses[0]))]
-    cells += [(f"frame {i}", pose) for i, pose in enumerate(poses[1:], start=1)]
-    return sheet(in_rows(cells, 5))
+def insertion(way: Walk) -> Image.Image:
+    reference, *targets = [shrunk(way.control(pose)) for pose in way.poses]
+    cells = [captioned("frame 0: the reference", framed(reference))]
+    cells += [captioned(f"frame {i}", target) for i, target in enumerate(targets, start=1)]
+    return sheet([("", cells[i : i + 5]) for i in range(0, len(cells), 5)])
 
 
 ASKED = {  # points of a pose that the pictures of attention ask from
@@ -151,47 +175,40 @@ def token_at(point: np.ndarray, shape: tuple[int, int]) -> int:
     return y * shape[1] + x
 
 
-def key_frame_attention(story: Story) -> Image.Image:
+def key_frame_attention(way: Walk) -> Image.Image:
     """How much three locations of a target frame look at each location of frame 0."""
-    way, result, frame = story.way, story.result, story.asking
-    shape = way.noise.shape[-2:]
-    places = {name: point(way.poses[frame]) for name, point in ASKED.items()}
-    rows = {
-        name: [(f"{name} of frame {frame} asks", crossed(shrunk(result[frame], 320), place))]
-        for name, place in places.items()
-    }
-    for when, model in story.models.items():
-        tokens = attention_tokens(model, story.scene, way, 0)
-        attention = decoder_block(model, 0).attn1
-        for name, place in places.items():
-            asking = tokens[frame, token_at(place, shape)]
-            weights = attention_weights(attention, asking, tokens[0]).mean(axis=0)
-            rows[name].append((f"frame 0, {when}", heated(result[0], weights.reshape(shape), 320)))
-    return sheet([("", cells) for cells in rows.values()])
-
-
-def temporal_attention(story: Story) -> Image.Image:
-    """How much one location of a target frame looks at the same location of all frames."""
-    way, frame, width = story.way, story.asking, 104
-    place = ASKED["the nose"](way.poses[frame])
-    token = token_at(place, way.noise.shape[-2:])
-    frames = [crossed(shrunk(one, width), place) for one in story.result]
-    frames[frame] = framed(frames[frame])
-    numbered = [(f"frame {i}", picture) for i, picture in enumerate(frames)]
-    rows = [(f"one location in all frames; frame {frame} asks", numbered)]
-    for when, model in story.models.items():
-        track = attention_tokens(model, story.scene, way, 1)[:, token]
-        attention = decoder_block(model, 1).attn_temp
-        weights = attention_weights(attention, track[frame], track).mean(axis=0)
-        bars = [("", number(w, w, width, 72)) for w in weights]
-        rows.append((f"weights {when}", bars))
+    result, frame, shape = way.decode(way.latents[-1]), len(way.poses) // 2, way.latents[0].shape[-2:]
+    tokens = {when: attention_tokens(way, 0, when) for when in way.models}
+    rows = []
+    for name, point in ASKED.items():
+        place = point(way.poses[frame])
+        row = [captioned(f"{name} of frame {frame} asks", crossed(shrunk(result[frame], 320), place))]
+        for when, model in way.models.items():
+            asking = tokens[when][frame, token_at(place, shape)]
+            weights = attention_weights(decoder_block(model, 0).attn1, asking, tokens[when][0]).mean(axis=0)
+            row.append(captioned(f"frame 0, {when}", heated(result[0], weights.reshape(shape), 320)))
+        rows.append(("", row))
     return sheet(rows)
 
 
-def editing(story: Story) -> Image.Image:
+def temporal_attention(way: Walk) -> Image.Image:
+    """How much one location of a target frame looks at the same location of all frames."""
+    frame, width = len(way.poses) // 2, 104
+    place = ASKED["the nose"](way.poses[frame])
+    pictures = [crossed(shrunk(one, width), place) for one in way.decode(way.latents[-1])]
+    pictures[frame] = framed(pictures[frame])
+    numbered = [captioned(f"frame {i}", picture) for i, picture in enumerate(pictures)]
+    rows = [(f"one location in all frames; frame {frame} asks", numbered)]
+    for when, model in way.models.items():
+        track = attention_tokens(way, 1, when)[:, token_at(place, way.latents[0].shape[-2:])]
+        weights = attention_weights(decoder_block(model, 1).attn_temp, track[frame], track).mean(axis=0)
+        rows.append((f"weights {when}", [number(w, w, width, 72) for w in weights]))
+    return sheet(rows)
+
+
+def editing(way: Walk) -> Image.Image:
     """The noise with the parts' hulls: where they are, and in the reference where their maps lead."""
-    way, rows = story.way, []
-    shape = way.noise.shape[-2:]
+    rows, noise, shape = [], way.trajectory[-1][0], way.latents[0].shape[-2:]
     for frame in (1, len(way.poses) - 1):
         here, there = {}, {}
         for part in face_and_hands(way.poses[frame], way.poses[0], *shape):
@@ -199,70 +216,58 @@ def editing(story: Story) -> Image.Image:
             hull = convex_hull(latent_points(landmarks[is_seen(landmarks)], *shape))
             here[part.name] = hull
             there[part.name] = hull @ part.to_other[:, :2].T + part.to_other[:, 2]
-        cells = [
-            ("the reference's noise", outlined(way.noise[0], there, 320)),
-            (f"frame {frame}, before", outlined(way.noise[frame], here, 320)),
-            (f"frame {frame}, after", outlined(way.edited[frame], here, 320)),
-        ]
-        rows.append(("", cells))
+        cells = {
+            "the reference's noise": outlined(noise, there, 320),
+            f"frame {frame}, before": outlined(noise, here, 320),
+            f"frame {frame}, after": outlined(way.latents[0][frame], here, 320),
+        }
+        rows.append(("", [captioned(*cell) for cell in cells.items()]))
     return sheet(rows)
 
 
-def predictions(story: Story) -> Image.Image:
+def predicted_images(way: Walk) -> Image.Image:
     """The clean images that the latents of some steps and the noise predicted in them imply."""
-    steps, timesteps = story.steps, ddim_timesteps(story.steps)
-    shown = [1, len(story.way.poses) - 1]
+    steps, shown = len(way.timesteps), (1, len(way.poses) - 1)
     rows = {frame: [] for frame in shown}
     for step in sorted({1, math.ceil(0.3 * steps), math.ceil(0.5 * steps), steps}):
-        latents = predicted_images(story.models[AFTER], story.scene, story.way, step)[shown]
-        for frame, image in zip(shown, decode_latents(story.models[AFTER], latents)):
-            rows[frame].append((f"step {step}, t = {timesteps[step - 1]}", shrunk(image)))
+        for frame, image in zip(shown, way.decode(images_expected(way, step)[list(shown)])):
+            rows[frame].append(captioned(f"step {step}, t = {way.timesteps[step - 1]}", shrunk(image)))
     for frame, cells in rows.items():
-        cells.append(("truth", shrunk(story.scene.truth[frame - 1])))
+        cells.append(captioned("truth", shrunk(way.scene.truth[frame - 1])))
     return sheet([(f"frame {frame}", cells) for frame, cells in rows.items()])
 
 
 LEFT_OUT = {
-    "the paper's method": PAPER,
-    "without latent editing": replace(PAPER, parts=None),
-    "without insertion": replace(PAPER, insert=False),
-    "without inversion, from random noise": replace(PAPER, start="noise"),
+    "the paper's method": (AFTER, PAPER),
+    "without latent editing": (AFTER, replace(PAPER, parts=None)),
+    "without insertion": (AFTER, replace(PAPER, insert=False)),
+    "without inversion, from random noise": (AFTER, replace(PAPER, start="noise")),
+    "without fine-tuning": (BEFORE, PAPER),
 }
 
 
-def left_out(story: Story) -> Image.Image:
-    scene = story.scene
-    ways = [(name, story.models[AFTER], method) for name, method in LEFT_OUT.items()]
-    ways.append(("without fine-tuning", story.models[BEFORE], PAPER))
+def left_out(way: Walk) -> Image.Image:
+    scene, steps = way.scene, len(way.timesteps)
     chosen = uniform_frames(range(len(scene.truth)), min(4, len(scene.truth)))
-    rows = [("truth", [("", shrunk(scene.truth[i])) for i in chosen])]
-    for name, model, method in ways:
-        made = generate(model, scene, scene.targets, method, steps=story.steps, source=PROMPT)
-        frames = np.stack(list(decode_latents(model, made.latents)))
-        score = frame_psnr(frames, scene.truth).mean()
-        cells = [("", shrunk(frames[i])) for i in chosen]
-        rows.append((f"{name}: {score:.1f} dB", cells))
+    rows = [("truth", [shrunk(scene.truth[i]) for i in chosen])]
+    for name, (when, method) in LEFT_OUT.items():
+        made = generate(way.models[when], scene, scene.targets, method, steps=steps, source=PROMPT)
+        frames = np.stack(way.decode(made.latents))
+        title = f"{name}: {frame_psnr(frames, scene.truth).mean():.1f} dB"
+        rows.append((title, [shrunk(frames[i]) for i in chosen]))
     return sheet(rows)
 
 
-PICTURES: dict[str, Callable[[Story], Image.Image]] = {
-    "1_training_frames.png": training_frames,
-    "2_selection.png": selection,
-    "3_inversion.png": inversion,
-    "4_insertion.png": insertion,
-    "5_key_frame_attention.png": key_frame_attention,
-    "6_temporal_attention.png": temporal_attention,
-    "7_editing.png": editing,
-    "8_predicted_images.png": predictions,
-    "9_left_out.png": left_out,
-}
+DRAWN = (training_frames, selection, inversion, insertion, key_frame_attention, temporal_attention, editing)
+DRAWN += (predicted_images, left_out)
+PICTURES = {f"{i}_{draw.__name__}.png": draw for i, draw in enumerate(DRAWN, start=1)}
 
 
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=192, help="of frames (default: 192)")
     parser.add_argument("--target-frames", type=int, default=8, help="default: 8")
-    parser.add_argument("--training-steps", type=int, default=training_steps(TRAINING_FRAMES))
+    parser.add_argument("--training-steps", type=int, default=100, help="default: 100, as in the paper")
     parser.add_argument("--ddim-steps", type=int, default=10, help="default: 10")
     parser.add_argument("--work", type=Path, default=Path("runs/walkthrough"))
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
@@ -271,21 +276,18 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     keep_freed_memory()
-    device, dtype = compute_device(training=True)
-    scene = set_scene(args.width, args.target_frames)
+    # Target poses are half a second apart.
+    sizes = {"size": args.width, "target_frames": args.target_frames, "training_steps": args.training_steps}
+    trial = Trial(PUPPET, target_every=6, **sizes)
+    scene = from_the_knees_up(set_scene(trial))
     trained = args.work / f"{PUPPET}-{args.width}-{args.training_steps}.safetensors"
-
-    def load() -> Model:
-        return load_model("demo", None, None, device, dtype)
-
-    if not trained.exists():
-        fine_tune(load(), scene, args.training_steps, trained)
-    models = {BEFORE: load(), AFTER: load()}
+    fine_tune(trial, scene, trained)
+    models = {BEFORE: load_demo(), AFTER: load_demo()}
     load_trained(models[AFTER], trained)
-    story = Story(models, scene, walk(models[AFTER], scene, args.ddim_steps))
+    way = walk(models, scene, args.ddim_steps)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
-        save_image(args.out / name, draw(story).quantize(256))  # a third of the bytes
+        save_image(args.out / name, draw(way).quantize(256))  # a third of the bytes
         print(args.out / name)
 
 

@@ -10,6 +10,7 @@ from test_parts import standing
 
 from demo import ablate, cells
 from demo.puppet import clip
+from demo.scene import set_scene
 from poses.parts import latent_points
 from poses.pose import Pose, is_seen
 
@@ -18,17 +19,16 @@ SIDE = 32  # of the demo model's latents
 
 def few(tmp_path, *options: str):
     """Arguments for one puppet and two short frames."""
-    sizes = "--identities 1 --seeds 1 --sweep-identities 1 --target-frames 2 --ddim-steps 1"
+    sizes = "--identities 1 --target-frames 2 --ddim-steps 1 --training-steps 1"
     folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    command = [*sizes.split(), "--training-steps", "1", *folders, *options]
-    return ablate.parse_arguments(command)[1]
+    return ablate.parse_arguments([*sizes.split(), *folders, *options])
 
 
-def invent(every, work) -> None:
-    """In place of `compute`: figures that differ from cell to cell, and grey frames."""
-    for number, cell in enumerate(every):
-        figures = {name: number / 8 for name in cells.FIGURES | cells.VIDEO_SIM}
-        cells.save_cell(work, cell, figures, np.full((2, 128, 128, 3), 128, np.uint8))
+def invent(trials, work) -> None:
+    """In place of `compute`: figures that differ from trial to trial, and grey frames."""
+    for number, trial in enumerate(trials):
+        figures = {name: number / 8 for name in list(cells.FIGURES)[:-2]}
+        cells.save_cell(work, trial, figures, np.full((2, 128, 128, 3), 128, np.uint8))
 
 
 # ---- The warp
@@ -63,17 +63,20 @@ def test_a_limb_moves_with_its_bone_and_uncovers_what_was_behind_it():
 
 def test_each_row_of_the_method_adds_one_thing(tmp_path):
     (rows,) = ablate.plan(few(tmp_path))["main"]
-    assert list(rows) == list(ablate.ROWS)
-    added = []
-    method = [asdict(rows[name]) for name in list(ablate.ROWS)[4:]]
-    for before, after in pairwise(method):
-        added.append([name for name in after if before[name] != after[name]])
-    assert added == [["source"], ["insert"], ["edit", "edit_step"], ["edit"], ["hold"]]
+    method = [asdict(trial)["way"] for trial in list(rows.values())[4:]]
+    added = [[name for name in after if before[name] != after[name]] for before, after in pairwise(method)]
+    body = ["name", "parts", "edit_step"]
+    assert added == [["start"], ["insert"], ["parts"], body, ["name", "editor"]]
+
+
+def test_trials_that_differ_are_kept_apart(tmp_path):
+    trials = {trial for several in ablate.plan(few(tmp_path)).values() for trial in several[0].values()}
+    assert len({cells.cell_path(tmp_path, trial) for trial in trials}) == len(trials) > 60
 
 
 def test_boxes_hold_their_keypoints_and_little_else():
     _, poses, _ = clip(3, 6, 3)
-    masks = cells.boxes(poses, ["left_hand"])
+    masks = cells.boxes(poses, ["left_hand"], 128)
     for mask, pose in zip(masks, poses):
         hand = pose.left_hand[is_seen(pose.left_hand), :2] * 128
         x, y = hand.astype(int).T
@@ -92,15 +95,22 @@ def test_the_interval_is_students():
 
 def test_differences_are_taken_puppet_by_puppet():
     """Puppets 10 dB apart, and a gain of 1 dB in all of them: no doubt about the gain."""
-    rows = dict.fromkeys(ablate.ROWS, np.array([10.0, 20.0, 30.0]))
-    rows[ablate.FULL] = rows[ablate.FULL] + 1
-    values = {name: dict.fromkeys(ablate.FIGURES, row) for name, row in rows.items()}
-    differences = ablate.pairs(values)
-    assert ablate.interval(differences["full − + insertion"]["psnr"]) == (1, 0)
-    assert ablate.interval(differences["+ insertion − + selection and inversion"]["psnr"]) == (0, 0)
-    table = ablate.markdown_table(differences, "", ablate.FIGURES, signed=True)
-    assert "| full − copy | **+1.00 ± 0.00** |" in table
+    same = np.repeat([[10.0], [20.0], [30.0]], len(ablate.FIGURES), axis=1)
+    values = {row: same + (row == ablate.FULL) for row in ablate.MAIN}
+    differences = ablate.differences(values, ablate.MAIN_PAIRS)
+    assert ablate.interval(differences["+ latent editing − + insertion"][:, 0]) == (1, 0)
+    assert ablate.interval(differences["+ insertion − + selection and inversion"][:, 0]) == (0, 0)
+    table = ablate.markdown_table(differences, signed=True)
+    assert "| + latent editing − copy | **+1.00 ± 0.00** |" in table
     assert "| + insertion − + selection and inversion | +0.00 ± 0.00 |" in table
+
+
+def test_rows_are_compared_with_the_first_of_their_kind():
+    names = ["paper: as it is", "paper: both", "held: as it is", "held: both"]
+    assert list(ablate.differences(dict.fromkeys(names, np.zeros((1, 1))))) == [
+        "paper: both − paper: as it is",
+        "held: both − held: as it is",
+    ]
 
 
 def test_the_report_leaves_out_what_has_no_cells(tmp_path):
@@ -114,20 +124,20 @@ def test_the_report_leaves_out_what_has_no_cells(tmp_path):
     invent(parts["steps"][0].values(), args.work)
     ablate.main(args)
     text = (args.out / "RESULTS.md").read_text()
-    assert "puppets 0;" in text and "puppets 0, 1" not in text
-    assert "## DDIM steps" in text and "--parts main steps" in text
-    assert "Learning rate" not in text and "results_alpha" not in text
-    assert {path.name for path in args.out.iterdir()} == {"RESULTS.md", "results_sheet.png"}
+    assert "## main\n\n1 of 2 puppets" in text
+    assert "## steps" in text and "| 20 steps − 10 steps | " in text
+    assert "## rate" not in text and "colour ↓ |" not in text
+    assert {path.name for path in args.out.iterdir()} == {"RESULTS.md", "sheet_main.png", "sheet_steps.png"}
 
 
 def test_what_has_been_computed_is_not_computed_again(tmp_path, monkeypatch):
     computed = []
 
-    def compute(every, work, processes) -> None:
-        computed.extend(every)
-        invent(every, work)
+    def compute(trials, work) -> None:
+        computed.extend(trials)
+        invent(trials, work)
 
-    monkeypatch.setattr(ablate, "compute", compute)
+    monkeypatch.setattr(cells, "compute", compute)
     for part in ("interpolation", "main", "interpolation"):
         ablate.main(few(tmp_path, "--parts", part))
     assert len(computed) == len(set(computed)) == 11  # 10 rows and the nearest pixel's
@@ -138,34 +148,29 @@ def test_a_puppet_goes_through_all_rows(tmp_path):
     args = few(tmp_path, "--parts", "main")
     ablate.main(args)
     (rows,) = ablate.plan(args)["main"]
-    found = {name: cells.load_figures(args.work, cell) for name, cell in rows.items()}
-    assert found[ablate.WARP]["psnr_person"] > found[ablate.COPY]["psnr_person"] + 1
-    assert np.isfinite([list(figures.values()) for figures in found.values()]).all()
+    found = {name: cells.load_figures(args.work, trial)[:-2] for name, trial in rows.items()}
+    assert found[ablate.WARP][1] > found[ablate.COPY][1] + 1  # PSNR of the person
+    assert np.isfinite(list(found.values())).all()
     assert len(list((args.work / "trained").glob("*.safetensors"))) == 1
     assert "| + latent editing | " in (args.out / "RESULTS.md").read_text()
 
 
 def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
-    ways = {way: ablate.WORDS[way] for way in (ablate.NOT_TOLD, ablate.GUIDED)}
-    monkeypatch.setattr(ablate, "WORDS", ways)
+    told = {
+        name: trial for name, trial in ablate.PARTS["attributes"].items() if name.endswith(("told", "3"))
+    }
+    monkeypatch.setitem(ablate.PARTS, "attributes", told)
     args = few(tmp_path, "--parts", "harder", "attributes")
     ablate.main(args)
     harder, attributes = (ablate.plan(args)[part][0] for part in ("harder", "attributes"))
-    kinds = {(cell.dance, cell.driver) for cell in harder.values()}
+    kinds = {(trial.dance, trial.driver) for trial in harder.values()}
     facing = {("facing", "literal"), ("facing", "retargeted")}
     assert kinds == {("turning", "own"), ("crossed", "own")} | facing
-    for cell in attributes.values():
-        figures = cells.load_figures(args.work, cell)
-        assert 0 < figures["colour"] < 442 and figures["psnr_elsewhere"] > 5
-    assert cells.repaint(attributes["hair, guidance 3"])[1] == "red hair"
+    for trial in attributes.values():
+        colour, elsewhere = cells.load_figures(args.work, trial)[-2:]
+        assert 0 < colour < 442 and elsewhere > 5
+    assert set_scene(attributes["hair: guidance 3"]).prompt == "a person, red hair"
     text = (args.out / "RESULTS.md").read_text()
-    assert (args.out / "results_words.png").exists()
-    assert "| turning: held to the pseudo video − full | " in text and "| hair, guidance 3 | " in text
-
-
-def test_several_processes_compute_the_same_cells(tmp_path):
-    args = few(tmp_path, "--parts", "interpolation", "--sweep-identities", "2")
-    args.processes = 2
-    ablate.main(args)
-    for points in ablate.plan(args)["interpolation"]:
-        assert all(cells.cell_path(args.work, cell).exists() for cell in points.values())
+    assert (args.out / "sheet_attributes.png").exists()
+    assert "| turning: held to the pseudo video − turning: + latent editing | " in text
+    assert "| hair: guidance 3 | " in text

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from checkpoint import load_model
-from demo import walk, walkthrough
-from posecrafter import alpha_cumprod, generate
+from demo import walkthrough
+from demo.scene import PROMPT, Scene, Trial, set_scene
+from posecrafter import alpha_cumprod, edit_latents, embed_hints, encode_frames, encode_prompt, invert
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "METHOD.md").read_text()
@@ -76,35 +77,40 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def scene() -> walk.Scene:
-    return walk.set_scene(64, 2)
+def scene() -> Scene:
+    return walkthrough.from_the_knees_up(set_scene(Trial(14, size=64, target_frames=2, target_every=6)))
 
 
 @pytest.fixture(scope="module")
-def way(model, scene) -> walk.Walk:
-    return walk.walk(model, scene, 2)
+def way(model, scene) -> walkthrough.Walk:
+    return walkthrough.walk({walkthrough.AFTER: model}, scene, 2)
 
 
-def test_walking_step_by_step_gives_what_generate_gives(model, scene, way):
-    made = generate(model, scene, scene.targets, steps=2, source=walk.PROMPT)
-    assert torch.allclose(way.latents[-1][1:], made.latents, atol=1e-4)
+def test_the_latents_kept_are_those_of_the_method(model, scene, way):
+    hint = embed_hints(model, way.poses[:1], *scene.frames.shape[1:3])
+    image = encode_frames(model, scene.frames[way.reference][None])
+    trajectory = invert(model, image, hint, encode_prompt(model, PROMPT), 2)
+    assert all(torch.equal(a, b) for a, b in zip(way.trajectory, trajectory, strict=True))
+    edited = trajectory[-1].repeat(3, 1, 1, 1)
+    edit_latents(edited[1:], edited[0].clone(), way.poses[1:], way.poses[0])
+    assert torch.equal(way.latents[0], edited)
 
 
-def test_the_last_step_takes_the_image_that_it_predicts(model, scene, way):
+def test_the_last_step_takes_the_image_that_it_predicts(way):
     """Its noise level is not quite 0, so what is left of the noise is small."""
-    predicted = walk.predicted_images(model, scene, way, 2)
+    predicted = walkthrough.images_expected(way, 2)
     a, left = alpha_cumprod(0), way.latents[-1]
-    noise = walk.noise_seen(model, scene, way, 2)
+    noise = walkthrough.noise_seen(way, 2)
     assert torch.allclose(a**0.5 * predicted + (1 - a) ** 0.5 * noise, left, atol=1e-4)
 
 
 @torch.inference_mode()
-def test_the_weights_drawn_are_those_that_the_layer_uses(model, scene, way):
-    attention = walk.decoder_block(model, 0).attn1
-    tokens = walk.attention_tokens(model, scene, way, 0)
-    assert tokens.shape[:2] == (3, way.noise[0, 0].numel())
+def test_the_weights_drawn_are_those_that_the_layer_uses(model, way):
+    attention = walkthrough.decoder_block(model, 0).attn1
+    tokens = walkthrough.attention_tokens(way, 0)
+    assert tokens.shape[:2] == (3, way.latents[0][0, 0].numel())
     keys_values = attention.keys_values(tokens[:1])
-    weights = walk.attention_weights(attention, tokens[2, 5], tokens[0])
+    weights = walkthrough.attention_weights(attention, tokens[2, 5], tokens[0])
     looked_up = torch.from_numpy(weights)[:, None] @ keys_values[1][0]  # (heads, 1, d)
     expected = attention(tokens[2:3, 5:6], keys_values)[0, 0]
     assert torch.allclose(attention.to_out[0](looked_up.flatten()), expected, atol=1e-4)

@@ -1,0 +1,118 @@
+"""A puppet to train on, a dance for it to follow, and the demo model fine-tuned on it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save_file
+
+from beyond.retarget import retarget
+from checkpoint import Model, load_model
+from demo import puppet as puppets
+from demo.drive import unlike
+from demo.motion import motion
+from device import compute_device
+from posecrafter import PAPER, Method, embed_hints, encode_frames, encode_prompt, training_steps
+from poses.pose import Pose
+from poses.source import uniform_frames
+from train import train
+from video import replacing
+
+PROMPT = "a person"
+REPAINTED = ("hair", "shirt", "lower")  # the fields of a puppet that a prompt can give another colour
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One clip of one puppet, and everything that it depends on."""
+
+    identity: int  # below 10,000: new to the demo model
+    size: int = 128  # of the square frames, in pixels
+    training_frames: int = 8
+    clip_frames: int = 36  # the training frames are taken from so many, uniformly
+    training_steps: int | None = None  # None: as many as in the paper; 0: the base model as it is
+    learning_rate: float | None = None  # None: the demo model's own
+    target_frames: int = 24
+    target_every: int = 1  # of the dance's frames, every so many are asked for
+    dance: str = "facing"  # the dance to follow, one of `motion.DANCES`; the training clip's is "facing"
+    driver: str = "own"  # whose poses are followed: "own", or another puppet's, "literal" or "retargeted"
+    # How to sample, or a function of model, scene and the reference's number that makes the frames without.
+    way: Method | Callable[[Model, "Scene", int], np.ndarray] = PAPER
+    ddim_steps: int = 20
+    repainted: str = ""  # what should have another colour, one of REPAINTED
+    guidance: float = 0  # of a prompt that says so; 0: it does not
+    guidance_until: int = 0  # timestep
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The training frames and the dance to follow. Frames are uint8 (F, H, W, 3)."""
+
+    frames: np.ndarray
+    poses: Sequence[Pose]
+    targets: Sequence[Pose]  # the poses to follow
+    truth: np.ndarray
+    true_poses: Sequence[Pose]  # the targets, unless another puppet leads
+    person: np.ndarray  # the true person's pixels, booleans (F, H, W)
+    prompt: str  # names the colour of what is repainted
+    repainted: np.ndarray  # the truth in that colour
+
+
+rendered = lru_cache(maxsize=4)(puppets.clip)  # the trials of a puppet follow one another
+
+
+def set_scene(trial: Trial) -> Scene:
+    identity, size = trial.identity, trial.size
+    chosen = uniform_frames(range(trial.clip_frames), trial.training_frames)
+    frames, poses, _ = rendered(identity, 2 * identity, trial.clip_frames, size)
+    poses = [poses[index] for index in chosen]
+
+    asked = slice(None, None, trial.target_every)
+    followed = 2 * identity + 1, trial.target_every * (trial.target_frames - 1) + 1
+    truth, true_poses, person = (part[asked] for part in rendered(identity, *followed, size, trial.dance))
+    targets, states = true_poses, motion(*followed)[asked]
+    if trial.driver != "own":
+        driver = puppets.random_puppet(unlike(identity))
+        targets = [puppets.pose_of(driver, state) for state in states]
+    if trial.driver == "retargeted":
+        targets = retarget(targets, poses, 1.0)
+
+    prompt, repainted = PROMPT, truth
+    if trial.repainted:
+        puppet, words = repaint(identity, trial.repainted)
+        prompt = f"{PROMPT}, {words}"
+        repainted = np.stack([puppets.render(puppet, state, size)[0] for state in states])
+    return Scene(frames[chosen], poses, targets, truth, true_poses, person, prompt, repainted)
+
+
+def repaint(identity: int, part: str) -> tuple[puppets.Puppet, str]:
+    """A puppet with another colour of a part, one of REPAINTED, and the caption's words for it."""
+    puppet = puppets.random_puppet(identity)
+    colours = puppets.HAIR_COLOURS if part == "hair" else puppets.CLOTH_COLOURS
+    name = "blue" if getattr(puppet, part).name == "red" else "red"
+    other = replace(puppet, **{part: puppets.Paint(name, colours[name])})
+    return other, puppets.caption(other).split(", ")[1 + REPAINTED.index(part)]
+
+
+def load_demo() -> Model:
+    """The demo model, in a precision to train with."""
+    return load_model("demo", None, None, *compute_device(training=True))
+
+
+def fine_tune(trial: Trial, scene: Scene, path: Path) -> None:
+    """Trains a demo model on the scene and writes the trained tensors to `path`, unless they are there."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model, state = load_demo(), path.with_suffix(".pt")
+    latents = encode_frames(model, scene.frames).clone()
+    hints = embed_hints(model, scene.poses, *scene.frames.shape[1:3]).to(latents.device, copy=True)
+    context = encode_prompt(model, PROMPT).clone()
+    steps = trial.training_steps or training_steps(trial.training_frames)
+    rate = trial.learning_rate or model.learning_rate
+    tuned = train(model, latents, hints, context, steps, rate, 0, state, path.with_suffix(".csv"))
+    with replacing(path) as unfinished:
+        save_file(tuned.tensors, unfinished)
+    state.unlink(missing_ok=True)
