@@ -8,7 +8,7 @@ No weights are needed: the networks have Stable Diffusion 1.5's sizes and random
 
     a  differences from the CPU in float32      d  denoising steps of diffusers and the public ControlVideo code
     b  denoising steps, and a whole command     e  plain matrix products and convolutions
-    c  training steps
+    c  training steps                           f  denoising steps with torch.compile, which no command uses
 
 Each row is stored as soon as it is known, in CARDS.json beside the output. Rows of another commit, PyTorch or
 driver are measured again. To measure again, delete a row there, or the file.
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import Bench, tables
 from bench.report import NOT_INSTALLED, written
 
-PARTS = "abcde"
+PARTS = "abcdef"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -24,8 +24,8 @@ from bench.report import NOT_INSTALLED, Rows, Table, describe
 from bench.step import CONTROLVIDEO, DIFFUSERS, run
 from memory import operations, sampling_peak, training_peak
 from posecrafter import decode_latents, encode_frames, invert, predict_noise, recompute_activations, sample
-from slicing import Offloaded, plans, slices
-from unet import Context, UNetConfig
+from slicing import Offloaded, Slicing, plans, slices
+from unet import Context, ResnetBlock2D, Transformer2DModel, UNetConfig
 from vae import VAE, VAEConfig
 
 STEPS = 50  # of a whole command
@@ -156,19 +156,31 @@ def fill_step(bench: Bench, frames: int, offload: str, row: dict) -> None:
         pinned = 12 * frames * width * side**2 * bench.dtype.itemsize
         if pinned > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise MemoryError
-    latents, hints, context = bench.inputs(frames)
-    way = plans(bench.device, bench.dtype, (frames, *sizes.finest), None, offload)[0]
+    step, way = step_of(bench, frames, offload)
     row["frames a slice"] = min(frames, way.numbers // (width * side**2))
-    # As `sample` has them: hints wait with the skips, and the prompt's keys and values are made once.
-    hints = Offloaded(hints, bench.device) if way.offload else hints.to(bench.device)
-    with torch.inference_mode(), slices(way):
-        known = Context(context)
-        row["seconds"] = bench.seconds(lambda: predict_noise(model, latents, 501, known, hints))
+    row["seconds"] = bench.seconds(step)
     meta = equal.without_weights(sizes.unet, HINTS)
     with torch.device("meta"):
         meta.vae = VAE(sizes.vae)
     row["TFLOP/s"] = frames * operations(meta, side, side)[0] / TERA / row["seconds"]
     row.update(bench.memory())
+
+
+def step_of(bench: Bench, frames: int, offload: str) -> tuple[Callable[[], Tensor], Slicing]:
+    """A denoising step, and the way in which it is sliced."""
+    model, (latents, hints, context) = bench.model(), bench.inputs(frames)
+    way = plans(bench.device, bench.dtype, (frames, *bench.sizes.finest), None, offload)[0]
+    # As `sample` has them: hints wait with the skips, and the prompt's keys and values are made once.
+    hints, known = (
+        Offloaded(hints, bench.device) if way.offload else hints.to(bench.device),
+        Context(context),
+    )
+
+    def step() -> Tensor:
+        with torch.inference_mode(), slices(way):
+            return predict_noise(model, latents, 501, known, hints)
+
+    return step, way
 
 
 def step_key(frames: int, offload: str) -> str:
@@ -289,6 +301,32 @@ def fill_rate(bench: Bench, convolution: bool, row: dict) -> None:
     row["TFLOP/s"] = count / TERA / row["seconds"]
 
 
+def fill_compiled(bench: Bench, row: dict) -> None:
+    """The blocks compiled one by one, each for its own shapes. Where that fails, the row has the reason."""
+    before = short_step_seconds(bench)
+    bench.release()
+    step, _ = step_of(bench, bench.sizes.short, KEPT)
+    expected, kinds = step(), (ResnetBlock2D, Transformer2DModel)
+    networks = bench.model().unet, bench.model().controlnet
+    blocks = [block for network in networks for block in network.modules() if isinstance(block, kinds)]
+    # A CPU's rehearsal leaves out what takes minutes: the kernels.
+    backend = "inductor" if bench.device.type == "cuda" else "eager"
+    try:
+        # Blocks of a kind share their code, and each of its versions counts towards this limit.
+        with torch._dynamo.config.patch(recompile_limit=len(blocks)):
+            for block in blocks:
+                block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
+            row["first step, s"] = bench.once(step)
+            row["difference"] = ((step() - expected).abs().max() / expected.abs().max()).item()
+            row["seconds"] = bench.seconds(step)
+        row["against uncompiled"] = row["seconds"] / before
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        row["reason"] = f"{type(error).__name__}: {error}".partition("\n")[0].replace("|", "/")[:150]
+    bench.release(networks=True)
+
+
 # ---- The tables ---------------------------------------------------------------------------------
 
 
@@ -337,5 +375,11 @@ def tables(bench: Bench) -> list[Table]:
             },
             f"float16. The product is of two square matrices of {sizes.matrix} rows. The convolution is 3x3, of "
             f"{sizes.short} of the finest feature maps.",
+        ),
+        Table(
+            f"A denoising step of {sizes.short} frames with torch.compile",
+            ("seconds", "against uncompiled", "difference", "first step, s"),
+            {"f residual blocks and transformers compiled": partial(fill_compiled, bench)},
+            "Only measured: no command compiles. A CPU rehearsal traces the blocks, and compiles no kernels.",
         ),
     ]

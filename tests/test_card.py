@@ -1,6 +1,7 @@
 """The measurement of a GPU, rehearsed on the CPU in tiny sizes."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,9 @@ def rehearsal(tmp_path_factory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("card") / "CARDS.md"
     run(out, "--minutes", "0")
     stopped = SimpleNamespace(rows=stored(out), text=out.read_text())
+    logging.disable(logging.DEBUG)  # torch.compile logs more than it does where somebody listens
     run(out)
+    logging.disable(logging.NOTSET)
     return SimpleNamespace(out=out, stopped=stopped, rows=stored(out), text=out.read_text())
 
 
@@ -64,7 +67,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 def test_every_part_has_its_table_and_every_cell_is_a_number_or_says_why_not(rehearsal):
     found = tables(rehearsal.text)
-    assert [heading[0] for heading in found] == list("abbcde")
+    assert [heading[0] for heading in found] == list("abbcdef")
     for heading, (columns, _, *rows) in found.items():
         assert rows, heading
         for name, *cells in rows:
@@ -131,6 +134,17 @@ def test_an_error_that_is_no_lack_of_memory_is_not_hidden(copied, monkeypatch):
     with pytest.raises(RuntimeError, match="illegal"):
         run(copied)
     assert "e matrix product" not in stored(copied)
+
+
+def test_where_compilation_fails_the_row_has_the_reason_in_one_line(copied, monkeypatch):
+    def compile(*args, **kwargs):
+        raise NotImplementedError("no compiler | here\nand more")
+
+    (key,) = (key for key in stored(copied) if key[0] == "f")
+    forget(copied, key)
+    monkeypatch.setattr(torch, "compile", compile)
+    run(copied)
+    assert stored(copied)[key] == {"reason": "NotImplementedError: no compiler / here"}
 
 
 def test_other_code_that_fails_is_a_row_too(copied, tmp_path):
