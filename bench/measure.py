@@ -22,8 +22,8 @@ from torch import Tensor
 from bench import equal
 from bench.report import GIGA, NOT_INSTALLED, Rows, describe
 from bench.step import CONTROLVIDEO, HINTS, random_weights, run
+from beyond.plan import operations, sampling_peak, training_peak
 from controlnet import ControlNet
-from memory import operations, sampling_peak, training_peak
 from posecrafter import decode_latents, encode_frames, invert, predict_noise, recompute_activations, sample
 from slicing import Offloaded, plans, slices
 from unet import Context, ResnetBlock2D, Transformer2DModel, UNet, UNetConfig

@@ -22,11 +22,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from beyond.plan import sampling_peak, training_peak
 from checkpoint import load_model
 from command import keep_freed_memory
 from controlnet import ControlNet
 from device import compute_device
-from memory import sampling_peak, training_peak
 from posecrafter import encode_prompt, sample
 from unet import UNet, UNetConfig
 
