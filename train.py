@@ -199,9 +199,9 @@ def train(
     """The training loop: AdamW at a fixed rate on the loss at random timesteps.
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
-    Trained weights are float32, frozen ones keep their precision, and float16's gradients are scaled, so that small
-    ones do not vanish. The noise of a step depends on the seed and the step alone, so a run that resumes from
-    `checkpoint` is the same. Raises ValueError for a damaged one, FloatingPointError for a loss that is not finite.
+    Trained weights are float32, frozen ones keep their precision, and float16's gradients are scaled, so that
+    small ones do not vanish. A step's noise depends on the seed and the step alone, so a resumed run is the same.
+    Raises ValueError for a damaged `checkpoint`, and FloatingPointError for a loss that is not finite.
     """
     parameters = trainable_parameters(model)
     for parameter in parameters.values():
@@ -244,8 +244,9 @@ def train(
         if time.monotonic() - saved > SAVE_EVERY:
             state.save(checkpoint, step + 1)
             saved = time.monotonic()
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    return Tuned(tensors, state.fixed_losses)
+    return Tuned(
+        {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state.fixed_losses
+    )
 
 
 def not_finite(step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> str:
