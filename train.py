@@ -199,9 +199,9 @@ def train(
     """The training loop: AdamW at a fixed rate on the loss at random timesteps.
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
-    Trained weights are float32, frozen ones keep their precision, and float16's gradients are scaled, so that
-    small ones do not vanish. A step's noise depends on the seed and the step alone, so a resumed run is the same.
-    Raises ValueError for a damaged `checkpoint`, and FloatingPointError for a loss that is not finite.
+    Trained weights are float32, the frozen ones keep their precision. A step's noise depends on the seed and the
+    step alone, so a resumed run is the same. Raises ValueError for a damaged checkpoint, and FloatingPointError
+    for a loss that is not finite.
     """
     parameters = trainable_parameters(model)
     for parameter in parameters.values():
@@ -210,6 +210,7 @@ def train(
     recompute_activations(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     dtype = model.unet.conv_in.weight.dtype
+    # Gradients of float16 are scaled, so that small ones do not vanish.
     scaler = torch.amp.GradScaler(latents.device.type, enabled=dtype == torch.float16)
     state = State(parameters, optimizer, scaler, {})
     start = state.resume(checkpoint) if checkpoint.exists() else 0
@@ -244,9 +245,8 @@ def train(
         if time.monotonic() - saved > SAVE_EVERY:
             state.save(checkpoint, step + 1)
             saved = time.monotonic()
-    return Tuned(
-        {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state.fixed_losses
-    )
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    return Tuned(tensors, state.fixed_losses)
 
 
 def not_finite(step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> str:
