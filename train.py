@@ -199,9 +199,8 @@ def train(
     """The training loop: AdamW at a fixed rate on the loss at random timesteps.
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
-    Trained weights are float32, the frozen ones keep their precision. A step's noise depends on the seed and the
-    step alone, so a resumed run is the same. Raises ValueError for a damaged checkpoint, and FloatingPointError
-    for a loss that is not finite.
+    Trained weights are float32. A step's noise depends on the seed and the step alone, so a resumed run is the
+    same. Raises ValueError for a damaged checkpoint, and FloatingPointError for a loss that is not finite.
     """
     parameters = trainable_parameters(model)
     for parameter in parameters.values():
@@ -210,7 +209,7 @@ def train(
     recompute_activations(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     dtype = model.unet.conv_in.weight.dtype
-    # Gradients of float16 are scaled, so that small ones do not vanish.
+    # float16 gradients are scaled, so that small ones do not vanish.
     scaler = torch.amp.GradScaler(latents.device.type, enabled=dtype == torch.float16)
     state = State(parameters, optimizer, scaler, {})
     start = state.resume(checkpoint) if checkpoint.exists() else 0
@@ -229,8 +228,7 @@ def train(
         timestep = torch.randint(0, 1000, (), generator=random).item()
         noise = torch.randn(latents[frames].shape, generator=random).to(latents)
         loss = autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
-        if not loss.isfinite():
-            raise FloatingPointError(not_finite(step, dtype, checkpoint.parent, learning_rate))
+        check_loss(loss, step, dtype, checkpoint.parent, learning_rate)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -249,13 +247,15 @@ def train(
     return Tuned(tensors, state.fixed_losses)
 
 
-def not_finite(step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> str:
-    """What to say of a loss that is no finite number, after `step` steps."""
+def check_loss(loss: Tensor, step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> None:
+    """Raises FloatingPointError for a loss that is no finite number, after `step` steps."""
+    if loss.isfinite():
+        return
     if step == 0:
-        precision = str(dtype).removeprefix("torch.")
-        return f"the model's own loss is not finite in {precision}, before any training: another --model?"
+        where = f"in {str(dtype).removeprefix('torch.')}, before any training"
+        raise FloatingPointError(f"the model's own loss is not finite {where}: another --model?")
     advice = f"delete {folder} and train again with a lower rate: --lr {learning_rate / 10:g}"
-    return f"the loss of step {step + 1} is not finite; {advice}"
+    raise FloatingPointError(f"the loss of step {step + 1} is not finite; {advice}")
 
 
 def describe_losses(tuned: Tuned, learning_rate: float) -> str:
