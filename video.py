@@ -189,8 +189,7 @@ def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
         raise ValueError(f"a frame of {_size(frame)} pixels does not go with a fit for {source}")
     right = min(fit.source_width, fit.left + fit.width / fit.scale)
     bottom = min(fit.source_height, fit.top + fit.height / fit.scale)
-    kept = (fit.left, fit.top, right, bottom)
-    size = fit.width, fit.height
+    kept, size = (fit.left, fit.top, right, bottom), (fit.width, fit.height)
     return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, kept))
 
 
@@ -209,13 +208,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def open_video(
-    path: str | Path, fps: float, height: int, width: int
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """Opens an H.264 video; call what it gives with frames, uint8 (height, width, 3) or (F, ...).
-
-        with open_video("out.mp4", 24, 512, 512) as write:
-            write(frames)
+def open_video(path: str | Path, fps: float, height: int, width: int) -> Iterator[Callable]:
+    """Opens an H.264 video, and gives a function that writes frames, uint8 (height, width, 3) or (F, ...).
 
     `path` appears, or is replaced, when the block ends well; else it stays as it was. Odd sizes get their last row
     or column twice: the pixel format that every player knows needs even ones. Raises ValueError for frames of
@@ -292,7 +286,7 @@ def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
 def has_sound(path: str | Path) -> bool:
     """Whether this is a video with a sound track."""
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in IMAGES:
+    if _images(path) is not None:
         return False
     with closing(imageio_ffmpeg.read_frames(path.resolve())) as reader:
         return "audio_codec" in next(reader)
@@ -334,13 +328,8 @@ def contact_sheet(
     font = ImageFont.load_default(size=max(12, cell_height // 10))
     line = round(1.5 * font.size)
     margin = 2 * _GAP + max(round(font.getlength(label)) for label in rows)
-    picked = {
-        label: np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        for label, frames in rows.items()
-    }
     widths = (round(cell_height * frames[0].shape[1] / frames[0].shape[0]) for frames in rows.values())
-    cell_width = max(widths)
-    longest = max(len(indices) for indices in picked.values())
+    cell_width, longest = max(widths), max(min(columns, len(frames)) for frames in rows.values())
     size = margin + longest * (cell_width + _GAP), len(rows) * (line + cell_height) + _GAP
     sheet = Image.new("RGB", size, _PAPER)
     ink = ImageDraw.Draw(sheet)
@@ -348,7 +337,8 @@ def contact_sheet(
     for row, (label, frames) in enumerate(rows.items()):
         top = row * (line + cell_height) + line
         ink.text((_GAP, top + cell_height // 2), label, _INK, font, anchor="lm")
-        for column, index in enumerate(picked[label]):
+        shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        for column, index in enumerate(shown):
             frame = Image.fromarray(frames[index])
             width = round(cell_height * frame.width / frame.height)
             centre = margin + column * (cell_width + _GAP) + cell_width // 2
