@@ -82,10 +82,10 @@ class WithoutCUDA(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is Tensor.__getitem__:
             return part_of(*args)
-        if function is Tensor.__setitem__:
-            return write(part_of(*args[:2]), args[2])
-        if function is Tensor.copy_:
-            return write(*args[:2])
+        if function in (Tensor.__setitem__, Tensor.copy_):  # without data, only the checks are left
+            target = part_of(*args[:2]) if function is Tensor.__setitem__ else args[0]
+            assert args[-1].expand(target.shape).dtype == target.dtype
+            return target
         if function is Tensor.contiguous and not args[0].is_contiguous(**kwargs):
             return torch.empty_like(args[0], **kwargs)
         if function is F.interpolate:
@@ -106,12 +106,6 @@ def part_of(x: Tensor, index) -> Tensor:
         x = x.unsqueeze(dim) if each is None else torch.ops.aten.slice(x, dim, each.start, each.stop)
         dim += 1
     return x
-
-
-def write(target: Tensor, source: Tensor) -> Tensor:
-    """`target.copy_(source)` where there is no data: only its checks are left."""
-    assert source.expand(target.shape).dtype == target.dtype
-    return target
 
 
 @contextmanager
@@ -252,13 +246,7 @@ def training_peak(model, frames: int, height: int, width: int, dtype: torch.dtyp
 
 
 def print_plan(
-    run: Run,
-    method: Method,
-    targets: int,
-    steps: int,
-    guidance: float,
-    slice_size: int | None,
-    offload: str,
+    run: Run, method: Method, targets: int, steps: int, guidance: float, sliced: int | None, offload: str
 ) -> None:
     """Prints the size of a task of `targets` frames, its memory and its time; the rest is as `generate` has it."""
     settings, frames = run.settings, targets + method.insert
@@ -286,12 +274,12 @@ def print_plan(
         print(f"{name}: {count / 1e12:,.1f} TFLOP")
 
     device, dtype = compute_device()
-    places = [(device.type, device, dtype, "never" if offload == "auto" else offload)]
-    for way in ("never", "always") if offload == "auto" else (offload,):
-        places.append((f"graphics card, --offload {way}", CUDA, torch.float16, way))
+    ways = ("never", "always") if offload == "auto" else (offload,)
+    places = [(device.type, device, dtype, ways[0])]
+    places += [(f"graphics card, --offload {way}", CUDA, torch.float16, way) for way in ways]
     for name, where, precision, way in places:
-        peak = sampling_peak(model, frames, height, width, precision, guidance, slice_size, way, where)
+        peak = sampling_peak(model, frames, height, width, precision, guidance, sliced, way, where)
         print(f"{name}, {str(precision).removeprefix('torch.')}: {peak / 1e9:.1f} GB at the peak")
-    seconds = seconds_per_frame(model, height, width, device, dtype, slice_size)
+    seconds = seconds_per_frame(model, height, width, device, dtype, sliced)
     minutes = seconds * sum(work.values()) / step / 60
     print(f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice")
