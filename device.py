@@ -1,7 +1,7 @@
 """Where to compute, and in which precision."""
 
 import shutil
-import time
+import timeit
 from functools import cache
 
 import torch
@@ -12,18 +12,17 @@ from checkpoint import Model
 def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and the precision of the networks there.
 
-    On a graphics card float16 to sample. To train bfloat16, whose gradients cannot vanish in a small range; but
-    float16 on cards before Ampere (compute capability 8), which have no bfloat16: `train.train` then scales
-    gradients. On a CPU bfloat16 where that is the faster, else float32.
+    A graphics card samples in float16. It trains in bfloat16, whose gradients cannot vanish in a small range.
+    Cards before Ampere (compute capability 8) have no bfloat16: there `train.train` scales float16's gradients.
+    A CPU computes in bfloat16 where that is faster, else in float32.
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
         torch.backends.cudnn.allow_tf32 = True
-        # Of cuDNN's attention some gradients are not numbers (pytorch/pytorch#196678); torch has others.
+        # Some gradients of cuDNN's attention are not numbers (pytorch/pytorch#196678); torch has other kinds.
         torch.backends.cuda.enable_cudnn_sdp(not training)
         ampere = torch.cuda.get_device_capability(0) >= (8, 0)
-        dtype = torch.bfloat16 if training and ampere else torch.float16
-        return torch.device("cuda", 0), dtype
+        return torch.device("cuda", 0), torch.bfloat16 if training and ampere else torch.float16
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         print(
             "this machine has an NVIDIA card, but this PyTorch was built without CUDA: computing on the CPU; "
@@ -42,17 +41,9 @@ def describe(model: Model) -> str:
 
 @cache
 def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones: has the instructions
-    for it, and was seen to use them."""
+    """Whether this processor has instructions for bfloat16, and they multiply matrices faster than in float32."""
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return False
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+    half, single = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    times = [min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in (half, single)]
+    return times[0] < times[1]

@@ -27,9 +27,7 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Reads a run folder. Raises FileNotFoundError when there is none, or it is not finished, and ValueError
-    for a damaged one.
-    """
+    """Reads a run folder. Raises FileNotFoundError for one missing or unfinished, ValueError for a damaged one."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run; make one with: python train.py CLIP")
     if not (folder / "trained.safetensors").exists():
@@ -68,11 +66,9 @@ def begin_run(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[
     """
     if (folder / "settings.json").exists():
         begun = read_run_settings(folder)
-        if other := [name for name in settings if settings[name] != begun.get(name)]:
-            raise ValueError(
-                f"{folder}: an unfinished run with other {', '.join(other)}; choose another with --run, or "
-                "delete it"
-            )
+        if other := ", ".join(name for name in settings if settings[name] != begun.get(name)):
+            what_to_do = "choose another with --run, or delete it"
+            raise ValueError(f"{folder}: an unfinished run with other {other}; {what_to_do}")
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)  # first: what follows is of these settings
     for index, frame in zip(settings["frames"], frames):
@@ -105,10 +101,7 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 
 
 def load_trained(model: Model, path: Path) -> None:
-    """Copies a run's trained tensors into a model.
-
-    Raises ValueError for a damaged file, and naming a tensor that does not fit.
-    """
+    """Copies a run's trained tensors into a model. Raises ValueError, naming the file and what does not fit."""
     try:
         trained = load_file(path)
     except SafetensorError as error:

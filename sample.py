@@ -11,58 +11,155 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     keep_freed_memory()
 
 import argparse
-import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
+<<<<<<< HEAD
 from beyond.retarget import proportions, retarget
 from checkpoint import Model, load_model, locate_parts, networks_without_weights, read_settings
+=======
+from checkpoint import Model, load_model, locate_parts, read_settings
+>>>>>>> scripts
 from device import compute_device, describe
-from memory import CUDA, operations, sampling_peak, seconds_per_frame
-from posecrafter import (
-    TRAIN_STEPS,
-    Generated,
-    Method,
-    ddim_timesteps,
-    decode_latents,
-    edit_once,
-    generate,
-    select_reference,
-)
+from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
 from run import Run, load_run, load_trained, name_of, newest_run, write_json
-from video import VIDEOS_WRITTEN, add_sound, contact_sheet, cover, has_sound, open_video, save_image
+from video import VIDEOS_WRITTEN, add_sound, contact_sheet, cover, has_sound, save_image, write_video
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the options and the inputs come to, decided once."""
+
+    run: Run
+    prompt: str
+    method: Method
+    method_from: str  # whose choice it is: "--method" or "the model's default"
+    driver: Driver
+    targets: list[Pose]  # on the run's canvas, as they will be followed
+    proportions: dict[str, float] | None  # the subject's to the driver's; None: not retargeted
+    reference: int  # its position among the training frames
+
 
 # ---- What is asked for --------------------------------------------------------------------------
 
 
-def place_targets(driver: Driver, path: Path, run: Run) -> list[Pose]:
-    """The driver's poses on the run's canvas, which they cover as the training frames did.
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that make no sense, by themselves or together."""
+    ddim_timesteps(args.ddim_steps)
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise ValueError(f"--fps {args.fps:g}: give a number above 0")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance {args.guidance:g}: give a number such as 1 or 3")
+    if args.slice is not None and args.slice < 1:
+        raise ValueError(f"--slice {args.slice}: give a number above 0")
+    if args.fixed_point is not None and not 0 <= args.fixed_point <= 20:
+        raise ValueError(f"--fixed-point {args.fixed_point}: give a number from 0 to 20")
+    if args.replay and args.no_insert:
+        raise ValueError("--replay: replays the key frame, which --no-insert leaves out")
 
-    Raises ValueError for frames without a person.
+
+def check_out(out: Path, inputs: list[Path]) -> None:
+    """Raises ValueError where a result cannot lie, or would replace an input or a JSON file that is no report."""
+    if out.suffix.lower() not in VIDEOS_WRITTEN:
+        raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
+    written = [out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")]
+    for path in inputs:
+        if path.resolve() in written:
+            raise ValueError(f"{out}: with what comes beside it would overwrite {path}; choose an --out")
+        if path.is_dir() and path.resolve() == written[0].parent:
+            raise ValueError(f"{out}: would lie among the frames in {path}; choose another --out")
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; choose another --out")
+    report = out.with_suffix(".json")
+    if report.exists() and b'"ddim_steps"' not in report.read_bytes():
+        raise ValueError(f"{out}: its report would overwrite {report}, which is none; choose another --out")
+    above = next(folder for folder in out.resolve().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{out}: {above} is a file, not a folder")
+
+
+def moved_once(method: Method) -> Method:
+    """The method, held to no pseudo video: parts are moved once, and the rest is left to the model."""
+    held = method.editor is hold_to_pseudo_video
+    return replace(method, name="body", editor=METHODS["body"].editor) if held else method
+
+
+def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
+    """The method that the options make, and whose choice its name is.
+
+    A prompt of one's own wants something else than the training frames show. So nothing is held to them then, and
+    the key frame, which all frames take their looks from, is not replayed unless that is asked for.
+    Raises ValueError for an edit step that does not go with the other options.
     """
-    if missing := absences(driver.poses, driver.within.start):
+    sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
+    name = args.method or read_settings(sources).get("method", Model.method)
+    own_looks, from_noise = prompt != settings["prompt"], args.start == "noise"
+    changes = {"start": args.start, "insert": not args.no_insert}
+    if own_looks:
+        changes |= {"edit_step": 1, "replay": False}
+    if from_noise:
+        changes["replay"] = False
+    if args.no_edit or (from_noise and args.edit_step is None):
+        changes["parts"] = None
+    asked = {name: getattr(args, name) for name in ("edit_step", "fixed_point", "replay")}
+    changes |= {name: value for name, value in asked.items() if value is not None}
+    if args.no_insert:
+        changes["replay"] = False
+    method = replace(METHODS[name], **changes)
+
+    step = method.edits_before(args.ddim_steps)
+    if not 1 <= step <= args.ddim_steps:
+        raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
+    if from_noise and method.parts and step == 1:
         raise ValueError(
-            f"{path}: no person in frames {missing}; leave them out with --range, or fill them in"
+            "--start noise --edit-step 1: at the first step that noise has nothing of the reference to be moved; "
+            "give an --edit-step above 1"
         )
-    height, width = run.frames.shape[1:3]
-    placing = cover(*(driver.canvas or (height, width)), height, width)
-    return [place_pose(pose, *placing.placement) for pose in driver.poses]
+    too_late = ddim_timesteps(args.ddim_steps)[step - 1] < HELD_UNTIL
+    method = moved_once(method) if own_looks or from_noise or too_late else method
+    return method, "--method" if args.method else "the model's default"
+
+
+def inputs_of(settings: dict) -> list[Path]:
+    """The clip that a run was trained on, and the file of its poses if it had one."""
+    return [Path(settings[name]) for name in ("clip", "poses") if settings.get(name)]
 
 
 def is_training_clip(poses: Path, settings: dict) -> bool:
     """Whether the poses to follow are those of the clip that the run was trained on, or the clip itself."""
-    own = [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
-    return poses.resolve() in own
+    return poses.resolve() in [path.resolve() for path in inputs_of(settings)]
+
+
+def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict[str, float] | None]:
+    """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so.
+
+    The driver covers the canvas as the training frames did. Raises ValueError for frames without a person.
+    """
+    looking = run.settings["model"], run.folder / "poses", args.person, args.smooth
+    driver = read_driver(args.poses, args.poses_are, args.range, *looking, canvas=args.canvas)
+    if args.canvas and driver.fps:
+        raise ValueError(f"{args.poses}: --canvas is for JSON; footage has a size of its own")
+    if missing := absences(driver.poses, driver.within.start):
+        advice = "leave them out with --range, or fill them in"
+        raise ValueError(f"{args.poses}: no person in frames {missing}; {advice}")
+    height, width = run.frames.shape[1:3]
+    placing = cover(*(driver.canvas or (height, width)), height, width)
+    targets = [place_pose(pose, *placing.placement) for pose in driver.poses]
+    if not args.retarget and (args.retarget is False or is_training_clip(args.poses, run.settings)):
+        return driver, targets, None
+    try:
+        ratios = proportions(targets, run.poses, width / height)
+    except ValueError as error:
+        raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
+    return driver, retarget(targets, run.poses, width / height), ratios
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -71,220 +168,35 @@ def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
         return select_reference(run.poses, targets)
     indices = run.settings["frames"]
     if not text.isdecimal() or int(text) not in indices:
-        raise ValueError(
-            f"--reference {text}: give auto or one of the training frames, {', '.join(map(str, indices))}"
-        )
+        numbers = ", ".join(map(str, indices))
+        raise ValueError(f"--reference {text}: give auto or one of the training frames, {numbers}")
     return indices.index(int(text))
-
-
-def check_out(out: Path, inputs: list[Path]) -> None:
-    """Raises ValueError where a result cannot or should not lie: over the files that it is made from, among them,
-    or with its report over a JSON file that is none.
-    """
-    if out.suffix.lower() not in VIDEOS_WRITTEN:
-        raise ValueError(f"{out}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    written = [out.with_suffix(end).resolve() for end in (out.suffix, ".png", ".json", ".poses.json")]
-    for path in inputs:
-        if path.resolve() in written:
-            raise ValueError(
-                f"{out}: it and what is written beside it would overwrite {path}; choose an --out"
-            )
-        if path.is_dir() and path.resolve() == written[0].parent:
-            raise ValueError(f"{out}: would lie among the frames in {path}; choose another --out")
-    if out.is_dir():
-        raise ValueError(f"{out}: is a folder; choose another --out")
-    report = out.with_suffix(".json")
-    if report.exists():
-        try:
-            is_report = "ddim_steps" in json.loads(report.read_bytes())
-        except (ValueError, TypeError):
-            is_report = False
-        if not is_report:
-            raise ValueError(
-                f"{out}: its report would overwrite {report}, which is no report; choose another --out"
-            )
-    above = next(folder for folder in out.resolve().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"{out}: {above} is a file, not a folder")
-
-
-def moved_once(method: Method) -> Method:
-    """The method without a pseudo video that it is held to: parts are moved, and the rest left to the model."""
-    if method.editor is hold_to_pseudo_video:
-        return replace(method, name="body", editor=edit_once)
-    return method
-
-
-def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
-    """The method that the options make, and whose choice its name is.
-
-    A prompt of one's own wants something else than the training frames show. So nothing is held to them then, and
-    the key frame, which all frames take their looks from, is not replayed unless that is asked for.
-    Raises ValueError for options that do not go together.
-    """
-    sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
-    name, chosen_by = args.method, "--method"
-    if name is None:
-        name, chosen_by = read_settings(sources).get("method", Model.method), "the model's default"
-    method = METHODS[name]
-    if prompt != settings["prompt"]:
-        method = replace(moved_once(method), edit_step=1, replay=False)
-    if args.edit_step is not None:
-        method = replace(method, edit_step=args.edit_step)
-    if args.start == "noise":
-        parts = None if args.edit_step is None else method.parts
-        method = replace(moved_once(method), start="noise", parts=parts, replay=False)
-    if args.no_edit:
-        method = replace(method, parts=None)
-    method = replace(method, insert=not args.no_insert)
-    replay = method.replay if args.replay is None else args.replay
-    method = replace(method, replay=replay and method.insert)
-    if args.fixed_point is not None:
-        method = replace(method, fixed_point=args.fixed_point)
-
-    if not 1 <= method.edits_before(args.ddim_steps) <= args.ddim_steps:
-        raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
-    if ddim_timesteps(args.ddim_steps)[method.edits_before(args.ddim_steps) - 1] < HELD_UNTIL:
-        method = moved_once(method)
-    if method.start == "noise" and method.parts and method.edits_before(args.ddim_steps) == 1:
-        raise ValueError(
-            "--start noise --edit-step 1: at the first step that noise has nothing of the reference to be moved; "
-            "give an --edit-step above 1"
-        )
-    if args.fixed_point is not None and not 0 <= args.fixed_point <= 20:
-        raise ValueError(f"--fixed-point {args.fixed_point}: give a number from 0 to 20")
-    if args.replay and args.no_insert:
-        raise ValueError("--replay: replays the key frame, which --no-insert leaves out")
-    return method, chosen_by
-
-
-def plan(args: argparse.Namespace, run: Run, method: Method, targets: int) -> None:
-    """Prints the size of the task and what it takes, without weights or a graphics card."""
-    # The pseudo video is encoded, and so are the training frames that it is made of.
-    holds = method.parts and method.editor is hold_to_pseudo_video
-    encoded = 1 + len(run.frames) + targets if holds else 1
-    frames = targets + method.insert
-    settings = run.settings
-    sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
-    model = SimpleNamespace(**networks_without_weights(sources))
-    parameters = sum(p.numel() for network in vars(model).values() for p in network.parameters())
-    height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
-    step, encoding, decoding = operations(model, height, width)
-    until = read_settings(sources).get("guidance_until", 0) if args.guidance != 1 else TRAIN_STEPS
-    # A guided step predicts the noise twice.
-    passes = args.ddim_steps + sum(t >= until for t in ddim_timesteps(args.ddim_steps))
-    inversions = 1 + method.fixed_point if method.needs_inversion else 0
-    print(f"{frames} frames of {run.frames.shape[2]}x{run.frames.shape[1]}, {parameters:,} parameters")
-    work = {
-        "encoding": encoding * encoded,
-        "inversion": step * args.ddim_steps * inversions,
-        # Where the key frame is replayed, the reference is also sampled alone, for the report.
-        "sampling": step * (passes * frames + args.ddim_steps * method.replay),
-        "decoding": decoding * frames,
-    }
-    for name, count in work.items():
-        print(f"{name}: {count / 1e12:,.1f} TFLOP")
-    device, dtype = compute_device()
-    places = {device.type: (device, dtype, "never" if args.offload == "auto" else args.offload)}
-    for offload in ("never", "always"):
-        if args.offload in ("auto", offload):
-            places[f"graphics card, --offload {offload}"] = CUDA, torch.float16, offload
-    for name, (where, precision, offload) in places.items():
-        peak = sampling_peak(
-            model, frames, height, width, precision, args.guidance, args.slice, offload, where
-        )
-        precision = str(precision).removeprefix("torch.")
-        print(f"{name}, {precision}: {peak / 1e9:.1f} GB at the peak")
-    seconds = seconds_per_frame(model, height, width, device, dtype, args.slice)
-    minutes = seconds * sum(work.values()) / step / 60
-    print(f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice")
 
 
 # ---- What is done -------------------------------------------------------------------------------
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raises ValueError for a number that makes no sense."""
-    ddim_timesteps(args.ddim_steps)
-    if args.fps is not None and not 0 < args.fps < math.inf:
-        raise ValueError(f"--fps {args.fps:g}: give a number above 0")
-    if not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance {args.guidance:g}: give a number such as 1 or 3")
-    if args.slice is not None and args.slice < 1:
-        raise ValueError(f"--slice {args.slice}: give a number above 0")
-
-
-def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict[str, float] | None]:
-    """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so."""
-    driver = read_driver(
-        args.poses,
-        args.poses_are,
-        args.range,
-        run.settings["model"],
-        run.folder / "poses",
-        args.person,
-        args.smooth,
-        canvas=args.canvas,
-    )
-    if args.canvas and driver.fps:
-        raise ValueError(f"{args.poses}: --canvas is for JSON; footage has a size of its own")
-    targets = place_targets(driver, args.poses, run)
-    own = is_training_clip(args.poses, run.settings)
-    if args.retarget is False or (args.retarget is None and own):
-        return driver, targets, None
-    height, width = run.frames.shape[1:3]
-    try:
-        ratios = proportions(targets, run.poses, width / height)
-    except ValueError as error:
-        raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
-    return driver, retarget(targets, run.poses, width / height), ratios
-
-
 def load_tuned(run: Run) -> Model:
     """The model with the run's weights, on the device that is there."""
-    device, dtype = compute_device()
-    settings = run.settings
-    model = load_model(settings["model"], settings["controlnet"], settings["vae"], device, dtype)
+    model = load_model(*(run.settings[part] for part in ("model", "controlnet", "vae")), *compute_device())
     load_trained(model, run.folder / "trained.safetensors")
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
     return model
 
 
-def write_result(
-    args: argparse.Namespace,
-    out: Path,
-    run: Run,
-    driver: Driver,
-    targets: Sequence[Pose],
-    frames: Iterable[np.ndarray],
-    report: dict,
-) -> np.ndarray:
-    """Writes video, contact sheet, poses and report, which gets what is known only now; returns the frames."""
-    height, width = run.frames.shape[1:3]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fps, written = args.fps or driver.fps or run.settings["fps"], []
-    with open_video(out, fps, height, width) as write:
-        for frame in tqdm(frames, desc="decoding", total=len(targets)):
-            write(frame)
-            written.append(frame)
-    # At another speed the sound would run away from the movements.
-    sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
-    if sound:
-        try:
-            add_sound(out, args.poses, driver.within.start / fps, len(written) / fps)
-        except OSError as error:  # which is no reason to leave the rest unwritten
-            sound = False
-            print(f"{out}: without sound: {error}")
-    # As they were followed: in this person's proportions and on this canvas.
-    save_poses(out.with_suffix(".poses.json"), targets, width, height)
-    drawn = [draw_pose(pose, height, width) for pose in targets]
-    save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": written}))
-    report = {"frames": len(written), "fps": fps, "sound": sound} | report
-    write_json(out.with_suffix(".json"), report)
-    return np.stack(written)
+def held_if_still(method: Method, run: Run, model: Model) -> Method:
+    """The method, held to no pseudo video where the training frames show no still background to make one of."""
+    held = method.parts and method.editor is hold_to_pseudo_video
+    if not held or background_change(run.frames, run.poses, model.vae.config.factor) <= STILL:
+        return method
+    print(
+        "the training frames show no still background: parts are moved once, the rest is left to the model"
+    )
+    return moved_once(method)
 
 
+<<<<<<< HEAD
 def main(args: argparse.Namespace) -> np.ndarray | None:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     check_numbers(args)
@@ -340,6 +252,21 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     frames = write_result(args, out, run, driver, targets, decode_latents(model, made.latents), report)
     print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
     return frames
+=======
+def generate_or_explain(args: argparse.Namespace, task: Task, model: Model) -> Generated:
+    """`generate` as the command line says. Raises MemoryError with how much memory would do."""
+    run, method = task.run, task.method
+    options = run.settings["prompt"], task.prompt, args.guidance, args.seed, args.slice, args.offload
+    try:
+        return generate(model, run, task.targets, method, task.reference, args.ddim_steps, *options)
+    except MemoryError as error:
+        frames = len(task.targets) + method.insert
+        size = (side // model.vae.config.factor for side in run.frames.shape[1:3])
+        dtype = model.unet.conv_in.weight.dtype
+        offload = "never" if args.offload == "never" else "always"
+        peak = sampling_peak(model, frames, *size, dtype, args.guidance, args.slice or 1, offload)
+        raise MemoryError(f"{error}; {frames} frames need about {peak / 1e9:.1f} GB") from None
+>>>>>>> scripts
 
 
 def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float | None:
@@ -351,38 +278,83 @@ def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float 
     return -10 * math.log10(max(error.mean(), 1e-10))
 
 
-def generate_or_explain(
-    args: argparse.Namespace,
-    run: Run,
-    targets: list[Pose],
-    method: Method,
-    k: int,
-    model: Model,
-    prompt: str,
-) -> Generated:
-    """`generate` as the command line says. Raises MemoryError with how much would do."""
-    try:
-        return generate(
-            model,
-            run,
-            targets,
-            method,
-            k,
-            args.ddim_steps,
-            run.settings["prompt"],
-            prompt,
-            args.guidance,
-            args.seed,
-            args.slice,
-            args.offload,
-        )
-    except MemoryError as error:
-        frames = len(targets) + method.insert
-        size = (side // model.vae.config.factor for side in run.frames.shape[1:3])
-        dtype = model.unet.conv_in.weight.dtype
-        offload = "never" if args.offload == "never" else "always"
-        peak = sampling_peak(model, frames, *size, dtype, args.guidance, args.slice or 1, offload)
-        raise MemoryError(f"{error}; {frames} frames need about {peak / 1e9:.1f} GB") from None
+def write_result(args: argparse.Namespace, out: Path, task: Task, frames: np.ndarray) -> dict:
+    """Writes video, contact sheet and poses; returns what a report says of them."""
+    (height, width), driver = frames.shape[1:3], task.driver
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fps = args.fps or driver.fps or task.run.settings["fps"]
+    write_video(out, frames, fps)
+    # At another speed the sound would run away from the movements.
+    sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
+    if sound:
+        try:
+            add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
+        except OSError as error:  # which is no reason to leave the rest unwritten
+            sound = False
+            print(f"{out}: without sound: {error}")
+    save_poses(out.with_suffix(".poses.json"), task.targets, width, height)
+    drawn = [draw_pose(pose, height, width) for pose in task.targets]
+    save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
+    return {"frames": len(frames), "fps": fps, "sound": sound}
+
+
+def report_of(args: argparse.Namespace, task: Task, model: Model, made: Generated) -> dict:
+    """The settings and what happened, but for what is known only once the video is written."""
+    run, method = task.run, task.method
+    options = {name: getattr(args, name) for name in ("guidance", "ddim_steps", "seed")}
+    ways = {name: getattr(method, name) for name in ("start", "replay", "fixed_point")}
+    return (
+        options
+        | ways
+        | {
+            "run": str(run.folder),
+            "poses": str(args.poses),
+            "retargeted": task.proportions is not None,
+            "proportions": task.proportions,
+            "prompt": task.prompt,
+            "guidance_until": model.guidance_until,
+            "method": method.name,
+            "method_from": task.method_from,
+            "learning_rate": run.settings["learning_rate"],
+            "learning_rate_from": run.settings.get("learning_rate_from", "unknown"),
+            "edit": method.parts,
+            "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
+            "inserted": method.insert,
+            "reference": run.settings["frames"][task.reference],
+            # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
+            "reference_psnr": faithfulness(model, made, run.frames[task.reference]),
+            "edited_regions": made.regions,
+        }
+    )
+
+
+def main(args: argparse.Namespace) -> np.ndarray | None:
+    """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
+    check_numbers(args)
+    run = load_run(args.run or newest_run())
+    prompt = run.settings["prompt"] if args.prompt is None else args.prompt
+    method, method_from = choose_method(args, run.settings, prompt)
+    out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
+    check_out(out, [args.poses, *inputs_of(run.settings)])
+    driver, targets, ratios = read_targets(args, run)
+    k = choose_reference(args.reference, run, targets)
+    if args.plan:
+        print_plan(run, method, len(targets), args.ddim_steps, args.guidance, args.slice, args.offload)
+        return None
+
+    model = load_tuned(run)
+    method = held_if_still(method, run, model)
+    task = Task(run, prompt, method, method_from, driver, targets, ratios, k)
+    rate, rate_from = run.settings["learning_rate"], run.settings.get("learning_rate_from", "unknown")
+    print(f"trained at a learning rate of {rate:g} ({rate_from})")
+    print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
+    made = generate_or_explain(args, task, model)
+    report = report_of(args, task, model, made)
+    frames = np.stack([*tqdm(decode_latents(model, made.latents), desc="decoding", total=len(targets))])
+    report = write_result(args, out, task, frames) | report
+    write_json(out.with_suffix(".json"), report)
+    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
+    return frames
 
 
 if __name__ == "__main__":

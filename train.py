@@ -56,51 +56,44 @@ SAVE_EVERY = 120  # seconds between the checkpoints of a long run
 # ---- What goes in -------------------------------------------------------------------------------
 
 
-def read_training_frames(
-    clip: Path, frames: int, within: range | None, poses_path: Path | None, **finding
-) -> tuple[np.ndarray, list[Pose], list[int], float]:
-    """N frames uniformly from a range of the clip, with their poses, indices and frame rate.
+def choose_frames(clip: Path, usable: range, frames: int) -> list[int]:
+    """The training frames' indices, uniformly from a range. Raises ValueError when it holds fewer."""
+    if not 1 <= frames <= len(usable):
+        there = f"{usable.start}:{usable.stop} has {len(usable)}"
+        raise ValueError(f"{clip}: {frames} frames asked for, but {there}")
+    return uniform_frames(usable, frames)
 
-    Without `poses_path` the poses are found in the clip itself; `finding` goes on to `read_driver`.
-    Raises ValueError when the range holds fewer frames, the poses are another clip's, or a chosen
-    frame has no person.
+
+def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndarray, list[Pose], dict]:
+    """The training frames uint8 (N, H, W, 3), their poses, and as settings their indices and frame rate.
+
+    Without `--poses` they are found in the clip itself, and kept in the folder `cache`. Raises ValueError for too
+    few frames, for the poses of another clip, and for a chosen frame without a person.
     """
-    count = count_frames(clip)
-    asked = within or range(count)
+    clip, source, count = args.clip, args.poses or args.clip, count_frames(args.clip)
+    asked = args.range or range(count)
     if asked.stop > count:
         raise ValueError(f"{clip}: frames up to {asked.stop} asked for, but it has {count}")
-
-    def enough(usable: range) -> None:
-        if frames < 1 or len(usable) < frames:
-            raise ValueError(
-                f"{clip}: {frames} frames asked for, but {usable.start}:{usable.stop} has {len(usable)}"
-            )
-
-    enough(asked)
-    if poses_path is None:
-        finding |= {"kind": "video", "whole_bodies": frames}
+    choose_frames(clip, asked, args.frames)  # before poses are looked for, which takes long
     canvas = read_frames(clip, [asked.start])[0].shape[1:3]
-    driver = read_driver(poses_path or clip, within=within, canvas=canvas, **finding)
+    kind, whole = (args.poses_are, None) if args.poses else ("video", args.frames)
+    looking = args.model, cache, args.person
+    driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=canvas)
     if abs(count - driver.total) > 2:  # decoders do not always agree on a video's last frames
-        raise ValueError(f"{poses_path}: has {driver.total} poses, but {clip} has {count} frames")
+        raise ValueError(f"{source}: has {driver.total} poses, but {clip} has {count} frames")
     first = driver.within.start
-    usable = range(first, min(driver.within.stop, count))
-    enough(usable)
-    indices = uniform_frames(usable, frames)
+    indices = choose_frames(clip, range(first, min(driver.within.stop, count)), args.frames)
     poses = [driver.poses[index - first] for index in indices]
-    for index, pose in zip(indices, poses):
-        if not has_person(pose):
-            advice = "choose another --range or --frames"
-            raise ValueError(f"{clip}: no person in frame {index} (of its poses); {advice}")
+    if empty := [index for index, pose in zip(indices, poses) if not has_person(pose)]:
+        advice = "choose another --range or --frames"
+        raise ValueError(f"{clip}: no person in frame {empty[0]} (of its poses); {advice}")
     images, fps = read_frames(clip, indices)
     height, width = images.shape[1:3]
-    canvas = driver.canvas or (height, width)
-    if abs(canvas[0] / canvas[1] / (height / width) - 1) > 0.02:
-        raise ValueError(
-            f"{poses_path}: poses on a canvas of {canvas[1]:g}x{canvas[0]:g}, "
-            f"but {clip} has frames of {width}x{height}: another clip's?"
-        )
-    return images, poses, indices, fps
+    tall, wide = driver.canvas or (height, width)
+    if abs(tall / wide / (height / width) - 1) > 0.02:
+        sizes = f"poses on a canvas of {wide:g}x{tall:g}, but {clip} has frames of {width}x{height}"
+        raise ValueError(f"{source}: {sizes}: another clip's?")
+    return images, poses, {"frames": indices, "fps": fps}
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -125,10 +118,9 @@ class Tuned:
 
 @torch.no_grad()
 def fixed_noise_loss(model: Model, latents: Tensor, hints: Tensor, context: Tensor) -> float:
-    """The training loss on up to BATCH frames, the mean over four timesteps, with the same noises at every call.
+    """The mean training loss of up to BATCH frames at four timesteps, with the same noises at every call.
 
-    The loss of a training step depends mostly on its timestep, so a run's own losses hardly tell whether the model
-    has learned; this does.
+    A step's own loss depends mostly on its timestep, and hardly tells whether the model has learned; this does.
     """
     losses, frames = [], uniform_frames(range(len(latents)), min(BATCH, len(latents)))
     for timestep in FIXED_TIMESTEPS:
@@ -145,6 +137,54 @@ def autocast_loss(model: Model, latents: Tensor, *rest) -> Tensor:
         return training_loss(model, latents, *rest)
 
 
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint keeps of a training under way."""
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    fixed_losses: dict[int, float]  # so far; see `Tuned`
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Writes what `resume` goes on from, after `step` steps."""
+        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        parameters = {name: parameter.data for name, parameter in self.parameters.items()}
+        state = {"step": step, "parameters": parameters, "fixed_losses": self.fixed_losses}
+        with replacing(checkpoint) as unfinished:
+            torch.save(state | parts, unfinished)
+
+    def resume(self, checkpoint: Path) -> int:
+        """Goes back to a checkpoint: the steps done. Raises ValueError for a damaged one."""
+        try:
+            # To the host: the optimizer takes its moments from there to the device. Its step counters stay: on the
+            # device each step would have to wait for them.
+            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(state["parameters"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty unless it was a float16 model
+                self.scaler.load_state_dict(state["scaler"])
+            self.fixed_losses.update(state["fixed_losses"])
+            return state["step"]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a damaged pickle can raise anything
+            raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
+
+
+def begin_log(log: Path, step: int) -> None:
+    """Begins `loss.csv`, or goes on with it after a step: what was logged later comes again."""
+    rows = log.read_text().splitlines()[1:] if step else []
+    kept = [row for row in rows if int(row.split(",")[0]) <= step]
+    log.write_text("\n".join(["step,timestep,loss", *kept]) + "\n")
+
+
+def note(log: Path, step: int, timestep: int | str, loss: float) -> None:
+    with log.open("a") as file:
+        file.write(f"{step},{timestep},{loss:.6f}\n")
+
+
 def train(
     model: Model,
     latents: Tensor,
@@ -159,10 +199,8 @@ def train(
     """The training loop: AdamW at a fixed rate on the loss at random timesteps.
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
-    Frozen weights keep their precision; the trained ones and their optimizer state are float32, and their
-    gradients are clipped to norm 1. Those of a float16 model are scaled, so that small ones do not vanish. The
-    noise of a step depends on the seed and the step alone, so a run that resumes from `checkpoint` is the same.
-    Raises ValueError for a damaged checkpoint, and FloatingPointError for a loss that is not finite.
+    Trained weights are float32. A step's noise depends on the seed and the step alone, so a resumed run is the
+    same. Raises ValueError for a damaged checkpoint, and FloatingPointError for a loss that is not finite.
     """
     parameters = trainable_parameters(model)
     for parameter in parameters.values():
@@ -171,24 +209,17 @@ def train(
     recompute_activations(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     dtype = model.unet.conv_in.weight.dtype
+    # float16 gradients are scaled, so that small ones do not vanish.
     scaler = torch.amp.GradScaler(latents.device.type, enabled=dtype == torch.float16)
-    start, fixed_losses = 0, {}
-    if checkpoint.exists():
-        start, fixed_losses = resume(checkpoint, parameters, optimizer, scaler)
-    rows = ["step,timestep,loss"]
-    if start:  # what was logged after the checkpoint comes again
-        rows += [row for row in log.read_text().splitlines()[1:] if int(row.split(",")[0]) <= start]
-    log.write_text("\n".join(rows) + "\n")
-
-    def note(step: int, timestep: int | str, loss: float) -> None:
-        with log.open("a") as file:
-            file.write(f"{step},{timestep},{loss:.6f}\n")
+    state = State(parameters, optimizer, scaler, {})
+    start = state.resume(checkpoint) if checkpoint.exists() else 0
+    begin_log(log, start)
 
     def note_fixed_loss(step: int) -> None:
-        fixed_losses[step] = fixed_noise_loss(model, latents, hints, context)
-        note(step, "fixed", fixed_losses[step])
+        state.fixed_losses[step] = fixed_noise_loss(model, latents, hints, context)
+        note(log, step, "fixed", state.fixed_losses[step])
 
-    if not fixed_losses:
+    if not start:
         note_fixed_loss(0)
     saved = time.monotonic()
     for step in (bar := trange(start, steps, initial=start, total=steps, desc="training")):
@@ -197,8 +228,7 @@ def train(
         timestep = torch.randint(0, 1000, (), generator=random).item()
         noise = torch.randn(latents[frames].shape, generator=random).to(latents)
         loss = autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
-        if not loss.isfinite():
-            raise FloatingPointError(not_finite(step, dtype, checkpoint.parent, learning_rate))
+        check_loss(loss, step, dtype, checkpoint.parent, learning_rate)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -206,60 +236,26 @@ def train(
         scaler.step(optimizer)
         scaler.update()
 
-        note(step + 1, timestep, loss.item())
+        note(log, step + 1, timestep, loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if step + 1 in (FIRST_STEPS, steps):
             note_fixed_loss(step + 1)
         if time.monotonic() - saved > SAVE_EVERY:
-            state = {
-                "step": step + 1,
-                "parameters": {name: parameter.data for name, parameter in parameters.items()},
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "fixed_losses": fixed_losses,
-            }
-            with replacing(checkpoint) as unfinished:
-                torch.save(state, unfinished)
+            state.save(checkpoint, step + 1)
             saved = time.monotonic()
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    return Tuned(tensors, fixed_losses)
+    return Tuned(tensors, state.fixed_losses)
 
 
-def not_finite(step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> str:
-    """What to say of a loss that is no finite number, after `step` steps."""
+def check_loss(loss: Tensor, step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> None:
+    """Raises FloatingPointError for a loss that is no finite number, after `step` steps."""
+    if loss.isfinite():
+        return
     if step == 0:
-        precision = str(dtype).removeprefix("torch.")
-        return f"the model's own loss is not finite in {precision}, before any training: another --model?"
-    return (
-        f"the loss of step {step + 1} is not finite; delete {folder} and train again with a lower rate: "
-        f"--lr {learning_rate / 10:g}"
-    )
-
-
-def resume(
-    checkpoint: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[int, dict[int, float]]:
-    """Goes back to a checkpoint of `train`: the steps done, and the losses on fixed noises so far.
-
-    Raises ValueError for a damaged one.
-    """
-    try:
-        # To the host: the optimizer takes its moments from there to the device. Its step counters stay: on the
-        # device each step would have to wait for them.
-        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        for name, parameter in parameters.items():
-            parameter.data.copy_(state["parameters"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty unless it was a float16 model
-            scaler.load_state_dict(state["scaler"])
-        return state["step"], state["fixed_losses"]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a damaged pickle can raise anything
-        raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
+        where = f"in {str(dtype).removeprefix('torch.')}, before any training"
+        raise FloatingPointError(f"the model's own loss is not finite {where}: another --model?")
+    advice = f"delete {folder} and train again with a lower rate: --lr {learning_rate / 10:g}"
+    raise FloatingPointError(f"the loss of step {step + 1} is not finite; {advice}")
 
 
 def describe_losses(tuned: Tuned, learning_rate: float) -> str:
@@ -267,12 +263,11 @@ def describe_losses(tuned: Tuned, learning_rate: float) -> str:
     (_, before), *rest = tuned.fixed_losses.items()
     after = ", ".join(f"{loss:.4f} after {step} steps" for step, loss in rest)
     text = f"loss on fixed noises: {before:.4f} before training, {after}"
-    if tuned.worse:
-        text += (
-            f"\nTRAINING MADE THE MODEL WORSE: the learning rate {learning_rate:g} is too high for it; train "
-            f"again, into another --run, with --lr {learning_rate / 10:g}"
-        )
-    return text
+    if not tuned.worse:
+        return text
+    advice = f"train again, into another --run, with --lr {learning_rate / 10:g}"
+    worse = f"TRAINING MADE THE MODEL WORSE: the learning rate {learning_rate:g} is too high for it"
+    return f"{text}\n{worse}; {advice}"
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -285,15 +280,13 @@ def check_arguments(args: argparse.Namespace, folder: Path) -> None:
     if args.poses_are and not args.poses:
         raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
     if (folder / "trained.safetensors").exists():
-        raise ValueError(
-            f"{folder}: there is a finished run already; choose another with --run, or delete it"
-        )
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: give a number above 0")
+        advice = "choose another with --run, or delete it"
+        raise ValueError(f"{folder}: there is a finished run already; {advice}")
     if args.lr is not None and not 0 < args.lr < 1:
         raise ValueError(f"--lr {args.lr:g}: give a number between 0 and 1")
-    if args.size is not None and args.size < 1:
-        raise ValueError(f"--size {args.size}: give a number above 0")
+    for name in ("steps", "size"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"--{name} {number}: give a number above 0")
 
 
 def place_on_canvas(
@@ -309,51 +302,33 @@ def place_on_canvas(
 
 
 def settings_of(
-    args: argparse.Namespace,
-    model: Model,
-    frames: np.ndarray,
-    poses: list[Pose],
-    indices: list[int],
-    fps: float,
+    args: argparse.Namespace, model: Model, frames: np.ndarray, poses: list[Pose], clip: dict
 ) -> dict:
-    """Everything that a run depends on, as `settings.json` has it."""
+    """Everything that a run depends on, as `settings.json` has it; clip: see `read_training_frames`."""
     keypoints = np.stack([np.concatenate(list(vars(pose).values())) for pose in poses])
     paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
-    return {name: path and str(path) for name, path in paths.items()} | {
-        "poses_are": args.poses_are,
-        "person": args.person,
-        "frames": indices,
-        "fps": fps,
+    paths = {name: path and str(path) for name, path in paths.items()}
+    options = {name: getattr(args, name) for name in ("poses_are", "person", "model", "prompt", "seed")}
+    settings = {
         "height": frames.shape[1],
         "width": frames.shape[2],
-        "model": args.model,
-        "prompt": args.prompt,
         "steps": args.steps or training_steps(len(frames)),
         "learning_rate": args.lr or model.learning_rate,
         "learning_rate_from": "--lr" if args.lr else "the model's default",
-        "seed": args.seed,
         # Other frames, or poses that were corrected, make another run.
         "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
     }
+    return paths | options | clip | settings
 
 
 def main(args: argparse.Namespace) -> None:
     folder = args.run or Path("runs") / name_of(args.clip)
     check_arguments(args, folder)
-    images, poses, indices, fps = read_training_frames(
-        args.clip,
-        args.frames,
-        args.range,
-        args.poses,
-        kind=args.poses_are,
-        model=args.model,
-        cache=folder / "poses",
-        person=args.person,
-    )
+    images, poses, clip = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype)
     frames, poses = place_on_canvas(images, poses, args.size or model.size, model)
-    settings = settings_of(args, model, frames, poses, indices, fps)
+    settings = settings_of(args, model, frames, poses, clip)
     steps, rate = settings["steps"], settings["learning_rate"]
     print(f"learning rate {rate:g} ({settings['learning_rate_from']}), {steps} steps, on {describe(model)}")
 

@@ -4,8 +4,9 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -15,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS_WRITTEN = (".mp4", ".mov")
-# ffmpeg's default conversion between YUV and RGB rounds down and repeats colour samples: a frame
-# that is written and read would come back one grey level darker, with coloured edges off by many.
+# By default ffmpeg rounds down and repeats colour samples between YUV and RGB: a frame that is written and read
+# would come back one grey level darker, with coloured edges off by many.
 EXACT_COLOUR = "bicubic+accurate_rnd+full_chroma_int"
 
 
@@ -26,62 +27,52 @@ EXACT_COLOUR = "bicubic+accurate_rnd+full_chroma_int"
 def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple[np.ndarray, float]:
     """The frames of a video, a folder of images (in the order of their numbers) or one image.
 
-    Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the
-    frames per second (24 for images, and for videos that do not say). Transparency is laid over
-    black. Whatever else ffmpeg can decode is a video, also an animation or a file without an
-    extension. Only the frames asked for are held in memory, and a video is decoded no further than
-    the last of them.
-
-    Raises FileNotFoundError, OSError for what cannot be decoded, and ValueError for an index
-    outside the clip, for no indices at all or for images of different sizes.
+    Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the frames per second
+    (24 for images, and for videos that do not say). Transparency is laid over black. What ffmpeg can decode is a
+    video. Only the frames asked for are held in memory, and nothing after the last of them is decoded.
+    Raises FileNotFoundError, OSError for what cannot be decoded, and ValueError for an index outside the clip, for
+    no indices at all or for images of different sizes.
     """
     path = Path(path)
     if indices is not None and not len(indices):
         raise ValueError(f"{path}: an empty list of frames was asked for")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such video, image or folder")
-    if path.is_dir() or path.suffix.lower() in IMAGES:
-        return _read_images(path, indices), 24.0
-    return _read_video(path, indices)
+    files = _images(path)
+    if files is None:
+        return _read_video(path, indices)
+    if indices is not None:
+        _check_indices(path, indices, len(files))
+        files = [files[index] for index in indices]
+    frames = [_read_image(file) for file in files]
+    for file, frame in zip(files, frames):
+        if frame.shape != frames[0].shape:
+            sizes = f"{_size(frame)} pixels, but {files[0].name} has {_size(frames[0])}"
+            raise ValueError(f"{file}: {sizes}: the frames of a clip need one size")
+    return np.stack(frames), 24.0
 
 
 def count_frames(path: str | Path) -> int:
     """How many frames `read_frames` would read. Raises FileNotFoundError and OSError as it does."""
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such video, image or folder")
-    if path.is_dir():
-        return len(_images_in(path))
-    if path.suffix.lower() in IMAGES:
-        return 1
+    files = _images(path)
+    if files is not None:
+        return len(files)
     try:
         return imageio_ffmpeg.count_frames_and_secs(path.resolve())[0]
     except RuntimeError:
         raise OSError(f"{path}: not a readable video") from None
 
 
-def _images_in(folder: Path) -> list[Path]:
-    images = (f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != ".")
+def _images(path: Path) -> list[Path] | None:
+    """The image files that a clip consists of; None for a video. Raises FileNotFoundError if nothing is there."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such video, image or folder")
+    if not path.is_dir():
+        return [path] if path.suffix.lower() in IMAGES else None
+    images = (file for file in path.iterdir() if file.suffix.lower() in IMAGES and file.name[0] != ".")
     files = sorted(images, key=by_number)
     if not files:
-        raise FileNotFoundError(f"{folder}: no images ({', '.join(IMAGES)}) in this folder")
+        raise FileNotFoundError(f"{path}: no images ({', '.join(IMAGES)}) in this folder")
     return files
-
-
-def _read_images(path: Path, indices: Sequence[int] | None) -> np.ndarray:
-    files = _images_in(path) if path.is_dir() else [path]
-    if indices is not None:
-        _check_indices(path, indices, len(files))
-        files = [files[index] for index in indices]
-    frames = []
-    for file in files:
-        frames.append(_read_image(file))
-        if frames[-1].shape != frames[0].shape:
-            raise ValueError(
-                f"{file}: {_size(frames[-1])} pixels, but {files[0].name} has "
-                f"{_size(frames[0])}: the frames of a clip need one size"
-            )
-    return np.stack(frames)
 
 
 def _read_image(path: Path) -> np.ndarray:
@@ -100,10 +91,7 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, float]:
-    places: dict[int, list[int]] = {}  # of each frame in the result
-    for place, index in enumerate(indices if indices is not None else ()):
-        places.setdefault(index, []).append(place)
-    frames, count, missing = [], 0, len(places)
+    frames, count, missing = [], 0, set(() if indices is None else indices)
     # Every stored frame once, also where they are not evenly spaced in time, as phones film.
     exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
     try:
@@ -113,22 +101,20 @@ def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, 
             shape = (*about["size"][::-1], 3)
             if indices is not None:
                 frames = np.empty((len(indices), *shape), np.uint8)
-            for pixels in reader:
+            for count, pixels in enumerate(reader, start=1):
                 frame = np.frombuffer(pixels, np.uint8).reshape(shape)
                 if indices is None:
                     frames.append(frame)
-                elif count in places:
-                    frames[places[count]] = frame
-                    missing -= 1
-                count += 1
-                if places and not missing:
-                    break
+                elif count - 1 in missing:
+                    frames[np.equal(indices, count - 1)] = frame
+                    missing.remove(count - 1)
+                    if not missing:
+                        break
     except (OSError, RuntimeError, KeyError):
         raise OSError(f"{path}: not a readable video") from None
     if not count:
         raise OSError(f"{path}: a video without frames")
-    if missing:
-        _check_indices(path, indices, count)
+    _check_indices(path, sorted(missing), count)
     return np.asarray(frames), float(about["fps"]) or 24.0  # some streams do not say
 
 
@@ -165,9 +151,9 @@ class Fit:
 
     @property
     def placement(self) -> tuple[float, float, float, float]:
-        """(scale_x, scale_y, left, top) from source- to canvas-normalised coordinates.
+        """(scale_x, scale_y, left, top) for `pose.place_pose`: x' = scale_x * x + left, y' = scale_y * y + top.
 
-        x' = scale_x * x + left and y' = scale_y * y + top, as `pose.place_pose` takes them.
+        They lead from source- to canvas-normalised coordinates.
         """
         x, y = self.scale / self.width, self.scale / self.height
         return x * self.source_width, y * self.source_height, -x * self.left, -y * self.top
@@ -176,16 +162,12 @@ class Fit:
 def fit(height: int, width: int, size: int, multiple: int) -> Fit:
     """Plans how source frames of height x width cover a canvas whose short side is about `size`.
 
-    The short side is `size` rounded to a multiple of `multiple`, the long side the multiple that
-    keeps the aspect best. The frame covers the canvas and loses a strip at its edges: black bars
-    would be learned as part of the picture.
-
+    Both sides are multiples of `multiple`: the short one nearest to `size`, the long one nearest to the aspect.
+    The frame covers the canvas and loses a strip at its edges: black bars would be learned as part of the picture.
     Raises ValueError when `size` is below `multiple`.
     """
-    if size < multiple or multiple < 1:
+    if size < multiple:
         raise ValueError(f"a size of {size} pixels is too small: the least is {multiple}")
-    if min(height, width) < 1:
-        raise ValueError(f"a frame of {width}x{height} pixels is empty")
     short = round(size / multiple) * multiple
     aspect = max(height, width) / min(height, width)
     long = round(short * aspect / multiple) * multiple
@@ -203,15 +185,12 @@ def cover(height: int, width: int, canvas_height: int, canvas_width: int) -> Fit
 def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
     """The source frame, uint8 (source_height, source_width, 3), on canvas: (height, width, 3)."""
     if frame.shape[:2] != (fit.source_height, fit.source_width):
-        raise ValueError(
-            f"a frame of {_size(frame)} pixels does not go with a fit for "
-            f"{fit.source_width}x{fit.source_height}"
-        )
+        source = f"{fit.source_width}x{fit.source_height}"
+        raise ValueError(f"a frame of {_size(frame)} pixels does not go with a fit for {source}")
     right = min(fit.source_width, fit.left + fit.width / fit.scale)
     bottom = min(fit.source_height, fit.top + fit.height / fit.scale)
-    kept = (fit.left, fit.top, right, bottom)
-    resized = Image.fromarray(frame).resize((fit.width, fit.height), Image.Resampling.LANCZOS, kept)
-    return np.asarray(resized)
+    kept, size = (fit.left, fit.top, right, bottom), (fit.width, fit.height)
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, kept))
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -229,19 +208,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def open_video(
-    path: str | Path, fps: float, height: int, width: int
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """Opens an H.264 video; call what it gives with frames, uint8 (height, width, 3) or (F, ...).
+def open_video(path: str | Path, fps: float, height: int, width: int) -> Iterator[Callable]:
+    """Opens an H.264 video, and gives a function that writes frames, uint8 (height, width, 3) or (F, ...).
 
-        with open_video("out.mp4", 24, 512, 512) as write:
-            write(frames)
-
-    `path` appears, or is replaced, when the block ends well; else it stays as it was. Odd sizes
-    get their last row or column twice: the pixel format that every player knows needs even ones.
-
-    Raises ValueError for frames of another size or type, an unknown extension or no frames at all,
-    and OSError when the file cannot be written.
+    `path` appears, or is replaced, when the block ends well; else it stays as it was. Odd sizes get their last row
+    or column twice: the pixel format that every player knows needs even ones. Raises ValueError for frames of
+    another size or type, an unknown extension or no frames at all, and OSError when the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in VIDEOS_WRITTEN:
@@ -251,7 +223,8 @@ def open_video(
     if not fps > 0:
         raise ValueError(f"{path}: {fps} frames per second; give a number above 0")
 
-    written = 0
+    written, arrived = 0, 0
+    colour = f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}"
     with replacing(path) as unfinished:
         writer = imageio.get_writer(
             unfinished,
@@ -262,24 +235,15 @@ def open_video(
             quality=None,
             macro_block_size=1,
             ffmpeg_log_level="error",
-            output_params=[
-                "-crf",
-                "16",
-                "-movflags",
-                "+faststart",
-                # named in the file, because players guess the colour matrix otherwise
-                "-vf",
-                f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}",
-            ],
+            # The colour matrix is named in the file, because players guess it otherwise.
+            output_params=["-crf", "16", "-movflags", "+faststart", "-vf", colour],
         )
 
         def write(frames: np.ndarray) -> None:
             nonlocal written
             if frames.shape[-3:] != (height, width, 3) or frames.dtype != np.uint8:
-                raise ValueError(
-                    f"{path}: frames must be uint8 ({height}, {width}, 3), "
-                    f"not {frames.dtype} {frames.shape}"
-                )
+                wanted = f"uint8 ({height}, {width}, 3)"
+                raise ValueError(f"{path}: frames must be {wanted}, not {frames.dtype} {frames.shape}")
             for frame in frames.reshape(-1, height, width, 3):
                 even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 try:
@@ -292,27 +256,20 @@ def open_video(
             yield write
         if not written:
             raise ValueError(f"{path}: no frames to write")
-        # ffmpeg says nothing when the disk fills up as it closes the file: count what arrived.
-        try:
-            whole = count_frames(unfinished) == written
-        except OSError:
-            whole = False
-        if not whole:
+        with suppress(OSError):  # ffmpeg says nothing when the disk fills up as it closes the file
+            arrived = count_frames(unfinished)
+        if arrived != written:
             raise OSError(f"{path}: could not be written whole; is the disk full?")
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
-    """Writes frames, uint8 RGB (H, W, 3) each and all of one size, as an H.264 video.
-
-    Raises what `open_video` raises.
-    """
+    """Writes frames, uint8 RGB (H, W, 3) each and of one size, as a video. Raises what `open_video` raises."""
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{path}: no frames to write")
     with open_video(path, fps, *first.shape[:2]) as write:
-        write(first)
-        for frame in frames:
+        for frame in chain([first], frames):
             write(frame)
 
 
@@ -329,7 +286,7 @@ def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
 def has_sound(path: str | Path) -> bool:
     """Whether this is a video with a sound track."""
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in IMAGES:
+    if _images(path) is not None:
         return False
     with closing(imageio_ffmpeg.read_frames(path.resolve())) as reader:
         return "audio_codec" in next(reader)
@@ -361,28 +318,18 @@ def contact_sheet(
 ) -> Image.Image:
     """A picture of several clips, one under the other, to compare at a glance.
 
-    `rows` maps a label to frames, uint8 RGB (H, W, 3), of any size and number. Each row shows up to
-    `columns` of its frames, evenly spaced from first to last, each scaled to `cell_height` pixels
-    and under its frame number. Raises ValueError for a row without frames.
+    `rows` maps a label to frames, uint8 RGB (H, W, 3), of any size and number. Each row shows up to `columns` of
+    its frames, evenly spaced from first to last, `cell_height` pixels high and under their numbers.
+    Raises ValueError for a row without frames.
     """
-    if not rows:
-        raise ValueError("contact sheet: no rows")
     for label, frames in rows.items():
         if not len(frames):
             raise ValueError(f'contact sheet: the row "{label}" has no frames')
     font = ImageFont.load_default(size=max(12, cell_height // 10))
-    ink = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     line = round(1.5 * font.size)
-    margin = 2 * _GAP + max(round(ink.textlength(label, font)) for label in rows)
-
-    picked = {
-        label: np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        for label, frames in rows.items()
-    }
-    cell_width = max(
-        round(cell_height * frames[0].shape[1] / frames[0].shape[0]) for frames in rows.values()
-    )
-    longest = max(len(indices) for indices in picked.values())
+    margin = 2 * _GAP + max(round(font.getlength(label)) for label in rows)
+    widths = (round(cell_height * frames[0].shape[1] / frames[0].shape[0]) for frames in rows.values())
+    cell_width, longest = max(widths), max(min(columns, len(frames)) for frames in rows.values())
     size = margin + longest * (cell_width + _GAP), len(rows) * (line + cell_height) + _GAP
     sheet = Image.new("RGB", size, _PAPER)
     ink = ImageDraw.Draw(sheet)
@@ -390,12 +337,12 @@ def contact_sheet(
     for row, (label, frames) in enumerate(rows.items()):
         top = row * (line + cell_height) + line
         ink.text((_GAP, top + cell_height // 2), label, _INK, font, anchor="lm")
-        for column, index in enumerate(picked[label]):
+        shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        for column, index in enumerate(shown):
             frame = Image.fromarray(frames[index])
             width = round(cell_height * frame.width / frame.height)
             centre = margin + column * (cell_width + _GAP) + cell_width // 2
             ink.text((centre, top - line // 2), str(index), _INK, font, anchor="mm")
-            sheet.paste(
-                frame.resize((width, cell_height), Image.Resampling.LANCZOS), (centre - width // 2, top)
-            )
+            cell = frame.resize((width, cell_height), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (centre - width // 2, top))
     return sheet

@@ -22,7 +22,7 @@ from bench import equal
 from bench.common import GIGA, HINTS, TERA, random_weights, seconds
 from bench.report import NOT_INSTALLED, Rows, Table, describe
 from bench.step import CONTROLVIDEO, DIFFUSERS, run
-from memory import operations, sampling_peak, training_peak
+from beyond.plan import operations, sampling_peak, training_peak
 from posecrafter import decode_latents, encode_frames, invert, predict_noise, recompute_activations, sample
 from slicing import Offloaded, Slicing, plans, slices
 from unet import Context, ResnetBlock2D, Transformer2DModel, UNetConfig

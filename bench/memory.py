@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import GIGA, HINTS, MEGA, print_table
 from bench.equal import without_weights
+from beyond.plan import sampling_peak, training_peak
 from command import keep_freed_memory
-from memory import sampling_peak, training_peak
 from posecrafter import sample
 from unet import UNetConfig
 

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import memory
 import posecrafter
-from controlnet import ControlNet
-from memory import (
+from beyond import plan
+from beyond.plan import (
     CUDA,
     LiveMemory,
     networks_without_data,
@@ -21,6 +20,7 @@ from memory import (
     training_peak,
     without_data,
 )
+from controlnet import ControlNet
 from posecrafter import invert, predict_noise
 from slicing import Slicing, slices
 from unet import UNet, UNetConfig
@@ -144,7 +144,7 @@ def test_memory_is_a_constant_and_so_much_per_frame(full_size):
 def test_long_clips_are_predicted_as_if_all_of_their_frames_were_counted(full_size, monkeypatch):
     options = {"frames_per_slice": 12, "device": torch.device("cpu")}
     predicted = sampling_peak(full_size, 80, 8, 8, torch.float32, **options)
-    monkeypatch.setattr(memory, "SLICES", 1000)  # so that no clip is long
+    monkeypatch.setattr(plan, "SLICES", 1000)  # so that no clip is long
     counted = sampling_peak(full_size, 80, 8, 8, torch.float32, **options)
     assert predicted == pytest.approx(counted, rel=0.02)
 
@@ -152,8 +152,8 @@ def test_long_clips_are_predicted_as_if_all_of_their_frames_were_counted(full_si
 def test_a_long_clip_is_predicted_in_its_own_way(full_size, monkeypatch):
     """A card with little free memory takes other slices of long clips than of short ones."""
     ways = []
-    monkeypatch.setattr(memory, "plans", lambda *args: [Slicing(8 * 320 * 64, args[2][0] > 100)])
-    monkeypatch.setattr(memory, "sample", lambda *_, slicing, **__: ways.extend(slicing))
+    monkeypatch.setattr(plan, "plans", lambda *args: [Slicing(8 * 320 * 64, args[2][0] > 100)])
+    monkeypatch.setattr(plan, "sample", lambda *_, slicing, **__: ways.extend(slicing))
     sampling_peak(full_size, 400, 8, 8)
     assert ways and all(way.offload for way in ways)
 
@@ -174,4 +174,4 @@ def test_operations_are_stable_diffusion_s(full_size):
 def test_predictions_leave_nothing_behind(full_size):
     sampling_peak(full_size, 2, 8, 8)
     assert torch.get_default_dtype() == torch.float32
-    assert memory.torch.zeros(2)[None].shape == (1, 2)
+    assert plan.torch.zeros(2)[None].shape == (1, 2)
