@@ -20,12 +20,8 @@ from tqdm import tqdm
 
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
-<<<<<<< HEAD
 from beyond.retarget import proportions, retarget
-from checkpoint import Model, load_model, locate_parts, networks_without_weights, read_settings
-=======
 from checkpoint import Model, load_model, locate_parts, read_settings
->>>>>>> scripts
 from device import compute_device, describe
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
@@ -196,63 +192,6 @@ def held_if_still(method: Method, run: Run, model: Model) -> Method:
     return moved_once(method)
 
 
-<<<<<<< HEAD
-def main(args: argparse.Namespace) -> np.ndarray | None:
-    """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
-    check_numbers(args)
-    run = load_run(args.run or newest_run())
-    settings = run.settings
-    prompt = settings["prompt"] if args.prompt is None else args.prompt
-    method, chosen_by = choose_method(args, settings, prompt)
-    out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
-    inputs = [Path(settings[name]) for name in ("clip", "poses") if settings[name]]
-    check_out(out, [args.poses, *inputs])
-    driver, targets, ratios = read_targets(args, run)
-    k = choose_reference(args.reference, run, targets)
-    if args.plan:
-        plan(args, run, method, len(targets))
-        return None
-
-    model = load_tuned(run)
-    holds = method.parts and method.editor is hold_to_pseudo_video
-    if holds and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
-        print(
-            "the training frames show no still background: parts are moved once, the rest is left to the model"
-        )
-        method = moved_once(method)
-    rate, rate_from = settings["learning_rate"], settings.get("learning_rate_from", "unknown")
-    print(f"trained at a learning rate of {rate:g} ({rate_from})")
-    print(f"method {method.name} ({chosen_by}), {args.ddim_steps} steps, on {describe(model)}")
-    made = generate_or_explain(args, run, targets, method, k, model, prompt)
-    report = {
-        "run": str(run.folder),
-        "poses": str(args.poses),
-        "retargeted": ratios is not None,
-        "proportions": ratios,  # the subject's to the driver's
-        "prompt": prompt,
-        "guidance": args.guidance,
-        "guidance_until": model.guidance_until,
-        "ddim_steps": args.ddim_steps,
-        "method": method.name,
-        "method_from": chosen_by,
-        "learning_rate": rate,
-        "learning_rate_from": rate_from,
-        "edit": method.parts.__name__ if method.parts else None,
-        "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
-        "start": method.start,
-        "seed": args.seed,
-        "inserted": method.insert,
-        "replay": method.replay,
-        "fixed_point": method.fixed_point,
-        "reference": settings["frames"][k],
-        # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
-        "reference_psnr": faithfulness(model, made, run.frames[k]),
-        "edited_regions": made.regions,
-    }
-    frames = write_result(args, out, run, driver, targets, decode_latents(model, made.latents), report)
-    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
-    return frames
-=======
 def generate_or_explain(args: argparse.Namespace, task: Task, model: Model) -> Generated:
     """`generate` as the command line says. Raises MemoryError with how much memory would do."""
     run, method = task.run, task.method
@@ -266,7 +205,6 @@ def generate_or_explain(args: argparse.Namespace, task: Task, model: Model) -> G
         offload = "never" if args.offload == "never" else "always"
         peak = sampling_peak(model, frames, *size, dtype, args.guidance, args.slice or 1, offload)
         raise MemoryError(f"{error}; {frames} frames need about {peak / 1e9:.1f} GB") from None
->>>>>>> scripts
 
 
 def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float | None:

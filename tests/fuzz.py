@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from public.formats import TensorFile
 from safetensors.torch import save
 
 from checkpoint import DEMO, read_tokenizer
 from clip import TextConfig
 from poses.drawn import read_drawn
 from poses.pose import Pose, draw_pose, load_poses, save_poses
+from public.formats import TensorFile
 from run import read_run_settings
 from video import read_frames, write_video
 
