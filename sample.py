@@ -241,29 +241,26 @@ def report_of(args: argparse.Namespace, task: Task, model: Model, made: Generate
     run, method = task.run, task.method
     options = {name: getattr(args, name) for name in ("guidance", "ddim_steps", "seed")}
     ways = {name: getattr(method, name) for name in ("start", "replay", "fixed_point")}
-    return (
-        options
-        | ways
-        | {
-            "run": str(run.folder),
-            "poses": str(args.poses),
-            "retargeted": task.proportions is not None,
-            "proportions": task.proportions,
-            "prompt": task.prompt,
-            "guidance_until": model.guidance_until,
-            "method": method.name,
-            "method_from": task.method_from,
-            "learning_rate": run.settings["learning_rate"],
-            "learning_rate_from": run.settings.get("learning_rate_from", "unknown"),
-            "edit": method.parts,
-            "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
-            "inserted": method.insert,
-            "reference": run.settings["frames"][task.reference],
-            # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
-            "reference_psnr": faithfulness(model, made, run.frames[task.reference]),
-            "edited_regions": made.regions,
-        }
-    )
+    made_how = {
+        "run": str(run.folder),
+        "poses": str(args.poses),
+        "retargeted": task.proportions is not None,
+        "proportions": task.proportions,
+        "prompt": task.prompt,
+        "guidance_until": model.guidance_until,
+        "method": method.name,
+        "method_from": task.method_from,
+        "learning_rate": run.settings["learning_rate"],
+        "learning_rate_from": run.settings.get("learning_rate_from", "unknown"),
+        "edit": method.parts and method.parts.__name__,
+        "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
+        "inserted": method.insert,
+        "reference": run.settings["frames"][task.reference],
+        # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
+        "reference_psnr": faithfulness(model, made, run.frames[task.reference]),
+        "edited_regions": made.regions,
+    }
+    return made_how | options | ways
 
 
 def main(args: argparse.Namespace) -> np.ndarray | None:
