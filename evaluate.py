@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import model_path
 from command import parse_canvas, parse_range, run_command
 from device import compute_device
 from metrics import figures as metric
@@ -21,6 +20,7 @@ from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, load_poses, place_pose, read_canvas, video_sim
+from public.places import model_path
 from video import cover, fit_frame, read_frames, replacing, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.

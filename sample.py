@@ -21,11 +21,12 @@ from tqdm import tqdm
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
 from beyond.retarget import proportions, retarget
-from checkpoint import Model, load_model, locate_parts, read_settings
+from checkpoint import Model, load_model, read_settings
 from device import compute_device, describe
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
+from public.places import locate_parts
 from run import Run, load_run, load_trained, name_of, newest_run, write_json
 from video import VIDEOS_WRITTEN, add_sound, contact_sheet, cover, has_sound, save_image, write_video
 

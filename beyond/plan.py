@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from beyond.pseudo import hold_to_pseudo_video
-from checkpoint import locate_parts, networks_without_weights, read_settings
+from checkpoint import networks_without_weights, read_settings
 from controlnet import ControlNet
 from device import compute_device
 from posecrafter import (
@@ -37,6 +37,7 @@ from posecrafter import (
     trainable_parameters,
     training_loss,
 )
+from public.places import locate_parts
 from run import Run
 from slicing import plans
 from unet import UNet

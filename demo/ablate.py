@@ -19,13 +19,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from beyond.pseudo import METHODS
-from checkpoint import locate, read_settings
+from checkpoint import read_settings
 from command import keep_freed_memory
 from demo import cells
 from demo.cells import FIGURES, cell_path, load_figures, shown
 from demo.puppet import random_puppet
 from demo.scene import REPAINTED, Trial, set_scene
 from posecrafter import ddim_timesteps
+from public.places import locate
 from video import contact_sheet, replacing, save_image
 
 # ---- What is compared ---------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import SETTINGS, TEMPORAL, WEIGHT_FILES, Model, variants
+from checkpoint import SETTINGS, TEMPORAL, Model
 from clip import END, START, TextEncoder, Tokenizer
 from controlnet import ControlNet
 from openpose import OPENPOSE_PARTS, OpenPose
 from public.configs import level_types
+from public.places import WEIGHT_FILES, variants
 from unet import UNet
 from vae import VAE
 

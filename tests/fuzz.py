@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from checkpoint import DEMO, read_tokenizer
-from clip import TextConfig
+from clip import Tokenizer
 from poses.drawn import read_drawn
 from poses.pose import Pose, draw_pose, load_poses, save_poses
 from public.formats import TensorFile
+from public.places import DEMO
 from run import read_run_settings
 from video import read_frames, write_video
 
@@ -77,7 +77,7 @@ def in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], obje
 
 @cache
 def tokenizer() -> Callable:
-    return read_tokenizer(DEMO / "tokenizer", TextConfig())
+    return Tokenizer.load(DEMO / "tokenizer")
 
 
 def a_pose() -> Pose:

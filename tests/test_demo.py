@@ -6,13 +6,14 @@ import torch
 
 import sample
 import train
-from checkpoint import DEMO, load_model
+from checkpoint import load_model
 from command import sampling_arguments, training_arguments
 from demo.dance import dance, make_anew
 from demo.puppet import clip
 from metrics.figures import psnr
 from posecrafter import decode_latents, embed_hints, encode_frames, encode_prompt, invert
 from poses.pose import save_poses
+from public.places import DEMO
 from video import save_image
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import DEMO
 from demo import pretrain, pretrain_openpose
 from demo.motion import motion
 from demo.pool import stacked
@@ -23,6 +22,7 @@ from poses.maps import (
     separable,
 )
 from poses.pose import is_seen
+from public.places import DEMO
 
 
 @pytest.fixture
