@@ -1,10 +1,9 @@
 """Clips of any length in bounded memory: a layer takes a few frames, or a few locations, at a time.
 
-Every layer of the networks either sees each frame by itself (convolutions), or each location by itself
-(temporal attention, and all else in a transformer block once the key frame has been read), or needs no
-more of the whole clip than two numbers per channel (the clip-wide norms). So a clip's feature map can stay
-one buffer that layers read and write slice by slice, and only slices are ever held in between. The result
-is that of the whole clip at once, whatever the size of the slices.
+Every layer of the networks sees each frame by itself (convolutions), or each location by itself (temporal
+attention, and all else in a transformer block once the key frame has been read), or needs two numbers per channel
+of the whole clip (the clip-wide norms). So a clip's feature map can stay one buffer that layers read and write slice
+by slice. The result is that of the whole clip at once, whatever the size of the slices.
 
 This is for inference. Where gradients are recorded, everything below takes one slice: the whole clip.
 """
@@ -57,8 +56,7 @@ def plans(
     """
     frame = prod(finest[1:])
     if device.type != "cuda":
-        # One frame, whose maps stay in a processor's cache from one layer to the next; of small ones more, as
-        # every call has its price.
+        # One frame, whose maps stay in a processor's cache; of small ones more, as every call has its price.
         numbers = frame * frames_per_slice if frames_per_slice else max(frame, 2**20)
         return [Slicing(numbers, offload == "always")]
     per_slice = frames_per_slice or 8  # enough to keep a large card busy
