@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beyond.provenance import SOURCE_TYPE, SYNTHETIC, boxes, mark_video, png_marks, read_manifest
+from safe.provenance import SOURCE_TYPE, SYNTHETIC, boxes, mark_video, png_marks, read_manifest
 from video import read_frames, write_video
 
 MANIFEST = {"version": "1", "prompt": 'a <person> & "friend"', "seed": 3, "weights": {"unet": "ab" * 32}}

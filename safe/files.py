@@ -1,0 +1,164 @@
+"""Files are written whole or not at all, by one process at a time, and read without trust."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# ---- Writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, with the same extension, that takes its place if all goes well.
+
+    Raises OSError, which names `path`, where it cannot be written, as on a full disk.
+    """
+    remove_leftovers(path.parent)
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        with naming(path):
+            yield unfinished
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system while writing become one line that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # What cannot be written is a RuntimeError in PyTorch's files, and has no number in ffmpeg's.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        number = getattr(error, "errno", None)
+        if isinstance(error, OSError) and number is None:
+            raise
+        full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full" if full else os.strerror(number).lower()
+        raise OSError(f"{path}: could not be written: {reason}") from None
+
+
+LEFTOVER = re.compile(r"\.(.+)\.(\d+)(\.\w+)?")  # what `replacing` and `replacing_set` call theirs
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed left unfinished in a folder."""
+    if os.name == "nt" or not folder.is_dir():  # asking whether a process lives would end it on Windows
+        return
+    for path in folder.glob(".*.*"):
+        match = LEFTOVER.fullmatch(path.name)
+        if match and not is_alive(int(match[2])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
+
+
+@contextmanager
+def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
+    """A folder for files called as `out` with these endings, which replace those beside `out` together.
+
+    They are moved once all are written, the last one last: where that is missing, a set is not whole. A process
+    that is killed while it moves them leaves the folder with the rest, and `finish_set` moves that.
+    """
+    remove_leftovers(out.parent)
+    unfinished = out.parent / f".{out.stem}.{os.getpid()}"
+    try:
+        with naming(out):
+            unfinished.mkdir()
+            yield unfinished
+            os.replace(unfinished, whole_folder(out))
+        finish_set(out, endings)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def whole_folder(out: Path) -> Path:
+    """Where a set waits that is written, but not yet moved to its place."""
+    return out.parent / f".{out.stem}.whole"
+
+
+def finish_set(out: Path, endings: tuple[str, ...]) -> None:
+    """Moves a set that is written to its place."""
+    folder = whole_folder(out)
+    if not folder.is_dir():
+        return
+    out.with_suffix(endings[-1]).unlink(missing_ok=True)  # it would belong to other files
+    for ending in endings:
+        with suppress(FileNotFoundError):  # moved before the process was killed
+            os.replace(folder / out.with_suffix(ending).name, out.with_suffix(ending))
+    shutil.rmtree(folder)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk of a folder, which need not exist, has fewer bytes left than needed."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(f"{folder}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder. The lock ends with its process, however that ends.
+
+    Raises OSError where another process has it.
+    """
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder if os.name != "nt" else folder / ".lock"  # Windows cannot lock a folder
+        handle = os.open(lock, os.O_RDONLY if lock is folder else os.O_RDWR | os.O_CREAT)
+    try:
+        if lock is folder:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        locked = True
+    except OSError:
+        locked = False
+    try:
+        if not locked:
+            raise OSError(f"{folder}: another process works there; wait for it, or choose another --run")
+        yield
+    finally:
+        os.close(handle)
+
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+LARGEST_JSON = 250_000_000  # bytes: an hour of poses
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds. Raises OSError, and ValueError for what is no JSON, or too large."""
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a JSON file that is read here")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"{path}: not readable as JSON (nested too deep)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None

@@ -1,0 +1,141 @@
+"""Files are whole or not there, whoever is killed; folders belong to one process at a time."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from safe.files import (
+    alone_in,
+    finish_set,
+    read_json,
+    remove_leftovers,
+    replacing,
+    replacing_set,
+    require_space,
+)
+
+ENDINGS = ".mp4", ".png", ".json"
+
+
+def write_set(out: Path, text: str) -> None:
+    with replacing_set(out, ENDINGS) as folder:
+        for ending in ENDINGS:
+            (folder / out.name).with_suffix(ending).write_text(text)
+
+
+def read_set(out: Path) -> list[str]:
+    files = [out.with_suffix(ending) for ending in ENDINGS]
+    return [file.read_text() if file.exists() else "" for file in files]
+
+
+def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyError), replacing(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with replacing(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only file system"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"),
+            "the disk is full",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path, error, reason):
+    with pytest.raises(OSError, match=rf"a\.txt: could not be written: {reason}$"):
+        with replacing(tmp_path / "a.txt"):
+            raise error
+
+
+def test_a_set_is_replaced_together_or_not_at_all(tmp_path):
+    out = tmp_path / "out.mp4"
+    write_set(out, "old")
+    with pytest.raises(KeyError), replacing_set(out, ENDINGS) as folder:
+        (folder / "out.mp4").write_text("half")
+        raise KeyError
+    assert read_set(out) == ["old"] * 3
+    write_set(out, "new")
+    assert read_set(out) == ["new"] * 3 and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_set_whose_moving_was_interrupted_is_finished_by_the_next(tmp_path, moved, monkeypatch):
+    out, replace, calls = tmp_path / "out.mp4", os.replace, []
+
+    def killed(source, target):
+        if len(calls) == moved:
+            raise SystemExit  # nothing but the folder's own removal follows
+        calls.append(target)
+        replace(source, target)
+
+    write_set(out, "old")
+    monkeypatch.setattr("safe.files.os.replace", killed)
+    with pytest.raises(SystemExit):
+        write_set(out, "new")
+    monkeypatch.undo()
+    if moved:
+        assert not out.with_suffix(".json").exists() or moved == 4  # an unfinished set has no report
+    finish_set(out, ENDINGS)
+    assert read_set(out) == ["new" if moved else "old"] * 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".clip.{dead.pid}.mp4").touch()
+    (tmp_path / f".out.{dead.pid}").mkdir()
+    kept = [f".clip.{os.getpid()}.mp4", ".hidden", ".a.b.mp4", "clip.1.mp4"]
+    for name in kept:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_folder_belongs_to_one_process_and_is_free_when_that_is_killed(tmp_path):
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from pathlib import Path
+from safe.files import alone_in
+with alone_in(Path({str(tmp_path)!r})):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(OSError, match="another process works there"), alone_in(tmp_path):
+        pass
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    time.sleep(0.1)
+    with alone_in(tmp_path):
+        pass
+
+
+def test_space_is_asked_for_also_where_the_folder_is_yet_to_be_made(tmp_path):
+    require_space(tmp_path / "runs" / "new", 1000)
+    with pytest.raises(OSError, match=r"new: needs 1000000\.0 GB, but only"):
+        require_space(tmp_path / "runs" / "new", 10**15)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' + b"[" * 100_000, b"{", b"\xff", b"", b"1e"])
+def test_json_that_cannot_be_read_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: not readable as JSON \([^\n]*\)$"):
+        read_json(tmp_path / "a.json")
