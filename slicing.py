@@ -1,9 +1,9 @@
 """Clips of any length in bounded memory: a layer takes a few frames, or a few locations, at a time.
 
 Every layer of the networks sees each frame by itself (convolutions), or each location by itself (temporal
-attention, and all else in a transformer block once the key frame has been read), or needs two numbers per channel
-of the whole clip (the clip-wide norms). So a clip's feature map can stay one buffer that layers read and write slice
-by slice. The result is that of the whole clip at once, whatever the size of the slices.
+attention, and all else in a transformer block once the key frame has been read), or needs two numbers per
+channel of the whole clip (the clip-wide norms). So a clip's feature map can stay one buffer that layers read and
+write slice by slice. The result is that of the whole clip at once, whatever the size of the slices.
 
 This is for inference. Where gradients are recorded, everything below takes one slice: the whole clip.
 """

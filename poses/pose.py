@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from video import by_number, replacing
+from safe.files import read_json, replacing
+from video import by_number
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,24 @@ def is_seen(part: np.ndarray) -> np.ndarray:
 
 
 def has_person(pose: Pose) -> bool:
-    """Whether there is anybody to draw: false detections are mostly single keypoints or pairs."""
-    return int(is_seen(pose.body).sum()) >= 3
+    """Whether there is anybody to draw: three body keypoints or more, not all at one place, and one on the canvas.
+
+    False detections are mostly single keypoints or pairs.
+    """
+    points = pose.body[is_seen(pose.body), :2]
+    on_canvas = ((points >= 0) & (points <= 1)).all(axis=1)
+    return len(points) >= 3 and bool(on_canvas.any()) and np.ptp(points, axis=0).max() > 1e-3
 
 
 def absences(poses: Sequence[Pose], first: int = 0) -> str:
     """The frames without a person, counted from `first`, such as "0-3, 112-140"; "" for none."""
-    missing = [frame for frame, pose in enumerate(poses, first) if not has_person(pose)]
-    starts = [frame for frame in missing if frame - 1 not in missing]
-    ends = [frame for frame in missing if frame + 1 not in missing]
+    return name_frames([frame for frame, pose in enumerate(poses, first) if not has_person(pose)])
+
+
+def name_frames(frames: Sequence[int]) -> str:
+    """Numbers in rising order, such as "0-3, 112-140"."""
+    starts = [frame for frame in frames if frame - 1 not in frames]
+    ends = [frame for frame in frames if frame + 1 not in frames]
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends))
 
 
@@ -85,18 +95,24 @@ _KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints
 }
 
 
+FARTHEST = 1e5  # pixels: no canvas reaches so far, and what is farther off, or no number, is put there
+STRAY = 2.0  # canvases from the middle, beyond which a keypoint counts as not seen
+
+
 def load_poses(path: str | Path, width: int | None = None, height: int | None = None) -> list[Pose]:
     """Reads one pose per frame, in canvas-normalised coordinates: the largest person, or an empty Pose for nobody.
 
     `path`: a JSON list of OpenPose frames (or one frame), or a folder of OpenPose's own files, in the order of the
     numbers in their names. Coordinates: normalised already, or pixels of the frame's own canvas, else of `width`
-    and `height`. Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
+    and `height`. A keypoint far outside the canvas counts as not seen, and a line says so.
+    Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
     """
     frames = _read_frames(Path(path))
     poses = [_largest_person(frame, where) for where, frame in frames]
     # Keypoints in pixels never all lie within 2 pixels of the corner; normalised ones never lie two canvases away.
-    if all(np.abs(part[:, :2]).max() <= 2 for pose in poses for part in vars(pose).values()):
-        return poses
+    points = np.abs([part for pose in poses for part in np.concatenate([*vars(pose).values()])[:, :2]])
+    if not (points[points < FARTHEST] > 2).any():
+        return _without_strays(poses, path)
     for index, (where, frame) in enumerate(frames):
         if _is_empty(poses[index]):
             continue
@@ -107,9 +123,25 @@ def load_poses(path: str | Path, width: int | None = None, height: int | None = 
                 "give the size of the video they were found in, such as --canvas 1920x1080"
             )
         if not _is_size(canvas):
-            raise ValueError(f"{where}: canvas_width and canvas_height are {canvas}, not pixels")
+            raise ValueError(f"{where}: canvas_width and canvas_height must be numbers of pixels")
         poses[index] = place_pose(poses[index], 1 / canvas[0], 1 / canvas[1], 0, 0)
-    return poses
+    return _without_strays(poses, path)
+
+
+def _without_strays(poses: list[Pose], path: str | Path) -> list[Pose]:
+    """Normalised poses; keypoints that cannot be right are not seen, which is said."""
+    kept, strays = [], {}
+    for frame, pose in enumerate(poses):
+        parts = {name: part.copy() for name, part in vars(pose).items()}
+        for part in parts.values():
+            stray = is_seen(part) & (np.abs(part[:, :2] - 0.5) > STRAY).any(axis=1)
+            part[stray] = 0
+            strays[frame] = strays.get(frame, 0) + int(stray.sum())
+        kept.append(Pose(**parts))
+    if frames := [frame for frame, count in strays.items() if count]:
+        lie = f"{sum(strays.values())} keypoints lie far off the canvas and count as not seen"
+        print(f"{path}: {lie}: in frames {name_frames(frames)}")
+    return kept
 
 
 def read_canvas(path: str | Path) -> tuple[int, int] | None:
@@ -133,7 +165,7 @@ def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int)
 
 
 def _is_size(sides: tuple) -> bool:
-    return all(isinstance(side, (int, float)) and side > 0 for side in sides)
+    return all(type(side) in (int, float) and 0 < side <= FARTHEST for side in sides)
 
 
 def _is_empty(pose: Pose) -> bool:
@@ -149,10 +181,7 @@ def _read_frames(path: Path) -> list[tuple[str, dict]]:
         return [frame for file in files for frame in _read_frames(file)]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder of poses")
-    try:
-        frames = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file of poses ({error})") from None
+    frames = read_json(path)
     frames = frames if isinstance(frames, list) else [frames]
     if not frames:
         raise ValueError(f"{path}: holds no frames")
@@ -170,7 +199,7 @@ def _largest_person(frame: dict, where: str) -> Pose:
     poses = [Pose(**{name: _read_part(person, name, where) for name in _KEYS}) for person in people]
 
     def size(pose: Pose) -> float:
-        body = pose.body[is_seen(pose.body)]
+        body = pose.body[is_seen(pose.body) & (np.abs(pose.body[:, :2]) < FARTHEST).all(axis=1)]
         return np.ptp(body[:, :2], axis=0).prod() * body[:, 2].mean() if len(body) else 0.0
 
     return max(poses, key=size, default=Pose())
@@ -191,8 +220,9 @@ def _read_part(person: dict, name: str, where: str) -> np.ndarray:
         points = points[[*range(8), *range(9, 19)]]
     part = np.pad(points, ((0, counts[0] - len(points)), (0, 0)))
     part[:, 2] = part[:, 2].clip(0, 1)  # some detectors score beyond 1
-    part[~(np.isfinite(part).all(axis=1) & is_seen(part))] = 0
-    return part
+    part[~is_seen(part)] = 0  # also where the score is no number
+    far = {"nan": FARTHEST, "posinf": FARTHEST, "neginf": -FARTHEST}
+    return np.nan_to_num(part, **far).clip(-FARTHEST, FARTHEST)
 
 
 # ---- Drawing ------------------------------------------------------------------------------------

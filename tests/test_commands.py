@@ -471,7 +471,7 @@ def test_an_unreadable_clip_is_named(workplace):
         (("--lr", -1), "--lr -1"),
         (("--size", 0), "--size 0"),
         (("--size", 8), "size of 8"),
-        (("--poses", "clip.mp4", "--poses-are", "json"), "not a JSON file"),
+        (("--poses", "clip.mp4", "--poses-are", "json"), "not readable as JSON"),
     ],
 )
 def test_training_refuses(workplace, options, words):

@@ -99,7 +99,7 @@ def test_only_the_frames_asked_for_are_looked_at_and_hands_only_where_wanted(tmp
     [
         ("gone.mp4", "no such file or folder"),
         ("text.mp4", "not a readable video"),
-        ("text.json", "not a JSON file"),
+        ("text.json", "not readable as JSON"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named(tmp_path, name, words):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from poses.pose import (
     Pose,
+    absences,
     draw_pose,
     has_person,
     is_seen,
@@ -170,7 +171,10 @@ def test_of_several_people_the_largest_and_surest_is_taken(tmp_path):
         ({"people": [[1, 2, 3]]}, '"people" is not a list of objects'),
         ({"bodies": []}, "not an OpenPose frame"),
         ([1, 2], "not an OpenPose frame"),
-        ({"people": [person((50, 50, 1))], "canvas_width": "big", "canvas_height": 9}, "not pixels"),
+        (
+            {"people": [person((50, 50, 1))], "canvas_width": "big", "canvas_height": 9},
+            "must be numbers of pixels",
+        ),
     ],
 )
 def test_a_malformed_frame_is_named(tmp_path, frame, complaint):
@@ -188,8 +192,8 @@ def test_what_is_not_a_file_of_poses_is_named(tmp_path):
     write(tmp_path / "empty.json", [])
     (tmp_path / "folder").mkdir()
     for name, complaint in [
-        ("half.json", "not a JSON file"),
-        ("binary.json", "not a JSON file"),
+        ("half.json", "not readable as JSON"),
+        ("binary.json", "not readable as JSON"),
         ("empty.json", "no frames"),
         ("folder", "no .json files"),
         ("absent.json", "no such file"),
@@ -410,3 +414,47 @@ def test_drawing_a_small_canvas_takes_milliseconds():
         draw_pose(pose, 128, 128)
         best = min(best, time.perf_counter() - start)
     assert best < 0.008
+
+
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="needs the small inputs that went wrong")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deep100k.json", "nested too deep"),
+        ("deep_in_people.json", "nested too deep"),
+        ("canvas_1e400.json", "must be numbers of pixels"),
+        ("canvas_true.json", "must be numbers of pixels"),
+        ("esc.json", "is not a list of numbers"),
+    ],
+)
+def test_files_that_no_detector_writes_are_refused_in_one_line(name, words):
+    with pytest.raises(ValueError, match=rf"{name}: .*{words}") as refused:
+        load_poses(CASES / name, 512, 512)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, math.inf, math.nan, 99_999])
+def test_one_wild_point_is_not_seen_and_a_line_says_so(tmp_path, capsys, value):
+    pose = Pose(body=np.array([(0.1 + 0.04 * i, 0.5, 1) for i in range(18)], np.float32))
+    save_poses(tmp_path / "poses.json", [pose] * 3, 100, 100)
+    frames = json.loads((tmp_path / "poses.json").read_text())
+    frames[1]["people"][0]["pose_keypoints_2d"][3 * 4] = value
+    (tmp_path / "poses.json").write_text(json.dumps(frames))
+    loaded = load_poses(tmp_path / "poses.json")
+    assert [int(is_seen(pose.body).sum()) for pose in loaded] == [18, 17, 18]
+    assert (
+        "1 keypoints lie far off the canvas and count as not seen: in frames 1" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "points", [np.full((18, 2), 1e30), np.full((18, 2), -500), np.zeros((18, 2)), np.full((18, 2), 0.4)]
+)
+def test_points_that_make_no_body_are_nobody(tmp_path, points):
+    body = np.concatenate([points, np.ones((18, 1))], axis=1)
+    person = {"pose_keypoints_2d": body.ravel().tolist()}
+    (tmp_path / "poses.json").write_text(json.dumps([{"people": [person]}] * 2))
+    assert absences(load_poses(tmp_path / "poses.json", 512, 512)) == "0-1"
