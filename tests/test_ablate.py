@@ -143,6 +143,7 @@ def test_what_has_been_computed_is_not_computed_again(tmp_path, monkeypatch):
     assert len(computed) == len(set(computed)) == 11  # 10 rows and the nearest pixel's
 
 
+@pytest.mark.slow
 def test_a_puppet_goes_through_all_rows(tmp_path):
     """The real thing, cut short: 1 training step, 1 sampling step, 2 frames."""
     args = few(tmp_path, "--parts", "main")
@@ -155,6 +156,7 @@ def test_a_puppet_goes_through_all_rows(tmp_path):
     assert "| + latent editing | " in (args.out / "RESULTS.md").read_text()
 
 
+@pytest.mark.slow
 def test_words_and_harder_poses_are_measured_too(monkeypatch, tmp_path):
     told = {
         name: trial for name, trial in ablate.PARTS["attributes"].items() if name.endswith(("told", "3"))

@@ -14,6 +14,7 @@ from bench import card, equal
 from bench.measure import TINY, Bench
 from bench.report import Rows, describe
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 

@@ -67,6 +67,7 @@ def test_the_demo_deletes_no_folder_but_its_own(tmp_path):
     assert (tmp_path / "demo" / "clip").exists()
 
 
+@pytest.mark.slow
 def test_a_new_puppet_dances_better_than_a_copied_frame_would(tmp_path):
     """The command lines on the real thing, cut short: 10 training and 10 sampling steps."""
     frames, poses, _ = clip(identity_seed=3, motion_seed=6, frames=8)
