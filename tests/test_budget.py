@@ -1,6 +1,7 @@
 """The house stays small: lines are counted, and functions too long to read are named."""
 
 import ast
+import re
 from pathlib import Path
 
 from test_rooms import FILES, OURS, ROOT, reachable
@@ -42,3 +43,13 @@ def test_functions_fit_on_a_screen():
         and not node.name.endswith("arguments")
     ]
     assert not long
+
+
+def test_the_readme_tells_how_long_the_files_are():
+    table = re.findall(r"^\| (`[^|]*`) \|[^|]*\| ([\d, ]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert table
+    told = {name: int(count.replace(",", "")) for names, count in table for name in [names]}
+    for names, count in told.items():
+        paths = [ROOT / name.strip("` ") for name in names.split(", ")]
+        files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
+        assert abs(sum(map(lines, files)) - count) <= 0.1 * count, f"{names}: {sum(map(lines, files))} lines"
