@@ -29,9 +29,6 @@ without_cudnn_attention = partial(
 )
 
 
-# ---- Networks -----------------------------------------------------------------------------------
-
-
 def without_weights(
     config: UNetConfig, hint_widths: tuple[int, ...], vae: VAEConfig | None = None
 ) -> SimpleNamespace:
@@ -55,9 +52,6 @@ def prepare_training(model) -> dict[str, nn.Parameter]:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return trained
-
-
-# ---- What is compared ---------------------------------------------------------------------------
 
 
 @cache

@@ -147,9 +147,6 @@ def one_line(said: str) -> str:
     return said.partition("\n")[0].replace("|", "/")[:150]
 
 
-# ---- What fills a row ---------------------------------------------------------------------------
-
-
 def fill_difference(bench: Bench, check: str, row: dict) -> None:
     for name in ("float32", "float16"):
         row[name] = equal.difference(check, bench.device, getattr(torch, name), bench.sizes.small)
@@ -240,7 +237,7 @@ def fill_training(bench: Bench, row: dict) -> None:
     def steps(number: int) -> None:
         with TemporaryDirectory() as folder, equal.without_cudnn_attention():
             files = Path(folder) / "state.pt", Path(folder) / "loss.csv"
-            train(model, *clip, number, 1e-4, 0, *files)
+            train(model, *clip, number, 1e-6, 0, *files)
 
     row["seconds"] = bench.first_and_further(steps)[1]
     row.update(bench.memory())

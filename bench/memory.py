@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import GIGA, HINTS, MEGA, print_table
-from bench.equal import with_random_weights, without_weights
+from bench.equal import without_weights
 from beyond.plan import blank_clip, sampling_peak, training_peak
 from command import keep_freed_memory
 from posecrafter import sample
@@ -29,7 +29,11 @@ def measure(frames: int) -> None:
     """In a process of its own: prints its peak in bytes after one step."""
     keep_freed_memory()
     device, dtype = torch.device("cpu"), torch.bfloat16
-    model = with_random_weights(without_weights(UNetConfig(), HINTS), dtype, device)
+    model = without_weights(UNetConfig(), HINTS)
+    for network in (model.unet, model.controlnet):
+        network.to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
+        for tensor in network.requires_grad_(False).state_dict().values():
+            tensor.zero_()  # else the system would not provide the memory
     latents, hints, context = blank_clip(model, frames, SIDE, SIDE, device, dtype)
     hints = hints.contiguous(memory_format=torch.channels_last)
     sample(model, latents, hints, context, 1)

@@ -29,9 +29,7 @@ from command import keep_freed_memory
 
 OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
 
-# ---- The implementations: UNet and ControlNet on the meta device, and the step that calls them ---
-
-# latents, timestep, context and hints -> noise
+# UNet and ControlNet on the meta device, and the step that calls them: latents, timestep, context, hints -> noise
 Implementation = tuple[nn.Module, nn.Module, Callable[[Tensor, int, Tensor, Tensor], Tensor]]
 
 
@@ -88,9 +86,6 @@ IMPLEMENTATIONS = {
     DIFFUSERS: partial(public_code, video=False),
     CONTROLVIDEO: partial(public_code, video=True),
 }
-
-
-# ---- Measuring ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
