@@ -52,26 +52,27 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default=PARTS, help=f"which of {PARTS} (default: all)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("CARDS.md"))
-    parser.add_argument("--minutes", type=float, help="stop after the row that ends later than this")
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the code out")
-    parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")
-    parser.add_argument("--python", default=sys.executable, help="interpreter for --controlvideo")
+    add, error = parser.add_argument, parser.error
+    add("--parts", default=PARTS, help=f"which of {PARTS} (default: all)")
+    add("--out", type=Path, default=Path(__file__).with_name("CARDS.md"))
+    add("--minutes", type=float, help="stop after the row that ends later than this")
+    add("--device", default="cuda", help="cuda, or cpu to rehearse with --tiny")
+    add("--tiny", action="store_true", help="tiny sizes, to try the code out")
+    add("--controlvideo", type=Path, help="folder of the public ControlVideo code")
+    add("--python", default=sys.executable, help="interpreter for --controlvideo")
     args = parser.parse_args(command)
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"--parts {args.parts}: there is no part {min(unknown)}, only {PARTS}")
+        error(f"--parts {args.parts}: there is no part {min(unknown)}, only {PARTS}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no GPU; to rehearse without one, give --device cpu --tiny")
+        error("PyTorch finds no GPU; to rehearse without one, give --device cpu --tiny")
     if args.device != "cuda" and not args.tiny:
-        parser.error(f"--device {args.device}: give --tiny too, or it takes hours")
+        error(f"--device {args.device}: give --tiny too, or it takes hours")
     if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+        error(f"--out {args.out}: there is no folder {args.out.parent}")
     if not shutil.which(args.python):
-        parser.error(f"--python {args.python}: no such program")
+        error(f"--python {args.python}: no such program")
     if args.controlvideo and not args.controlvideo.is_dir():
-        parser.error(f"--controlvideo {args.controlvideo}: no such folder")
+        error(f"--controlvideo {args.controlvideo}: no such folder")
     return args
 
 

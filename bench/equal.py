@@ -1,9 +1,8 @@
 """Small networks on any device and in any precision, against the CPU in float32: for `card.py` and the tests."""
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -12,38 +11,42 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import random_weights
 from controlnet import ControlNet
-from posecrafter import invert, network_inputs, predict_noise, sample, trainable_parameters, training_loss
+from posecrafter import invert, predict_noise, sample, trainable_parameters
 from slicing import Slicing, slices
+from train import autocast_loss
 from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 # Heads are 40, 80 and 160 wide, as in Stable Diffusion 1.5, so a GPU takes the same kernels.
 SMALL = UNetConfig(widths=(80, 160, 320, 320), context_dim=24, heads=2, norm_groups=8)
 WHOLE = Slicing(2**40)  # the clip in one slice
 SLICED, OFFLOADED = Slicing(2**13), Slicing(2**13, offload=True)  # one frame of the finest maps
 LOSS_SCALE = 1024  # keeps float16 gradients above the smallest numbers; exact, as a power of two
+# For training, as `compute_device` has it: some gradients of cuDNN's attention are not numbers. The backward pass
+# belongs inside, because activations that it recomputes must be those of the forward pass.
+without_cudnn_attention = partial(
+    sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+)
 
 
-# ---- Networks, and a training step --------------------------------------------------------------
-
-
-def without_weights(config: UNetConfig, hint_widths: tuple[int, ...]) -> SimpleNamespace:
-    """UNet and ControlNet on the meta device."""
-    with torch.device("meta"):
-        return SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, hint_widths))
-
-
-def networks(
-    config: UNetConfig, hint_widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def without_weights(
+    config: UNetConfig, hint_widths: tuple[int, ...], vae: VAEConfig | None = None
 ) -> SimpleNamespace:
-    """UNet and ControlNet with random weights: the same on every device."""
-    model = without_weights(config, hint_widths)
-    for seed, network in enumerate((model.unet, model.controlnet)):
+    """UNet, ControlNet, and a VAE if its config is given, on the meta device."""
+    with torch.device("meta"):
+        model = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, hint_widths))
+        return SimpleNamespace(**vars(model), vae=VAE(vae)) if vae else model
+
+
+def with_random_weights(model, dtype: torch.dtype, device: torch.device) -> SimpleNamespace:
+    """Fills a model that is on the meta device: with the same weights on every device."""
+    for seed, network in enumerate(vars(model).values()):
         random_weights(network, seed, dtype).to(device, memory_format=torch.channels_last)
     return model
 
 
 def prepare_training(model) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, float32 and with gradients to come, as `train.train` has them."""
+    """The trained parameters by name, in float32 and requiring gradients, as `train.train` has them."""
     trained = trainable_parameters(model)
     for parameter in trained.values():
         parameter.data = parameter.data.float()
@@ -51,32 +54,10 @@ def prepare_training(model) -> dict[str, nn.Parameter]:
     return trained
 
 
-def step_loss(
-    model, latents: Tensor, hints: Tensor, context: Tensor, noise: Tensor, timestep: int = 501
-) -> Tensor:
-    """The loss as `train.train` computes it, in the precision of the frozen weights."""
-    dtype = network_inputs(model)["dtype"]
-    with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-        return training_loss(model, latents, hints, context, timestep, noise)
-
-
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """For training, as `compute_device` has it: of cuDNN's attention some gradients are not numbers.
-
-    Going backwards needs it too, where recomputed activations must be those that went forwards.
-    """
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        yield
-
-
-# ---- What is compared ---------------------------------------------------------------------------
-
-
-@functools.cache
+@cache
 def small_model(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
     """Small networks in which every layer counts: `random_weights` leaves the temporal ones at zero."""
-    model = networks(config, (8, 8, 16, 32), dtype, device)
+    model = with_random_weights(without_weights(config, (8, 8, 16, 32)), dtype, device)
     random = torch.Generator().manual_seed(0)
     for parameter in trainable_parameters(model).values():
         scale = 0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
@@ -84,6 +65,7 @@ def small_model(config: UNetConfig, device: torch.device, dtype: torch.dtype) ->
     return model
 
 
+@torch.no_grad()
 def small_inputs(model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents and noise (5, 4, 16, 12), context (7, C), and hints, embedded and in the host's memory."""
     random = torch.Generator().manual_seed(1)
@@ -91,9 +73,7 @@ def small_inputs(model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     latents, noise = torch.randn(2, 5, 4, 16, 12, generator=random).to(weight.device)
     context = torch.randn(7, model.unet.config.context_dim, generator=random).to(weight)
     images = torch.rand(5, 3, 128, 96, generator=random).to(weight)
-    with torch.no_grad():
-        hints = model.controlnet.embed_hint(images).cpu()
-    return latents, noise, context, hints
+    return latents, noise, context, model.controlnet.embed_hint(images).cpu()
 
 
 def one_noise(model, way: Slicing) -> list[Tensor]:
@@ -115,7 +95,7 @@ def loss_and_gradients(model, way: Slicing) -> list[Tensor]:
     latents, noise, context, hints = small_inputs(model)
     parameters = prepare_training(model).values()
     with without_cudnn_attention():
-        loss = step_loss(model, latents, hints, context, noise)
+        loss = autocast_loss(model, latents, hints, context, 501, noise)
         (LOSS_SCALE * loss).backward()
     return [loss.detach(), *(p.grad / LOSS_SCALE for p in parameters)]
 
@@ -130,7 +110,7 @@ CHECKS: dict[str, tuple[Callable[..., list[Tensor]], Slicing]] = {
 }
 
 
-@functools.cache
+@cache
 def reference(compute: Callable[..., list[Tensor]], config: UNetConfig) -> list[Tensor]:
     """The results on the CPU in float32, the clip in one slice."""
     return compute(small_model(config, torch.device("cpu"), torch.float32), WHOLE)

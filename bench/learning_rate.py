@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import posecrafter as method
 from bench.common import HINTS, ROOT, print_table
-from bench.equal import networks, prepare_training, step_loss
+from bench.equal import prepare_training, with_random_weights, without_weights
 from bench.widen import start_temporal_attention, widen
 from checkpoint import load_model
 from command import keep_freed_memory
@@ -35,6 +35,7 @@ from demo.puppet import clip
 from device import compute_device
 from metrics.figures import psnr
 from poses.source import uniform_frames
+from train import autocast_loss
 from unet import BasicTransformerBlock, UNetConfig
 from video import replacing
 
@@ -44,7 +45,7 @@ SIZE = 96  # pixels
 TRAINING_FRAMES, TARGET_FRAMES, DDIM_STEPS = 4, 6, 10
 # Times the demo model's. 4 times are 256, 512, 640 and 640 with 8 heads, near Stable Diffusion's.
 WIDTHS = (1, 2, 4)
-PUBLIC_RATES = (3e-5, 3e-3)
+PUBLIC, PUBLIC_RATES = "clipped as the public code does", (3e-5, 3e-3)
 CLEAN_RATES = (3e-5, 7e-5, 1e-4, 2e-4, 3e-4, 1e-3, 3e-3)
 STEP_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -70,7 +71,7 @@ def kept(name: str, compute: Callable[[], dict]) -> dict:
 
 def demo_model(times: int, dtype: torch.dtype) -> SimpleNamespace:
     """The demo model, widened."""
-    model = SimpleNamespace(**vars(load_model("demo")))
+    model = load_model("demo")
     return cast_and_freeze(widen(model, times) if times > 1 else model, dtype)
 
 
@@ -84,16 +85,11 @@ def cast_and_freeze(model, dtype: torch.dtype) -> SimpleNamespace:
 def scene(puppet: int) -> SimpleNamespace:
     """Frames uint8 (F, SIZE, SIZE, 3) and poses to train on, and another dance with the person's masks."""
     filmed, poses, _ = clip(puppet, 2 * puppet, 36, SIZE)
-    chosen = uniform_frames(range(36), TRAINING_FRAMES)
     truth, targets, person = clip(puppet, 2 * puppet + 1, 48, SIZE)
-    asked = uniform_frames(range(48), TARGET_FRAMES)
-    return SimpleNamespace(
-        frames=filmed[chosen],
-        poses=[poses[i] for i in chosen],
-        truth=truth[asked],
-        targets=[targets[i] for i in asked],
-        person=person[asked],
-    )
+    chosen, asked = uniform_frames(range(36), TRAINING_FRAMES), uniform_frames(range(48), TARGET_FRAMES)
+    training = {"frames": filmed[chosen], "poses": [poses[i] for i in chosen]}
+    dance = {"truth": truth[asked], "targets": [targets[i] for i in asked], "person": person[asked]}
+    return SimpleNamespace(**training, **dance)
 
 
 def training_inputs(model, of: SimpleNamespace) -> Inputs:
@@ -108,7 +104,7 @@ def training_inputs(model, of: SimpleNamespace) -> Inputs:
 
 def loss_at(model, inputs: Inputs, timestep: int, seed: int) -> Tensor:
     noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed))
-    return step_loss(model, *inputs, noise, timestep)
+    return autocast_loss(model, *inputs, timestep, noise)
 
 
 @torch.no_grad()
@@ -117,13 +113,12 @@ def fixed_loss(model, inputs: Inputs) -> float:
     return statistics.mean(loss_at(model, inputs, t, seed=1_000_000 + t).item() for t in LOSS_TIMESTEPS)
 
 
-def clip_as_the_public_code(trained: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter]) -> None:
+def clip_as_the_public_code(trained: Sequence[nn.Parameter], frozen: Iterable[nn.Parameter]) -> None:
     """Scales the trained gradients as ControlVideo's `train.py` does, to a norm of 1 over ALL parameters.
 
     There the gradient scaler has multiplied all gradients, and divides only the optimizer's before the norm is
     taken. Here none is scaled, so the frozen ones count `SCALE` times.
     """
-    trained = list(trained)
     norms = [parameter.grad.norm() for parameter in trained]
     norms += [SCALE * p.grad.norm(dtype=torch.float32) for p in frozen if p.grad is not None]
     factor = (1 / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
@@ -142,27 +137,26 @@ def fine_tune(model, inputs: Inputs, rate: float, public: bool) -> dict[str, flo
     public: clip them as the public code does. Returns the mean size of the gradients' elements after clipping, in
     the median step, and how far weights moved in the mean.
     """
-    trained = prepare_training(model)
-    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    both = nn.ModuleList([model.unet, model.controlnet])
-    ours = set(map(id, trained.values()))
-    others = [parameter for parameter in both.parameters() if id(parameter) not in ours]
-    for parameter in others:
-        parameter.requires_grad_(public)
-    optimizer = torch.optim.AdamW(trained.values(), lr=rate)
+    trained = list(prepare_training(model).values())
+    start = [parameter.detach().clone() for parameter in trained]
+    both, ours = nn.ModuleList([model.unet, model.controlnet]), set(map(id, trained))
+    frozen = [
+        parameter.requires_grad_(public) for parameter in both.parameters() if id(parameter) not in ours
+    ]
+    optimizer = torch.optim.AdamW(trained, lr=rate)
     sizes = []
     for step in tqdm(range(method.training_steps(TRAINING_FRAMES)), desc=f"rate {rate:g}", leave=False):
         timestep = torch.randint(0, 1000, (), generator=torch.Generator().manual_seed(step)).item()
         both.zero_grad()
         loss_at(model, inputs, timestep, seed=step).backward()
         if public:
-            clip_as_the_public_code(trained.values(), others)
+            clip_as_the_public_code(trained, frozen)
         else:
-            nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        sizes.append(mean_size(parameter.grad for parameter in trained.values()))
+            nn.utils.clip_grad_norm_(trained, 1.0)
+        sizes.append(mean_size(parameter.grad for parameter in trained))
         optimizer.step()
     both.zero_grad()
-    moved = mean_size(parameter - start[name] for name, parameter in trained.items())
+    moved = mean_size(now - before for now, before in zip(trained, start))
     return {"gradient": statistics.median(sizes), "moved": moved}
 
 
@@ -209,17 +203,17 @@ def first_step(model, inputs: Inputs) -> dict[str, dict[str, float]]:
 
     model: in float32, because one step is often less than bfloat16 can add to a weight.
     """
-    trained = prepare_training(model)
-    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    trained = list(prepare_training(model).values())
+    start = [parameter.detach().clone() for parameter in trained]
     compute = partial(loss_at, model, inputs, timestep=500, seed=0)
     loss, before = contributions(model, compute)
     loss.backward()
-    nn.utils.clip_grad_norm_(trained.values(), 1.0)
+    nn.utils.clip_grad_norm_(trained, 1.0)
     results = {}
     for rate in STEP_RATES:
-        for name, parameter in trained.items():
-            parameter.data.copy_(start[name])
-        torch.optim.AdamW(trained.values(), lr=rate).step()
+        for parameter, weights in zip(trained, start):
+            parameter.data.copy_(weights)
+        torch.optim.AdamW(trained, lr=rate).step()
         loss_after, after = contributions(model, compute)
         changes = [
             ((new - old).norm() / stream.norm()).item()
@@ -237,13 +231,12 @@ def first_step_of_demo(times: int) -> dict:
 
 def first_step_of_random_weights() -> dict:
     """At Stable Diffusion 1.5's sizes, on 3 frames of 128x128."""
-    model = networks(UNetConfig(), HINTS, torch.float32, torch.device("cpu"))
+    blank, random = without_weights(UNetConfig(), HINTS), torch.Generator().manual_seed(0)
+    model = with_random_weights(blank, torch.float32, torch.device("cpu"))
     for network in (model.unet, model.controlnet):
         start_temporal_attention(network)
-    random = torch.Generator().manual_seed(0)
     images = torch.rand(3, 3, 128, 128, generator=random)
-    latents = torch.randn(3, 4, 16, 16, generator=random)
-    context = torch.randn(77, 768, generator=random)
+    latents, context = (torch.randn(shape, generator=random) for shape in ((3, 4, 16, 16), (77, 768)))
     with torch.no_grad():
         hints = model.controlnet.embed_hint(images)
     return first_step(model, (latents, hints, context))
@@ -252,46 +245,31 @@ def first_step_of_random_weights() -> dict:
 # ---- The tables ---------------------------------------------------------------------------------
 
 
-def formatted(found: dict[str, float], **digits: str) -> list[str]:
-    return [format(found[name], form) for name, form in digits.items()]
+def print_tunings(
+    widths: Sequence[int], puppets: Sequence[int], clean: Sequence[float], public: Sequence[float]
+) -> None:
+    """A table with a row for the model as it is, and for each fine-tuning at these rates, clipped in two ways."""
+    ways = [(0, "not tuned"), *((rate, "clipped over what is trained") for rate in clean)]
+    ways += [(rate, PUBLIC) for rate in public]
+    figures = {"gradient": ".1e", "moved": ".1e", "loss": ".4f"}
+    figures |= dict.fromkeys(("person", "background", "whole"), ".2f")
+
+    def cells(times: int, puppet: int, rate: float, how: str) -> tuple:
+        found = tuning(times, puppet, rate, how == PUBLIC)
+        written = (format(found[name], form) if name in found else "–" for name, form in figures.items())
+        return times, puppet, how, rate, *written
+
+    head = "width", "puppet", "gradients", "rate", "element of the gradient", "weights moved", "loss"
+    rows = (cells(times, puppet, *way) for times, puppet, way in product(widths, puppets, ways))
+    print_table((*head, "person, dB", "background, dB", "whole frame, dB"), rows)
 
 
-def part_a() -> None:
-    before = tuning(1, PUPPETS[0], 0, False)["loss"]
-    print(f"The loss is {before:.4f} before.\n")
-    runs = [("as the public code clips", rate, True) for rate in PUBLIC_RATES]
-    runs += [("clipped over what is trained", rate, False) for rate in CLEAN_RATES]
-    digits = {"gradient": ".1e", "moved": ".1e", "loss": ".4f", "person": ".2f"}
-    print_table(
-        ("gradients", "rate", "element of the gradient", "weights moved", "loss after", "person, dB"),
-        (
-            (how, rate, *formatted(tuning(1, PUPPETS[0], rate, public), **digits))
-            for how, rate, public in runs
-        ),
-    )
-
-
-def part_b(widths: Sequence[int]) -> None:
+def print_first_steps(widths: Sequence[int]) -> None:
     models = {f"demo model, width times {r}": (f"b-x{r}", partial(first_step_of_demo, r)) for r in widths}
     models["Stable Diffusion 1.5's sizes, random weights"] = "b-sd", first_step_of_random_weights
     cell = "{change:.3f} ({before:.3f} → {after:.3f})"
-    print_table(
-        ("model", *(f"{rate:g}" for rate in STEP_RATES)),
-        ((title, *(cell.format(**at) for at in kept(*of).values())) for title, of in models.items()),
-    )
-
-
-def part_c(widths: Sequence[int]) -> None:
-    runs = [("not tuned", 0, False), *((f"{rate:g}", rate, False) for rate in TUNING_RATES)]
-    runs.append(("0.003, clipped as the public code does", 3e-3, True))
-    digits = {"loss": ".4f", "person": ".2f", "background": ".2f", "whole": ".2f"}
-    print_table(
-        ("width", "puppet", "rate", "loss", "person, dB", "background, dB", "whole frame, dB"),
-        (
-            (times, puppet, title, *formatted(tuning(times, puppet, rate, public), **digits))
-            for times, puppet, (title, rate, public) in product(widths, PUPPETS, runs)
-        ),
-    )
+    rows = ((title, *(cell.format(**at) for at in kept(*of).values())) for title, of in models.items())
+    print_table(("model", *(f"{rate:g}" for rate in STEP_RATES)), rows)
 
 
 def main() -> None:
@@ -300,7 +278,11 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="of parts b and c")
     args = parser.parse_args()
     keep_freed_memory()
-    parts = {"a": part_a, "b": partial(part_b, args.widths), "c": partial(part_c, args.widths)}
+    parts = {
+        "a": partial(print_tunings, WIDTHS[:1], PUPPETS[:1], CLEAN_RATES, PUBLIC_RATES),
+        "b": partial(print_first_steps, args.widths),
+        "c": partial(print_tunings, args.widths, PUPPETS, TUNING_RATES, PUBLIC_RATES[1:]),
+    }
     for part in args.parts:
         print(f"\n({part})\n")
         parts[part]()

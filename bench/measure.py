@@ -11,22 +11,25 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import equal
-from bench.common import GIGA, HINTS, TERA, random_weights, seconds
+from bench.common import GIGA, HINTS, TERA, seconds
 from bench.report import NOT_INSTALLED, Rows, Table, describe
 from bench.step import CONTROLVIDEO, DIFFUSERS, run
 from beyond.plan import operations, sampling_peak, training_peak
-from posecrafter import decode_latents, encode_frames, invert, predict_noise, recompute_activations, sample
+from posecrafter import decode_latents, encode_frames, invert, predict_noise, sample
 from slicing import Offloaded, Slicing, plans, slices
+from train import train
 from unet import Context, ResnetBlock2D, Transformer2DModel, UNetConfig
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 
 STEPS = 50  # of a whole command
 KEPT, OFFLOADED = "never", "always"  # what `plans` calls them
@@ -80,30 +83,28 @@ class Bench:
         self.rows = Rows(args.out, describe(self.device, args.tiny))
         self.networks: SimpleNamespace | None = None
 
+    def without_weights(self) -> SimpleNamespace:
+        return equal.without_weights(self.sizes.unet, HINTS, self.sizes.vae)
+
     def model(self) -> SimpleNamespace:
         """Networks with random weights. The VAE waits in the host's memory until it is used."""
         if self.networks is None:
-            self.networks = equal.networks(self.sizes.unet, HINTS, self.dtype, self.device)
-            with torch.device("meta"):
-                vae = VAE(self.sizes.vae)
-            self.networks.vae = random_weights(vae, 2, self.dtype).to(memory_format=torch.channels_last)
+            self.networks = equal.with_random_weights(self.without_weights(), self.dtype, self.device)
+            self.networks.vae.to("cpu")
         return self.networks
 
     def release(self, networks: bool = False) -> None:
         """Gives back the memory that the next row does not need, its networks too if said so."""
         equal.small_model.cache_clear()
-        if networks:
-            self.networks = None
+        self.networks = None if networks else self.networks
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
-            if hasattr(torch.accelerator, "empty_host_cache"):  # older versions keep pinned memory
-                torch.accelerator.empty_host_cache()
+            torch.accelerator.empty_host_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def inputs(self, frames: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, frames: int, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and a context on the device; hints, embedded, in the host's memory."""
-        dtype = dtype or self.dtype
         latents = torch.randn(frames, 4, *self.sizes.finest[1:], device=self.device)
         context = torch.randn(77, self.sizes.unet.context_dim, device=self.device, dtype=dtype)
         hint = torch.randn(1, *self.sizes.finest, dtype=dtype).to(memory_format=torch.channels_last)
@@ -126,6 +127,11 @@ class Bench:
         runs = 3 if self.once(work) < 20 else 1
         return statistics.median(self.once(work) for _ in range(runs))
 
+    def first_and_further(self, work: Callable[[int], object]) -> tuple[float, float]:
+        """Seconds of one step, with what is done once, and of every further step."""
+        one, three = (self.seconds(partial(work, steps)) for steps in (1, 3))
+        return one, max(three - one, 0.0) / 2
+
 
 def predicted(peak: Callable[..., int], *arguments, **options) -> float | None:
     """GB. What is measured counts, so it is measured even where it cannot be predicted."""
@@ -136,34 +142,14 @@ def predicted(peak: Callable[..., int], *arguments, **options) -> float | None:
         return None
 
 
-# ---- What fills a row ---------------------------------------------------------------------------
+def one_line(said: str) -> str:
+    """For a table's cell: the line's beginning, without the character that would end the cell."""
+    return said.partition("\n")[0].replace("|", "/")[:150]
 
 
 def fill_difference(bench: Bench, check: str, row: dict) -> None:
-    for dtype in (torch.float32, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        row[name] = equal.difference(check, bench.device, dtype, bench.sizes.small)
-
-
-def fill_step(bench: Bench, frames: int, offload: str, row: dict) -> None:
-    """Raises MemoryError, too, where pinned memory would take most of the host's."""
-    bench.release()
-    sizes, model, (width, side, _) = bench.sizes, bench.model(), bench.sizes.finest
-    where = {"offload": offload, "device": bench.device}
-    row["predicted, GB"] = predicted(sampling_peak, model, frames, side, side, bench.dtype, **where)
-    if offload == OFFLOADED:
-        # Skips and hints are 7 times a finest map, and PyTorch rounds pinned buffers up to powers of two.
-        pinned = 12 * frames * width * side**2 * bench.dtype.itemsize
-        if pinned > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise MemoryError
-    step, way = step_of(bench, frames, offload)
-    row["frames a slice"] = min(frames, way.numbers // (width * side**2))
-    row["seconds"] = bench.seconds(step)
-    meta = equal.without_weights(sizes.unet, HINTS)
-    with torch.device("meta"):
-        meta.vae = VAE(sizes.vae)
-    row["TFLOP/s"] = frames * operations(meta, side, side)[0] / TERA / row["seconds"]
-    row.update(bench.memory())
+    for name in ("float32", "float16"):
+        row[name] = equal.difference(check, bench.device, getattr(torch, name), bench.sizes.small)
 
 
 def step_of(bench: Bench, frames: int, offload: str) -> tuple[Callable[[], Tensor], Slicing]:
@@ -171,16 +157,31 @@ def step_of(bench: Bench, frames: int, offload: str) -> tuple[Callable[[], Tenso
     model, (latents, hints, context) = bench.model(), bench.inputs(frames)
     way = plans(bench.device, bench.dtype, (frames, *bench.sizes.finest), None, offload)[0]
     # As `sample` has them: hints wait with the skips, and the prompt's keys and values are made once.
-    hints, known = (
-        Offloaded(hints, bench.device) if way.offload else hints.to(bench.device),
-        Context(context),
-    )
+    hints = Offloaded(hints, bench.device) if way.offload else hints.to(bench.device)
+    known = Context(context)
 
     def step() -> Tensor:
         with torch.inference_mode(), slices(way):
             return predict_noise(model, latents, 501, known, hints)
 
     return step, way
+
+
+def fill_step(bench: Bench, frames: int, offload: str, row: dict) -> None:
+    """Raises MemoryError, too, where pinned memory would take most of the host's."""
+    bench.release()
+    width, side, _ = bench.sizes.finest
+    where = {"offload": offload, "device": bench.device}
+    row["predicted, GB"] = predicted(sampling_peak, bench.model(), frames, side, side, bench.dtype, **where)
+    # Skips and hints are 7 times a finest map, and PyTorch rounds pinned buffers up to powers of two.
+    pinned = 12 * frames * width * side**2 * bench.dtype.itemsize
+    if offload == OFFLOADED and pinned > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise MemoryError
+    step, way = step_of(bench, frames, offload)
+    row["frames a slice"] = min(frames, way.numbers // (width * side**2))
+    row["seconds"] = bench.seconds(step)
+    row["TFLOP/s"] = frames * operations(bench.without_weights(), side, side)[0] / TERA / row["seconds"]
+    row.update(bench.memory())
 
 
 def step_key(frames: int, offload: str) -> str:
@@ -199,10 +200,9 @@ def short_step_seconds(bench: Bench) -> float:
 def fill_whole(bench: Bench, row: dict) -> None:
     """Encode, invert, sample and decode, with fewer steps and frames, and the seconds scaled."""
     bench.release()
-    model, frames = bench.model(), bench.sizes.whole
+    model, frames, pixels = bench.model(), bench.sizes.whole, bench.sizes.pixels
     _, hints, context = bench.inputs(frames)
-    shape = 1, bench.sizes.pixels, bench.sizes.pixels, 3
-    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, pixels, pixels, 3), dtype=np.uint8)
     latent = encode_frames(model, image)
     noise = latent.repeat(frames, 1, 1, 1)
     few = noise[:16]
@@ -210,8 +210,8 @@ def fill_whole(bench: Bench, row: dict) -> None:
 
     def all_steps(work: Callable[[int], object]) -> float:
         """What does not depend on the number of steps counts once."""
-        one, three = (bench.seconds(partial(work, steps)) for steps in (1, 3))
-        return one + (STEPS - 1) * max(three - one, 0) / 2
+        first, further = bench.first_and_further(work)
+        return first + (STEPS - 1) * further
 
     row["encode, s"] = bench.seconds(lambda: encode_frames(model, image))
     row["invert, s"] = all_steps(lambda steps: invert(model, latent, hints[:1], context, steps))
@@ -222,33 +222,24 @@ def fill_whole(bench: Bench, row: dict) -> None:
 
 
 def fill_training(bench: Bench, row: dict) -> None:
-    """Training changes the networks, so it has its own. They are bfloat16 where the GPU multiplies that."""
+    """Training changes the networks, so it has its own, in the precision that `compute_device` chooses."""
     bench.release(networks=True)
-    # Before compute capability 8.0 it is only emulated.
-    lacking = bench.on_gpu and torch.cuda.get_device_capability(bench.device) < (8, 0)
-    dtype = torch.float16 if lacking else torch.bfloat16
-    model, (_, side, _) = equal.networks(bench.sizes.unet, HINTS, dtype, bench.device), bench.sizes.finest
+    emulated = bench.on_gpu and torch.cuda.get_device_capability(bench.device) < (8, 0)
+    dtype = torch.float16 if emulated else torch.bfloat16
+    model = equal.without_weights(bench.sizes.unet, HINTS)
+    short, side = bench.sizes.short, bench.sizes.finest[1]
     row["precision"] = str(dtype).removeprefix("torch.")
-    row["predicted, GB"] = predicted(training_peak, model, bench.sizes.short, side, side, dtype)
-    latents, hints, context = bench.inputs(bench.sizes.short, dtype)
-    hints, noise = hints.to(bench.device), torch.randn_like(latents)
-    parameters = list(equal.prepare_training(model).values())
-    recompute_activations(model, latents)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype == torch.float16)
+    row["predicted, GB"] = predicted(training_peak, model, short, side, side, dtype)
+    equal.with_random_weights(model, dtype, bench.device)
+    latents, hints, context = bench.inputs(short, dtype)
+    clip = latents, hints.to(bench.device), context
 
-    def step() -> None:  # as `train.train` takes it
-        with equal.without_cudnn_attention():
-            loss = equal.step_loss(model, latents, hints, context, noise)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        loss.item()
+    def steps(number: int) -> None:
+        with TemporaryDirectory() as folder, equal.without_cudnn_attention():
+            files = Path(folder) / "state.pt", Path(folder) / "loss.csv"
+            train(model, *clip, number, 1e-6, 0, *files)
 
-    row["seconds"] = bench.seconds(step)
+    row["seconds"] = bench.first_and_further(steps)[1]
     row.update(bench.memory())
 
 
@@ -261,34 +252,31 @@ def fill_peer(bench: Bench, name: str, row: dict) -> None:
         return
     ours = short_step_seconds(bench)
     bench.release(networks=True)  # so that the card is free for the other process
-    asked = {"frames": sizes.short, "size": sizes.pixels, "device": bench.device, "runs": 3}
-    options = ["--dtype=float16", *(f"--{option}={value}" for option, value in asked.items())]
-    options += ["--widths", *map(str, sizes.unet.widths)]
-    if name == CONTROLVIDEO:
-        options += ["--controlvideo", str(args.controlvideo)]
+    options = [f"--frames={sizes.short}", f"--size={sizes.pixels}", f"--device={bench.device}"]
+    options += ["--dtype=float16", "--runs=3", "--widths", *map(str, sizes.unet.widths)]
+    options += [f"--controlvideo={there}"] if name == CONTROLVIDEO else []
     try:
-        result = run(name, args.python, options, {}, stderr=subprocess.PIPE)
+        result = run(name, args.python, options, stderr=subprocess.PIPE)
     except subprocess.CalledProcessError as error:
         said = (error.stderr.decode(errors="replace").strip() or f"{error}").splitlines()[-1]
         if "out of memory" in said:
             raise MemoryError from None
         missing = said.startswith(("ModuleNotFoundError", "ImportError"))
-        # In one line, and without what ends a table's cell.
-        row["reason"] = NOT_INSTALLED if missing else f"failed: {said}".replace("|", "/")[:150]
+        row["reason"] = NOT_INSTALLED if missing else one_line(f"failed: {said}")
         return
     row["seconds"] = statistics.median(result["seconds"][1:])  # the first warms up
     row["against ours"] = row["seconds"] / ours
     row["allocated, GB"] = result["peak"] and result["peak"] / GIGA
 
 
-def fill_rate(bench: Bench, convolution: bool, row: dict) -> None:
+def fill_rate(bench: Bench, operation: str, row: dict) -> None:
     """Of a plain operation, 10 in a row, so that the GPU does not wait to be told of the next."""
     bench.release()
     there = {"device": bench.device, "dtype": bench.dtype}
     n, frames, (width, side, _) = bench.sizes.matrix, bench.sizes.short, bench.sizes.finest
-    if convolution:
-        x = torch.randn(frames, width, side, side, **there).to(memory_format=torch.channels_last)
-        weight = torch.randn(width, width, 3, 3, **there).to(memory_format=torch.channels_last)
+    if operation == "convolution":
+        shapes = (frames, width, side, side), (width, width, 3, 3)
+        x, weight = (torch.randn(shape, **there).to(memory_format=torch.channels_last) for shape in shapes)
         count, work = 2 * 9 * width**2 * side**2 * frames, partial(F.conv2d, x, weight, padding=1)
     else:
         count, work = 2 * n**3, partial(torch.matmul, *torch.randn(2, n, n, **there))
@@ -306,11 +294,10 @@ def fill_compiled(bench: Bench, row: dict) -> None:
     before = short_step_seconds(bench)
     bench.release()
     step, _ = step_of(bench, bench.sizes.short, KEPT)
-    expected, kinds = step(), (ResnetBlock2D, Transformer2DModel)
-    networks = bench.model().unet, bench.model().controlnet
-    blocks = [block for network in networks for block in network.modules() if isinstance(block, kinds)]
+    expected, networks = step(), nn.ModuleList([bench.model().unet, bench.model().controlnet])
+    blocks = [x for x in networks.modules() if isinstance(x, (ResnetBlock2D, Transformer2DModel))]
     # A CPU's rehearsal leaves out what takes minutes: the kernels.
-    backend = "inductor" if bench.device.type == "cuda" else "eager"
+    backend = "inductor" if bench.on_gpu else "eager"
     try:
         # Blocks of a kind share their code, and each of its versions counts towards this limit.
         with torch._dynamo.config.patch(recompile_limit=len(blocks)):
@@ -323,7 +310,7 @@ def fill_compiled(bench: Bench, row: dict) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        row["reason"] = f"{type(error).__name__}: {error}".partition("\n")[0].replace("|", "/")[:150]
+        row["reason"] = one_line(f"{type(error).__name__}: {error}")
     bench.release(networks=True)
 
 
@@ -333,6 +320,7 @@ def fill_compiled(bench: Bench, row: dict) -> None:
 def tables(bench: Bench) -> list[Table]:
     sizes = bench.sizes
     at = f"at {sizes.pixels}x{sizes.pixels}"
+    beside = f"A denoising step of {sizes.short} frames with"
     steps = [(frames, offload) for offload in (KEPT, OFFLOADED) for frames in sizes.frames]
     return [
         Table(
@@ -361,7 +349,7 @@ def tables(bench: Bench) -> list[Table]:
             {"c a step, AdamW included": partial(fill_training, bench)},
         ),
         Table(
-            f"A denoising step of {sizes.short} frames with other code",
+            f"{beside} other code",
             ("seconds", "against ours", "allocated, GB"),
             {f"d {peer}": partial(fill_peer, bench, peer) for peer in (DIFFUSERS, CONTROLVIDEO)},
             "float16, the others as they come; ours is in part b. 2-D: frames as a batch, no temporal layers.",
@@ -369,15 +357,12 @@ def tables(bench: Bench) -> list[Table]:
         Table(
             "Plain operations, to compare part b's TFLOP/s with",
             ("seconds", "TFLOP/s"),
-            {
-                "e matrix product": partial(fill_rate, bench, False),
-                "e convolution": partial(fill_rate, bench, True),
-            },
+            {f"e {name}": partial(fill_rate, bench, name) for name in ("matrix product", "convolution")},
             f"float16. The product is of two square matrices of {sizes.matrix} rows. The convolution is 3x3, of "
             f"{sizes.short} of the finest feature maps.",
         ),
         Table(
-            f"A denoising step of {sizes.short} frames with torch.compile",
+            f"{beside} torch.compile",
             ("seconds", "against uncompiled", "difference", "first step, s"),
             {"f residual blocks and transformers compiled": partial(fill_compiled, bench)},
             "Only measured: no command compiles. A CPU rehearsal traces the blocks, and compiles no kernels.",

@@ -15,8 +15,7 @@ import torch
 from bench.common import GIGA, ROOT, table
 from video import replacing
 
-NOT_INSTALLED, DOES_NOT_FIT = "not installed", "does not fit"
-CPU = "CPU rehearsal"
+NOT_INSTALLED, DOES_NOT_FIT, CPU = "not installed", "does not fit", "CPU rehearsal"
 HEADER = """# GPUs, measured
 
 `python bench/card.py` wrote this file: a section for each GPU that it ran on. Times are medians of 3 runs (of 1,
@@ -35,9 +34,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    fills: dict[
-        str, Callable[[dict], None]
-    ]  # what measures a row, by its key: the part's letter and a name
+    fills: dict[str, Callable[[dict], None]]  # measure a row each, by its key: the part's letter and a name
     note: str = ""
 
     def markdown(self, known: dict[str, dict]) -> str:
@@ -46,9 +43,9 @@ class Table:
             first, *rest = (written(row.get(column)) for column in self.columns)
             return [key[2:], row.get("reason", first), *rest]
 
-        lines = table(("", *self.columns), map(cells, self.fills))
-        note = [textwrap.fill(self.note, 115)] if self.note else []
-        return "\n\n".join([f"### {min(self.fills)[0]}: {self.title}", *note, "\n".join(lines)]) + "\n"
+        title = f"### {min(self.fills)[0]}: {self.title}"
+        lines = "\n".join(table(("", *self.columns), map(cells, self.fills)))
+        return "\n\n".join(filter(None, [title, textwrap.fill(self.note, 115), lines])) + "\n"
 
 
 def written(value: float | str | None) -> str:
@@ -65,13 +62,12 @@ class Rows:
     """
 
     def __init__(self, out: Path, about: dict[str, str]):
-        self.out, self.file, self.about = out, out.with_suffix(".json"), about
+        self.out, self.file = out, out.with_suffix(".json")
         self.title = about["card"] + (", tiny sizes" if about["sizes"] == "tiny" else "")
-        known = self._sections().get(self.title)
-        if known is None or known["about"] != about:
-            known = {"about": about, "date": f"{datetime.date.today()}", "rows": {}}
-        self.date: str = known["date"]
-        self.known: dict[str, dict] = known["rows"]
+        new = {"about": about, "date": f"{datetime.date.today()}", "rows": {}}
+        stored = self._sections().get(self.title, new)
+        self.section = stored if stored["about"] == about else new
+        self.known: dict[str, dict] = self.section["rows"]
 
     def measured(self, key: str, fill: Callable[[dict], None]) -> dict:
         """The row of this key; `fill` measures it if it is not known. Running out of memory is a result, too."""
@@ -93,18 +89,18 @@ class Rows:
     def _save(self) -> None:
         """What is not installed may be there next time, and is not kept."""
         kept = {key: row for key, row in self.known.items() if row.get("reason") != NOT_INSTALLED}
-        section = {"about": self.about, "date": self.date, "rows": kept}
+        sections = self._sections() | {self.title: self.section | {"rows": kept}}
         with replacing(self.file) as unfinished:
-            unfinished.write_text(json.dumps(self._sections() | {self.title: section}, indent=1) + "\n")
+            unfinished.write_text(json.dumps(sections, indent=1) + "\n")
 
     def write_report(self, tables: list[Table]) -> None:
         """Puts the GPU's section into the Markdown file, in place of its older one. Other sections stay."""
         text = self.out.read_text() if self.out.exists() else HEADER
         head, *parts = re.split(r"(?m)^## (.*)\n", text)
-        sections = dict(zip(parts[::2], parts[1::2]))
-        about = ", ".join(f"{name} {value}" for name, value in self.about.items() if name != "card")
-        said = [f"\n{self.date}; {about}.\n"]
-        if self.about["card"] == CPU:
+        sections, about = dict(zip(parts[::2], parts[1::2])), self.section["about"]
+        software = ", ".join(f"{name} {value}" for name, value in about.items() if name != "card")
+        said = [f"\n{self.section['date']}; {software}.\n"]
+        if about["card"] == CPU:
             said.append("This is a CPU rehearsal of the code: no figure here is a GPU's.\n")
         sections[self.title] = "\n".join(said + [each.markdown(self.known) for each in tables])
         texts = [head, *(f"## {title}\n{body}" for title, body in sections.items())]

@@ -5,18 +5,17 @@
                                                   environment that it runs in (diffusers 0.11.1)
 
 Each runs in processes of its own, turn by turn, with the same random weights at Stable Diffusion 1.5's sizes: the
-peers as they come, and on a CPU with memory kept and huge pages as ours asks for them. On one frame all compute
-the same, so their error there, against float32, says what their speed costs. `--device cuda --dtype float16` has
-the same on a GPU.
+peers as they come, and on a CPU with memory kept as ours asks for it (`command.keep_freed_memory`). On one frame
+all compute the same, so their error there, against float32, says what their speed costs.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,31 +25,20 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import HINTS, WIDTHS, print_table, random_weights, seconds
+from command import keep_freed_memory
 
-# What `command.keep_freed_memory` asks of glibc and torch, said from outside.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(256 * 2**20),
-    "MALLOC_ARENA_MAX": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
 OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
 
-# ---- The implementations: UNet and ControlNet on the meta device, and the step that calls them ---
-
-# latents, timestep, context and hints -> noise
+# UNet and ControlNet on the meta device, and the step that calls them: latents, timestep, context, hints -> noise
 Implementation = tuple[nn.Module, nn.Module, Callable[[Tensor, int, Tensor, Tensor], Tensor]]
 
 
-def ours(widths: tuple[int, ...]) -> Implementation:
-    from command import keep_freed_memory
+def our_code(widths: tuple[int, ...]) -> Implementation:
     from controlnet import ControlNet
     from posecrafter import finest_map, network_inputs, predict_noise
     from slicing import plans, slices
     from unet import Context, UNet, UNetConfig
 
-    keep_freed_memory()
     config, known = UNetConfig(widths=widths), {}
     with torch.device("meta"):
         model = SimpleNamespace(unet=UNet(config), controlnet=ControlNet(config, HINTS))
@@ -64,52 +52,40 @@ def ours(widths: tuple[int, ...]) -> Implementation:
     return model.unet, model.controlnet, step
 
 
-def predicted(
-    unet: nn.Module, controlnet: nn.Module, x: Tensor, timestep: int, context: Tensor, hint: Tensor
-):
-    """The noise, by networks with the interface of diffusers."""
-    residuals, middle = controlnet(x, timestep, context, hint, return_dict=False)
-    added = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
-    return unet(x, timestep, context, **added).sample
-
-
-def diffusers_2d(widths: tuple[int, ...]) -> Implementation:
-    import diffusers
+def public_code(widths: tuple[int, ...], video: bool) -> Implementation:
+    """The public ControlVideo code, whose clips are (1, 4, F, h, w), or diffusers, whose batches are frames."""
+    if video:
+        from libs.controlnet3d import ControlNetModel  # of the public code's folder, on the path
+        from libs.unet import UNet3DConditionModel as UNet
+    else:
+        from diffusers import ControlNetModel
+        from diffusers import UNet2DConditionModel as UNet
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
-    sizes["down_block_types"] = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(
-            up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, **sizes
+        unet, controlnet = (
+            UNet(**sizes),
+            ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes),
         )
-        controlnet = diffusers.ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes)
 
-    def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
-        return predicted(unet, controlnet, latents, timestep, context.expand(len(latents), -1, -1), hint)
-
-    return unet, controlnet, step
-
-
-def controlvideo(widths: tuple[int, ...]) -> Implementation:
-    from libs.controlnet3d import ControlNetModel  # of the public code's folder, on the path
-    from libs.unet import UNet3DConditionModel
-
-    sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
-    with torch.device("meta"):
-        unet = UNet3DConditionModel(**sizes)
-        controlnet = ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes)
-
-    def step(latents: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
-        clip, hint = (x.transpose(0, 1)[None].contiguous() for x in (latents, hint))
-        return predicted(unet, controlnet, clip, timestep, context[None], hint)[0].transpose(0, 1)
+    def step(x: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
+        context = context.expand(1 if video else len(x), -1, -1)
+        if video:
+            x, hint = (frames.transpose(0, 1)[None].contiguous() for frames in (x, hint))
+        residuals, middle = controlnet(x, timestep, context, hint, return_dict=False)
+        added = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
+        noise = unet(x, timestep, context, **added).sample
+        return noise[0].transpose(0, 1) if video else noise
 
     return unet, controlnet, step
 
 
-IMPLEMENTATIONS = {OURS: ours, DIFFUSERS: diffusers_2d, CONTROLVIDEO: controlvideo, EXACT: ours}
-
-
-# ---- Measuring ----------------------------------------------------------------------------------
+IMPLEMENTATIONS = {
+    OURS: our_code,
+    EXACT: our_code,
+    DIFFUSERS: partial(public_code, video=False),
+    CONTROLVIDEO: partial(public_code, video=True),
+}
 
 
 @torch.no_grad()
@@ -120,10 +96,12 @@ def measure(args: argparse.Namespace) -> None:
     if args.controlvideo:
         sys.path.insert(0, str(args.controlvideo))
     name, exact = args.measure, args.measure == EXACT
-    dtype = torch.float32 if exact else getattr(torch, args.dtype)
+    if args.memory_kept or name == OURS:
+        keep_freed_memory()
+    there = {"device": args.device, "dtype": torch.float32 if exact else getattr(torch, args.dtype)}
     *networks, step = IMPLEMENTATIONS[name](tuple(args.widths))
     for seed, network in enumerate(networks):
-        random_weights(network, seed, dtype).to(args.device)
+        random_weights(network, seed, there["dtype"]).to(args.device)
         if name != CONTROLVIDEO:
             network.to(memory_format=torch.channels_last)
     if exact:
@@ -134,20 +112,16 @@ def measure(args: argparse.Namespace) -> None:
         latents = torch.randn(frames, 4, args.size // 8, args.size // 8, generator=random)
         hint = torch.rand(frames, 3, args.size, args.size, generator=random)
         context = torch.randn(77, 768, generator=random)
-        there = {"device": args.device, "dtype": dtype}
         return latents.to(**there), 501, context.to(**there), hint.to(**there)
 
     result = {"frame": step(*inputs(1)).float().cpu().contiguous()}
-    clip = inputs(args.frames)
-    runs = 0 if exact else 1 + args.runs
+    clip, runs = inputs(args.frames), 0 if exact else 1 + args.runs
     result["seconds"] = [seconds(lambda: step(*clip), args.device) for _ in range(runs)]
     result["peak"] = torch.cuda.max_memory_allocated() if "cuda" in args.device else None
     torch.save(result, args.out)
 
 
-def run(
-    name: str, python: str, options: list[str], environment: dict[str, str], stderr: int | None = None
-) -> dict:
+def run(name: str, python: str, options: list[str], stderr: int | None = None) -> dict:
     """What `measure` saves, in a process of this file with such options.
 
     Raises subprocess.CalledProcessError where that fails; with what it said, if `stderr` is subprocess.PIPE.
@@ -156,48 +130,49 @@ def run(
         out = Path(folder) / "result.pt"
         python = python if name == CONTROLVIDEO else sys.executable
         command = [python, __file__, *options, "--measure", name, "--out", str(out)]
-        subprocess.run(command, check=True, env=os.environ | environment, stderr=stderr)
+        subprocess.run(command, check=True, stderr=stderr)
         return torch.load(out, weights_only=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = {OURS: (OURS, {})}
+    given, rows = sys.argv[1:], {OURS: (OURS, [])}
     for peer in (DIFFUSERS, CONTROLVIDEO) if args.controlvideo else (DIFFUSERS,):
-        rows[peer] = peer, {}
+        rows[peer] = peer, []
         if args.device == "cpu":
-            rows[f"{peer}, memory kept"] = peer, KEEP_MEMORY
-    exact = run(EXACT, args.python, sys.argv[1:], {})["frame"]
+            rows[f"{peer}, memory kept"] = peer, ["--memory-kept"]
+    exact = run(EXACT, args.python, given)["frame"]
     results = {row: [] for row in rows}
     for _ in range(args.processes):
-        for row, (name, environment) in rows.items():
-            results[row].append(run(name, args.python, sys.argv[1:], environment))
-
-    def cells(row: str, took: list[float]) -> tuple[str, ...]:
-        middle, frame = statistics.median(took), results[row][0]["frame"]
-        error = (frame - exact).norm() / exact.norm()
-        spread = f"{min(took):.2f} to {max(took):.2f}"
-        return row, f"{middle:.2f}", spread, f"{middle / ours_took:.2f}", f"{error:.4f}"
-
+        for row, (name, option) in rows.items():
+            results[row].append(run(name, args.python, given + option))
     # The first run of each process warms up.
     took = {row: [s for each in found for s in each["seconds"][1:]] for row, found in results.items()}
-    ours_took = statistics.median(took[OURS])
+    ours = statistics.median(took[OURS])
+
+    def cells(row: str) -> tuple[str, ...]:
+        middle, spread = statistics.median(took[row]), f"{min(took[row]):.2f} to {max(took[row]):.2f}"
+        error = (results[row][0]["frame"] - exact).norm() / exact.norm()
+        return row, f"{middle:.2f}", spread, f"{middle / ours:.2f}", f"{error:.4f}"
+
     print(f"One step, {args.frames} frames of {args.size}x{args.size}, {args.dtype}:\n")
     head = "", "seconds", "fastest to slowest", "against ours", "error on one frame"
-    print_table(head, (cells(row, found) for row, found in took.items()))
+    print_table(head, map(cells, rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--size", type=int, default=512, help="pixels")
-    parser.add_argument("--widths", type=int, nargs=4, default=WIDTHS)
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float16")
-    parser.add_argument("--runs", type=int, default=2, help="per process, after one to warm up")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--controlvideo", type=Path, help="folder of the public ControlVideo code")
-    parser.add_argument("--python", default=sys.executable, help="interpreter for --controlvideo")
-    parser.add_argument("--measure", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--frames", type=int, default=8)
+    add("--size", type=int, default=512, help="pixels")
+    add("--widths", type=int, nargs=4, default=WIDTHS)
+    add("--device", default="cpu", help="cpu, or cuda for a GPU")
+    add("--dtype", default="bfloat16", help="bfloat16 or float16")
+    add("--runs", type=int, default=2, help="per process, after one to warm up")
+    add("--processes", type=int, default=2)
+    add("--controlvideo", type=Path, help="folder of the public ControlVideo code")
+    add("--python", default=sys.executable, help="interpreter for --controlvideo")
+    add("--measure", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    add("--memory-kept", action="store_true", help=argparse.SUPPRESS)
+    add("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     measure(args) if args.measure else main(args)

@@ -57,22 +57,20 @@ def widened_tensor(
 def widen(model, times: int, seed: int = 0) -> SimpleNamespace:
     """A model whose UNet and ControlNet are `times` as wide, have as many more heads, and compute the same.
 
-    model: has a `unet` and a `controlnet` of the same config with float32 weights, and may have other parts, which
-    both models then share. The new networks are frozen.
+    model: `unet` and `controlnet` have the same config and float32 weights; both models share all other parts. The
+    new networks are frozen.
     """
-    config = model.unet.config
+    config, random = model.unet.config, torch.Generator().manual_seed(seed)
     widths = tuple(times * width for width in config.widths)
     wide = replace(config, widths=widths, heads=times * config.heads)
-    hint_widths = model.controlnet.controlnet_cond_embedding.widths
     with torch.device("meta"):
+        hint_widths = model.controlnet.controlnet_cond_embedding.widths
         networks = {"unet": UNet(wide), "controlnet": ControlNet(wide, hint_widths)}
-    random = torch.Generator().manual_seed(seed)
     for part, network in networks.items():
         tensors = getattr(model, part).state_dict()
-        tensors = {
-            name: widened_tensor(name, tensors[name], tensor.shape, times, config.heads, random)
-            for name, tensor in network.state_dict().items()
-        }
+        for name, tensor in network.state_dict().items():
+            shape = tensor.shape
+            tensors[name] = widened_tensor(name, tensors[name], shape, times, config.heads, random)
         network.load_state_dict(tensors, assign=True)
         start_temporal_attention(network)
         network.eval().requires_grad_(False)

@@ -39,14 +39,12 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("times", [2, 3])
 @torch.no_grad()
 def test_a_widened_model_predicts_the_same_noise(model, inputs, times):
-    latents, hints, context = inputs
+    latents, images, context = inputs
     wide = widen(model, times)
     assert wide.unet.config.widths == tuple(times * width for width in CONFIG.widths)
     assert wide.name == model.name
-    expected, predicted = (
-        predict_noise(each, latents, 481, context, each.controlnet.embed_hint(hints))
-        for each in (model, wide)
-    )
+    expected = predict_noise(model, latents, 481, context, model.controlnet.embed_hint(images))
+    predicted = predict_noise(wide, latents, 481, context, wide.controlnet.embed_hint(images))
     torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-4)
 
 
@@ -60,24 +58,23 @@ def test_shared_out_weights_sum_to_the_original_and_keep_a_layers_usual_variance
 
 
 def test_copies_of_a_channel_get_different_gradients(model, inputs):
-    latents, hints, context = inputs
+    latents, images, context = inputs
     wide = widen(model, 2)
+    hints = wide.controlnet.embed_hint(images)
     weight = wide.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_out[0].weight
     weight.requires_grad_(True)
-    hints = wide.controlnet.embed_hint(hints)
     training_loss(wide, latents, hints, context, 481, torch.ones_like(latents)).backward()
     first, second = weight.grad[0::2], weight.grad[1::2]
     assert (first - second).norm() > 0.3 * first.norm()
 
 
 def test_clipping_as_the_public_code_is_scaling_all_and_unscaling_what_is_trained(model, inputs):
-    latents, hints, context = inputs
+    latents, images, context = inputs
     trained = list(trainable_parameters(model).values())
     every = list(nn.ModuleList([model.unet, model.controlnet]).requires_grad_(True).parameters())
     frozen = [parameter for parameter in every if not any(parameter is p for p in trained)]
-    hints = model.controlnet.embed_hint(hints)
-    loss = training_loss(model, latents, hints, context, 481, torch.ones_like(latents))
-    loss.backward()
+    hints = model.controlnet.embed_hint(images)
+    training_loss(model, latents, hints, context, 481, torch.ones_like(latents)).backward()
     clean = [parameter.grad.clone() for parameter in trained]
     clip_as_the_public_code(trained, frozen)
     emulated = [parameter.grad.clone() for parameter in trained]
