@@ -125,8 +125,8 @@ def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
         return select_reference(run.poses, targets)
     numbers = [str(index) for index in run.settings["frames"]]
     if text not in numbers:
-        known = ", ".join(numbers)
-        raise ValueError(f"--reference {text}: give auto or one of the training frames, {known}")
+        advice = f"give auto or one of the training frames, {', '.join(numbers)}"
+        raise ValueError(f"--reference {text}: {advice}")
     return numbers.index(text)
 
 
@@ -164,8 +164,9 @@ def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float 
 def write_result(
     args: argparse.Namespace, out: Path, run: Run, driver: Driver, targets: list[Pose], decoded: Iterator
 ) -> tuple[np.ndarray, dict]:
-    """Writes video, each decoded frame as it comes, contact sheet and poses; returns the frames uint8 (F, H, W, 3)
-    and what a report says of them.
+    """Writes the video, each frame as soon as it is decoded, a contact sheet and the poses.
+
+    Returns the frames uint8 (F, H, W, 3), and what a report says of them.
     """
     height, width = run.frames.shape[1:3]
     frames = np.empty((len(targets), height, width, 3), np.uint8)
