@@ -164,10 +164,7 @@ def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float 
 def write_result(
     args: argparse.Namespace, out: Path, run: Run, driver: Driver, targets: list[Pose], decoded: Iterator
 ) -> tuple[np.ndarray, dict]:
-    """Writes the video, each frame as soon as it is decoded, a contact sheet and the poses.
-
-    Returns the frames uint8 (F, H, W, 3), and what a report says of them.
-    """
+    """Writes the video while it is decoded, then sheet and poses. Returns the frames and a part of the report."""
     height, width = run.frames.shape[1:3]
     frames = np.empty((len(targets), height, width, 3), np.uint8)
 
