@@ -12,9 +12,8 @@ from checkpoint import Model
 def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and the precision of the networks there.
 
-    A graphics card samples in float16. It trains in bfloat16, whose gradients cannot vanish in a small range.
-    Cards before Ampere (compute capability 8) have no bfloat16: there `train.train` scales float16's gradients.
-    A CPU computes in bfloat16 where that is faster, else in float32.
+    A graphics card samples in float16. It trains in bfloat16, whose gradients cannot vanish in a small range, from
+    Ampere (compute capability 8) on; older ones train in float16, where `train.train` scales the gradients.
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
@@ -24,10 +23,7 @@ def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
         ampere = torch.cuda.get_device_capability(0) >= (8, 0)
         return torch.device("cuda", 0), torch.bfloat16 if training and ampere else torch.float16
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        print(
-            "this machine has an NVIDIA card, but this PyTorch was built without CUDA: computing on the CPU; "
-            "install the CUDA build of torch to use the card"
-        )
+        print("torch was built without CUDA; install its CUDA build to use this machine's NVIDIA card")
     return torch.device("cpu"), torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 

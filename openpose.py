@@ -30,8 +30,8 @@ from video import IMAGES, read_frames, save_image, write_video
 
 # ---- The networks -------------------------------------------------------------------------------
 
-# Tables of convolutions: (name, channels, kernel). {} is the stage and branch; 0 channels are the branch's maps.
 # fmt: off
+# Tables of convolutions: (name, channels, kernel). {} is the stage and branch; 0 channels are the branch's maps.
 POOL = ("pool", 0, 0)
 VGG = [  # the first ten convolutions of VGG-19
     ("conv1_1", 64, 3), ("conv1_2", 64, 3), POOL,
@@ -40,24 +40,16 @@ VGG = [  # the first ten convolutions of VGG-19
     ("conv4_1", 512, 3), ("conv4_2", 512, 3),
 ]
 BODY_FEATURES = [*VGG, ("conv4_3_CPM", 256, 3), ("conv4_4_CPM", 128, 3)]
-BODY_STAGE_1 = [
-    ("conv5_1_CPM{}", 128, 3), ("conv5_2_CPM{}", 128, 3), ("conv5_3_CPM{}", 128, 3),
-    ("conv5_4_CPM{}", 512, 1), ("conv5_5_CPM{}", 0, 1),
-]
-PART_FEATURES = [
-    *VGG, ("conv4_3", 512, 3), ("conv4_4", 512, 3),
-    ("conv5_1", 512, 3), ("conv5_2", 512, 3), ("conv5_3_CPM", 128, 3),
-]
+BODY_STAGE_1 = [(f"conv5_{n}_CPM{{}}", 128, 3) for n in (1, 2, 3)]
+BODY_STAGE_1 += [("conv5_4_CPM{}", 512, 1), ("conv5_5_CPM{}", 0, 1)]
+PART_FEATURES = [*VGG, *((f"conv{n}", 512, 3) for n in ("4_3", "4_4", "5_1", "5_2")), ("conv5_3_CPM", 128, 3)]
 PART_STAGE_1 = [("conv6_1_CPM{}", 512, 1), ("conv6_2_CPM{}", 0, 1)]
-LATER_STAGE = [
-    ("Mconv1{}", 128, 7), ("Mconv2{}", 128, 7), ("Mconv3{}", 128, 7), ("Mconv4{}", 128, 7),
-    ("Mconv5{}", 128, 7), ("Mconv6{}", 128, 1), ("Mconv7{}", 0, 1),
-]
+LATER_STAGE = [(f"Mconv{n}{{}}", 128, 7) for n in (1, 2, 3, 4, 5)] + [("Mconv6{}", 128, 1), ("Mconv7{}", 0, 1)]
 # fmt: on
 
 
 class PoseMachine(nn.Module):
-    """Convolutions under flat names, as in the public files, run in chains with ReLUs between them.
+    """Convolutions under the public files' flat names, in chains with ReLUs between them.
 
     The chains of the first stage see the features, those of a later one also what the stage before said. `width`
     multiplies the public networks' channels; `branches` names a stage's chains and says how many maps each gives.
@@ -123,29 +115,21 @@ class PartNet(PoseMachine):
     def __init__(self, keypoints: int, width: float = 1.0, stages: int = 6):
         super().__init__(PART_FEATURES, PART_STAGE_1, {"": keypoints + 1}, width, stages)
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        return [heatmaps for (heatmaps,) in super().stages(images)]
-
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, 8h, 8w), BGR in [-0.5, 0.5] -> heatmaps (N, keypoints + 1, h, w), background last."""
-        return self.stages(images)[-1]
+        (heatmaps,) = self.stages(images)[-1]
+        return heatmaps
 
 
 class OpenPose(nn.Module):
-    """The three networks, by default of the public files' sizes; `OpenPose(**config)` is its twin.
-
-    width: multiplies the public networks' channels
-    stages: of body, hand and face
-    hand_sizes: in pixels, at which a hand is shown (0.5, 1, 1.5 and 2 times 368); the maps are averaged over them
-    face_size: in pixels, at which a face is shown
-    """
+    """The three networks, by default of the public files' sizes; `OpenPose(**config)` is its twin."""
 
     def __init__(
         self,
-        width: float = 1.0,
-        stages: Sequence[int] = (6, 6, 6),
-        hand_sizes: Sequence[int] = (184, 368, 552, 736),
-        face_size: int = 384,
+        width: float = 1.0,  # multiplies the public networks' channels
+        stages: Sequence[int] = (6, 6, 6),  # of body, hand and face
+        hand_sizes: Sequence[int] = (184, 368, 552, 736),  # pixels; the maps are averaged over them
+        face_size: int = 384,  # pixels
     ):
         super().__init__()
         shown = {"hand_sizes": tuple(hand_sizes), "face_size": face_size}
@@ -159,10 +143,7 @@ OPENPOSE_PARTS = ("body", "hand", "face")
 
 
 def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu") -> OpenPose:
-    """The networks in float32: a model folder's own, if it has an `openpose/`, else the public ones.
-
-    Raises as `load_model` does.
-    """
+    """The networks in float32: a model's own if it has any, else the public ones. Raises as `load_model` does."""
     folder = model_path(name) / "openpose"
     with torch.device("meta"):
         openpose = read_config(folder, lambda config: OpenPose(**config)) or OpenPose()
@@ -178,16 +159,9 @@ def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu")
 AT_ONCE = 16  # frames: the body network sees them small, so that many need half a gigabyte
 
 
-def detect(nets: OpenPose, frames: np.ndarray, progress: bool = False) -> list[list[Pose]]:
-    """Frames uint8 RGB (F, H, W, 3), else ValueError -> the people in each, in canvas-normalised coordinates."""
-    return detect_parts(nets, frames, detect_bodies(nets, frames, progress), progress=progress)
-
-
 @torch.inference_mode()
 def detect_bodies(nets: OpenPose, frames: np.ndarray, progress: bool = False) -> list[list[Pose]]:
-    """`detect` without hands and faces, whose networks are not touched."""
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"frames must be uint8 (F, H, W, 3), not {frames.dtype} {frames.shape}")
+    """Frames uint8 RGB (F, H, W, 3) -> the bodies in each, in canvas-normalised coordinates."""
     height, width = frames.shape[1:3]
     device = next(nets.body.parameters()).device
     people = []
@@ -198,17 +172,6 @@ def detect_bodies(nets: OpenPose, frames: np.ndarray, progress: bool = False) ->
             bodies = maps.decode_bodies(*of_frame, height, width)
             people.append([Pose(np.float32(body / (width, height, 1))) for body in bodies])
     return people
-
-
-def detect_parts(
-    nets: OpenPose, frames: np.ndarray, people: list, least_side: int = 0, progress: bool = False
-) -> list[list[Pose]]:
-    """The same people, found in the same frames, with their hands and faces; of small frames `enlarged`."""
-    bar = tqdm(frames, desc="hands and faces", unit="frame", disable=not progress)
-    return [
-        [add_parts(nets, maps.enlarged(frame, least_side), pose) for pose in in_frame]
-        for frame, in_frame in zip(bar, people)
-    ]
 
 
 @torch.inference_mode()
@@ -242,8 +205,8 @@ def find_poses(
     """One person's pose in every frame, uint8 RGB (F, H, W, 3), empty where they are not found.
 
     `person` counts from 1, the most prominent. Short gaps are interpolated (`fill_gaps`). Hands and face are
-    looked for there too, in all frames or in those that `whole_bodies` names, and in small frames once they are
-    `enlarged`. Raises ValueError when nobody is found, or fewer people than `person`.
+    looked for too, in all frames or in those that `whole_bodies` names; small frames are `enlarged` for that.
+    Raises ValueError when nobody is found, or fewer people than `person`.
     """
     tracks = follow_people(detect_bodies(nets, frames, progress), frames.shape[2] / frames.shape[1])
     if not tracks:
@@ -251,13 +214,12 @@ def find_poses(
         raise ValueError(f"no person in any of the {len(frames)} frames; {few}")
     if not 1 <= person <= len(tracks):
         raise ValueError(f"no person {person}: {len(tracks)} found, 1 being the most prominent")
-    track = tracks[person - 1]
-    seen = dict(zip(track.frames, track.people))
-    poses = fill_gaps([seen.get(frame, Pose()) for frame in range(len(frames))])
-    whole_bodies = range(len(frames)) if whole_bodies is None else whole_bodies
-    alone = [[pose] if frame in whole_bodies else [] for frame, pose in enumerate(poses)]
-    found = detect_parts(nets, frames, alone, maps.LEAST_SIDE, progress)
-    poses = fill_gaps([whole[0] if whole else pose for whole, pose in zip(found, poses)])
+    seen = dict(zip(tracks[person - 1].frames, tracks[person - 1].people))
+    poses = fill_gaps([seen.get(index, Pose()) for index in range(len(frames))])
+    whole = range(len(frames)) if whole_bodies is None else whole_bodies
+    for index in tqdm(whole, desc="hands and faces", unit="frame", disable=not progress):
+        poses[index] = add_parts(nets, maps.enlarged(frames[index]), poses[index])
+    poses = fill_gaps(poses)
     return smooth_poses(poses) if smooth else poses
 
 
@@ -305,8 +267,8 @@ def main(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{out}: exists; give it as --out to replace it, or another name")
     frames, fps = read_frames(args.clip)
     keep_freed_memory()
-    whole_bodies = [] if args.body_only else None
-    poses = find_in_footage(args.clip, frames, args.model, args.person, whole_bodies, args.smooth)
+    choices = args.person, [] if args.body_only else None, args.smooth
+    poses = find_in_footage(args.clip, frames, args.model, *choices)
     save_poses(out, poses, *frames.shape[2:0:-1])
     if is_image:
         save_image(preview, overlay(frames[0], poses[0]))
@@ -314,8 +276,7 @@ def main(args: argparse.Namespace) -> None:
         write_video(preview, map(overlay, frames, poses), fps)
     print(f"{out}: {len(poses)} frames, preview in {preview.name}")
     if missing := absences(poses):
-        print(f"no person in frames {missing}: leave them out with --range, or cut the clip;")
-        print("if somebody is there, see whether --person 2 is the same person")
+        print(f"no person in frames {missing}: leave them out with --range, or see who --person 2 is")
 
 
 if __name__ == "__main__":

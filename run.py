@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from checkpoint import Model
+from pictures.sheets import contact_sheet
 from posecrafter import trainable_parameters
 from poses.pose import Pose, draw_pose, load_poses, save_poses
-from video import contact_sheet, read_frames, replacing, save_image
+from video import read_frames, replacing, save_image
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,16 @@ def load_run(folder: Path) -> Run:
     return Run(folder, settings, frames, poses)
 
 
-# What `sample.py` reads of a run's settings.
-NEEDED = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt", "learning_rate"}
-
-
 def read_run_settings(folder: Path) -> dict:
     """What a run was asked for. Raises ValueError, naming the file, when it is damaged."""
-    path = folder / "settings.json"
+    path, advice = folder / "settings.json", f"delete {folder} and train again"
     try:
-        settings = json.loads(path.read_text())
-        missing = NEEDED - settings.keys()
-    except (AttributeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete {folder} and train again") from None
-    if missing:
-        lacks = ", ".join(sorted(missing))
-        raise ValueError(f"{path}: lacks {lacks}; delete {folder} and train again")
+        settings = {"learning_rate_from": "unknown"} | json.loads(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {advice}") from None
+    needed = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt", "learning_rate"}
+    if missing := sorted(needed - settings.keys()):
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; {advice}")
     return settings
 
 
@@ -67,8 +63,8 @@ def begin_run(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[
     if (folder / "settings.json").exists():
         begun = read_run_settings(folder)
         if other := ", ".join(name for name in settings if settings[name] != begun.get(name)):
-            what_to_do = "choose another with --run, or delete it"
-            raise ValueError(f"{folder}: an unfinished run with other {other}; {what_to_do}")
+            advice = "choose another with --run, or delete it"
+            raise ValueError(f"{folder}: an unfinished run with other {other}; {advice}")
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)  # first: what follows is of these settings
     for index, frame in zip(settings["frames"], frames):
@@ -107,14 +103,12 @@ def load_trained(model: Model, path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); train again") from None
     parameters = trainable_parameters(model)
-    for name in sorted(trained.keys() ^ parameters.keys()):
-        raise ValueError(
-            f"{path}: {name} is only in the {'file' if name in trained else 'model'}: another model?"
-        )
+    found = {(name, tuple(tensor.shape)) for name, tensor in trained.items()}
+    wanted = {(name, tuple(parameter.shape)) for name, parameter in parameters.items()}
+    for name, shape in sorted(found ^ wanted):
+        where = "file" if (name, shape) in found else "model"
+        raise ValueError(f"{path}: {name} of shape {shape} is only in the {where}: another model?")
     for name, parameter in parameters.items():
-        if trained[name].shape != parameter.shape:
-            shapes = f"{tuple(trained[name].shape)} instead of {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: {name} is {shapes}: trained with another model?")
         parameter.data.copy_(trained[name])
 
 

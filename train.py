@@ -1,18 +1,7 @@
 """Fine-tunes the model on a few frames of one clip: `python train.py clip.mp4`.
 
-Leaves a run folder that `sample.py` makes new videos from:
-
-    trained.safetensors   the trained tensors only
-    frames/               the training frames, on canvas
-    frames.poses.json     their poses
-    settings.json         everything needed to do it again
-    loss.csv              step, timestep, loss; timestep "fixed": the loss on the same noises each time
-    training.json         those losses on fixed noises, and whether training made the model worse
-    preview.png           the frames and their control images, to check that the poses fit
-    poses/                what was found in pixels, to be found only once
-
-An interrupted run goes on from its last checkpoint, at most two minutes back, when the same command is given
-again.
+Leaves a run folder that `sample.py` makes new videos from; docs/USAGE.md says what is in it. Given again, the same
+command goes on from an interrupted run's last checkpoint, at most two minutes back.
 """
 
 from command import keep_freed_memory, run_command, training_arguments
@@ -23,6 +12,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import argparse
 import hashlib
+import math
 import shlex
 import time
 from dataclasses import dataclass
@@ -51,17 +41,19 @@ from video import count_frames, fit, fit_frame, read_frames, replacing
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
+FIRST_STEPS = 5  # after so many the loss tells whether the learning rate is far too high
+FIXED_TIMESTEPS = 125, 375, 625, 875  # of the losses on fixed noises
 
 
-# ---- What goes in -------------------------------------------------------------------------------
-
-
-def choose_frames(clip: Path, usable: range, frames: int) -> list[int]:
-    """The training frames' indices, uniformly from a range. Raises ValueError when it holds fewer."""
-    if not 1 <= frames <= len(usable):
+def choose_frames(args: argparse.Namespace, count: int) -> list[int]:
+    """The training frames' indices in a clip of `count` frames, uniformly from the range asked for."""
+    usable = args.range or range(count)
+    if usable.stop > count:
+        raise ValueError(f"{args.clip}: frames up to {usable.stop} asked for, but it has {count}")
+    if not 1 <= args.frames <= len(usable):
         there = f"{usable.start}:{usable.stop} has {len(usable)}"
-        raise ValueError(f"{clip}: {frames} frames asked for, but {there}")
-    return uniform_frames(usable, frames)
+        raise ValueError(f"{args.clip}: {args.frames} frames asked for, but {there}")
+    return uniform_frames(usable, args.frames)
 
 
 def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndarray, list[Pose], dict]:
@@ -71,49 +63,24 @@ def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndar
     few frames, for the poses of another clip, and for a chosen frame without a person.
     """
     clip, source, count = args.clip, args.poses or args.clip, count_frames(args.clip)
-    asked = args.range or range(count)
-    if asked.stop > count:
-        raise ValueError(f"{clip}: frames up to {asked.stop} asked for, but it has {count}")
-    choose_frames(clip, asked, args.frames)  # before poses are looked for, which takes long
-    canvas = read_frames(clip, [asked.start])[0].shape[1:3]
+    first = choose_frames(args, count)[:1]  # before poses are looked for, which takes long
+    height, width = read_frames(clip, first)[0].shape[1:3]
     kind, whole = (args.poses_are, None) if args.poses else ("video", args.frames)
     looking = args.model, cache, args.person
-    driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=canvas)
+    driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=(height, width))
     if abs(count - driver.total) > 2:  # decoders do not always agree on a video's last frames
         raise ValueError(f"{source}: has {driver.total} poses, but {clip} has {count} frames")
-    first = driver.within.start
-    indices = choose_frames(clip, range(first, min(driver.within.stop, count)), args.frames)
-    poses = [driver.poses[index - first] for index in indices]
+    tall, wide = driver.canvas
+    if abs(tall / wide / (height / width) - 1) > 0.02:
+        sizes = f"poses on a canvas of {wide:g}x{tall:g}, but {clip} has frames of {width}x{height}"
+        raise ValueError(f"{source}: {sizes}: another clip's?")
+    indices = choose_frames(args, min(count, driver.total))
+    poses = [driver.poses[index - driver.within.start] for index in indices]
     if empty := [index for index, pose in zip(indices, poses) if not has_person(pose)]:
         advice = "choose another --range or --frames"
         raise ValueError(f"{clip}: no person in frame {empty[0]} (of its poses); {advice}")
     images, fps = read_frames(clip, indices)
-    height, width = images.shape[1:3]
-    tall, wide = driver.canvas or (height, width)
-    if abs(tall / wide / (height / width) - 1) > 0.02:
-        sizes = f"poses on a canvas of {wide:g}x{tall:g}, but {clip} has frames of {width}x{height}"
-        raise ValueError(f"{source}: {sizes}: another clip's?")
     return images, poses, {"frames": indices, "fps": fps}
-
-
-# ---- Training -----------------------------------------------------------------------------------
-
-FIRST_STEPS = 5  # after so many the loss tells whether the learning rate is far too high
-FIXED_TIMESTEPS = 125, 375, 625, 875
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What training made, and what it did to the loss."""
-
-    tensors: dict[str, Tensor]
-    # On the same noises each time, by steps trained: before the first, after FIRST_STEPS, after the last.
-    fixed_losses: dict[int, float]
-
-    @property
-    def worse(self) -> bool:
-        # Written this way, a loss that is not a number counts as worse.
-        return not self.fixed_losses[max(self.fixed_losses)] <= self.fixed_losses[0]
 
 
 @torch.no_grad()
@@ -122,37 +89,60 @@ def fixed_noise_loss(model: Model, latents: Tensor, hints: Tensor, context: Tens
 
     A step's own loss depends mostly on its timestep, and hardly tells whether the model has learned; this does.
     """
-    losses, frames = [], uniform_frames(range(len(latents)), min(BATCH, len(latents)))
-    for timestep in FIXED_TIMESTEPS:
-        random = torch.Generator().manual_seed(timestep)
-        noise = torch.randn(latents[frames].shape, generator=random).to(latents)
-        losses.append(autocast_loss(model, latents[frames], hints[frames], context, timestep, noise))
+    frames = uniform_frames(range(len(latents)), min(BATCH, len(latents)))
+    seeded = [(timestep, torch.Generator().manual_seed(timestep)) for timestep in FIXED_TIMESTEPS]
+    losses = [noisy_loss(model, latents[frames], hints[frames], context, *each) for each in seeded]
     return torch.stack(losses).mean().item()
 
 
-def autocast_loss(model: Model, latents: Tensor, *rest) -> Tensor:
-    """`training_loss` in the precision of the frozen weights, though the trained ones are float32."""
-    dtype = model.unet.conv_in.weight.dtype
+def noisy_loss(model, latents: Tensor, hints: Tensor, context: Tensor, timestep: int, random) -> Tensor:
+    """`training_loss` with noise from `random`, in the frozen weights' precision; the trained are float32."""
+    noise, dtype = torch.randn(latents.shape, generator=random).to(latents), model.unet.conv_in.weight.dtype
     with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-        return training_loss(model, latents, *rest)
+        return training_loss(model, latents, hints, context, timestep, noise)
 
 
 @dataclass(frozen=True)
-class State:
-    """What a checkpoint keeps of a training under way."""
+class Training:
+    """Training under way, as a checkpoint keeps it, and what it made in the end."""
 
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    fixed_losses: dict[int, float]  # so far; see `Tuned`
+    losses: list[tuple[int, int | str, float]]  # steps done, timestep, loss, as `loss.csv` has them
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.parameters.items()}
+
+    @property
+    def fixed_losses(self) -> dict[int, float]:
+        """The losses on fixed noises, by steps done: before the first, after FIRST_STEPS and after the last."""
+        return {step: loss for step, timestep, loss in self.losses if timestep == "fixed"}
+
+    @property
+    def worse(self) -> bool:
+        before, *_, after = self.fixed_losses.values()
+        return after > before
+
+    def note(self, log: Path, step: int, timestep: int | str, loss: float) -> None:
+        """Logs a loss. Raises FloatingPointError for one that is not finite."""
+        if not math.isfinite(loss):
+            lower = f"train again with a lower rate: --lr {self.optimizer.defaults['lr'] / 10:g}"
+            found, advice = f"the loss of step {step}", f"delete {log.parent} and {lower}"
+            if step == 0:
+                found, advice = "the model's own loss", "give another --model"
+            raise FloatingPointError(f"{found} is not finite; {advice}")
+        self.losses.append((step, timestep, loss))
+        rows = [f"{step},{timestep},{loss:.6f}" for step, timestep, loss in self.losses]
+        log.write_text("\n".join(["step,timestep,loss", *rows]) + "\n")
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Writes what `resume` goes on from, after `step` steps."""
-        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}
-        state = {"step": step, "parameters": parameters, "fixed_losses": self.fixed_losses}
+        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         with replacing(checkpoint) as unfinished:
-            torch.save(state | parts, unfinished)
+            torch.save({"step": step, "parameters": parameters, "losses": self.losses} | parts, unfinished)
 
     def resume(self, checkpoint: Path) -> int:
         """Goes back to a checkpoint: the steps done. Raises ValueError for a damaged one."""
@@ -165,24 +155,12 @@ class State:
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty unless it was a float16 model
                 self.scaler.load_state_dict(state["scaler"])
-            self.fixed_losses.update(state["fixed_losses"])
+            self.losses.extend(state["losses"])
             return state["step"]
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a damaged pickle can raise anything
             raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
-
-
-def begin_log(log: Path, step: int) -> None:
-    """Begins `loss.csv`, or goes on with it after a step: what was logged later comes again."""
-    rows = log.read_text().splitlines()[1:] if step else []
-    kept = [row for row in rows if int(row.split(",")[0]) <= step]
-    log.write_text("\n".join(["step,timestep,loss", *kept]) + "\n")
-
-
-def note(log: Path, step: int, timestep: int | str, loss: float) -> None:
-    with log.open("a") as file:
-        file.write(f"{step},{timestep},{loss:.6f}\n")
 
 
 def train(
@@ -195,7 +173,7 @@ def train(
     seed: int,
     checkpoint: Path,
     log: Path,
-) -> Tuned:
+) -> Training:
     """The training loop: AdamW at a fixed rate on the loss at random timesteps.
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
@@ -208,27 +186,19 @@ def train(
         parameter.requires_grad_(True)
     recompute_activations(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
-    dtype = model.unet.conv_in.weight.dtype
     # float16 gradients are scaled, so that small ones do not vanish.
-    scaler = torch.amp.GradScaler(latents.device.type, enabled=dtype == torch.float16)
-    state = State(parameters, optimizer, scaler, {})
-    start = state.resume(checkpoint) if checkpoint.exists() else 0
-    begin_log(log, start)
-
-    def note_fixed_loss(step: int) -> None:
-        state.fixed_losses[step] = fixed_noise_loss(model, latents, hints, context)
-        note(log, step, "fixed", state.fixed_losses[step])
-
+    half = model.unet.conv_in.weight.dtype == torch.float16
+    scaler = torch.amp.GradScaler(latents.device.type, enabled=half)
+    training = Training(parameters, optimizer, scaler, [])
+    start = training.resume(checkpoint) if checkpoint.exists() else 0
     if not start:
-        note_fixed_loss(0)
+        training.note(log, 0, "fixed", fixed_noise_loss(model, latents, hints, context))
     saved = time.monotonic()
     for step in (bar := trange(start, steps, initial=start, total=steps, desc="training")):
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         frames = torch.randperm(len(latents), generator=random)[:BATCH].sort().values
         timestep = torch.randint(0, 1000, (), generator=random).item()
-        noise = torch.randn(latents[frames].shape, generator=random).to(latents)
-        loss = autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
-        check_loss(loss, step, dtype, checkpoint.parent, learning_rate)
+        loss = noisy_loss(model, latents[frames], hints[frames], context, timestep, random)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -236,69 +206,14 @@ def train(
         scaler.step(optimizer)
         scaler.update()
 
-        note(log, step + 1, timestep, loss.item())
+        training.note(log, step + 1, timestep, loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if step + 1 in (FIRST_STEPS, steps):
-            note_fixed_loss(step + 1)
+            training.note(log, step + 1, "fixed", fixed_noise_loss(model, latents, hints, context))
         if time.monotonic() - saved > SAVE_EVERY:
-            state.save(checkpoint, step + 1)
+            training.save(checkpoint, step + 1)
             saved = time.monotonic()
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    return Tuned(tensors, state.fixed_losses)
-
-
-def check_loss(loss: Tensor, step: int, dtype: torch.dtype, folder: Path, learning_rate: float) -> None:
-    """Raises FloatingPointError for a loss that is no finite number, after `step` steps."""
-    if loss.isfinite():
-        return
-    if step == 0:
-        where = f"in {str(dtype).removeprefix('torch.')}, before any training"
-        raise FloatingPointError(f"the model's own loss is not finite {where}: another --model?")
-    advice = f"delete {folder} and train again with a lower rate: --lr {learning_rate / 10:g}"
-    raise FloatingPointError(f"the loss of step {step + 1} is not finite; {advice}")
-
-
-def describe_losses(tuned: Tuned, learning_rate: float) -> str:
-    """What training did to the loss on fixed noises, and what to do if that was no good."""
-    (_, before), *rest = tuned.fixed_losses.items()
-    after = ", ".join(f"{loss:.4f} after {step} steps" for step, loss in rest)
-    text = f"loss on fixed noises: {before:.4f} before training, {after}"
-    if not tuned.worse:
-        return text
-    advice = f"train again, into another --run, with --lr {learning_rate / 10:g}"
-    worse = f"TRAINING MADE THE MODEL WORSE: the learning rate {learning_rate:g} is too high for it"
-    return f"{text}\n{worse}; {advice}"
-
-
-# ---- The command line ---------------------------------------------------------------------------
-
-
-def check_arguments(args: argparse.Namespace, folder: Path) -> None:
-    """Raises FileNotFoundError or ValueError for what cannot be done, before anything is read."""
-    if not args.clip.exists():
-        raise FileNotFoundError(f"{args.clip}: no such clip")
-    if args.poses_are and not args.poses:
-        raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
-    if (folder / "trained.safetensors").exists():
-        advice = "choose another with --run, or delete it"
-        raise ValueError(f"{folder}: there is a finished run already; {advice}")
-    if args.lr is not None and not 0 < args.lr < 1:
-        raise ValueError(f"--lr {args.lr:g}: give a number between 0 and 1")
-    for name in ("steps", "size"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise ValueError(f"--{name} {number}: give a number above 0")
-
-
-def place_on_canvas(
-    images: np.ndarray, poses: list[Pose], size: int, model: Model
-) -> tuple[np.ndarray, list[Pose]]:
-    """The frames (N, H, W, 3) and their poses, scaled to a short side of `size` pixels, and to what the UNet's
-    coarsest level can hold: multiples of 64 pixels for SD 1.5.
-    """
-    multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
-    placing = fit(*images.shape[1:3], size, multiple)
-    frames = np.stack([fit_frame(image, placing) for image in images])
-    return frames, [place_pose(pose, *placing.placement) for pose in poses]
+    return training
 
 
 def settings_of(
@@ -307,7 +222,6 @@ def settings_of(
     """Everything that a run depends on, as `settings.json` has it; clip: see `read_training_frames`."""
     keypoints = np.stack([np.concatenate(list(vars(pose).values())) for pose in poses])
     paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
-    paths = {name: path and str(path) for name, path in paths.items()}
     options = {name: getattr(args, name) for name in ("poses_are", "person", "model", "prompt", "seed")}
     settings = {
         "height": frames.shape[1],
@@ -318,39 +232,46 @@ def settings_of(
         # Other frames, or poses that were corrected, make another run.
         "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
     }
-    return paths | options | clip | settings
+    return {name: path and str(path) for name, path in paths.items()} | options | clip | settings
 
 
 def main(args: argparse.Namespace) -> None:
     folder = args.run or Path("runs") / name_of(args.clip)
-    check_arguments(args, folder)
+    if args.poses_are and not args.poses:
+        raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
+    if (folder / "trained.safetensors").exists():
+        advice = "choose another with --run, or delete it"
+        raise ValueError(f"{folder}: there is a finished run already; {advice}")
     images, poses, clip = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype)
-    frames, poses = place_on_canvas(images, poses, args.size or model.size, model)
+    # What the UNet's coarsest level can hold: for SD 1.5, multiples of 64 pixels.
+    multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
+    placing = fit(*images.shape[1:3], args.size or model.size, multiple)
+    frames = np.stack([fit_frame(image, placing) for image in images])
+    poses = [place_pose(pose, *placing.placement) for pose in poses]
+    height, width = placing.height, placing.width
     settings = settings_of(args, model, frames, poses, clip)
     steps, rate = settings["steps"], settings["learning_rate"]
     print(f"learning rate {rate:g} ({settings['learning_rate_from']}), {steps} steps, on {describe(model)}")
 
     context = encode_prompt(model, args.prompt).clone()
     latents = encode_frames(model, frames).clone()
-    hints = embed_hints(model, poses, *frames.shape[1:3]).to(device, copy=True)
+    hints = embed_hints(model, poses, height, width).to(device, copy=True)
     begin_run(folder, settings, frames, poses)
-    state, log = folder / "training_state.pt", folder / "loss.csv"
-    tuned = train(model, latents, hints, context, steps, rate, args.seed, state, log)
-    finish_run(folder, tuned.tensors, {"fixed_losses": tuned.fixed_losses, "worse": tuned.worse})
+    checkpoint, log = folder / "training_state.pt", folder / "loss.csv"
+    training = train(model, latents, hints, context, steps, rate, args.seed, checkpoint, log)
+    finish_run(folder, training.tensors, {"fixed_losses": training.fixed_losses, "worse": training.worse})
 
-    height, width = frames.shape[1:3]
-    tqdm.write(describe_losses(tuned, rate))
+    losses = ", ".join(f"{loss:.4f} after {step} steps" for step, loss in training.fixed_losses.items())
+    tqdm.write(f"loss on fixed noises: {losses}")
+    if training.worse:
+        advice = f"train again, into another --run, with --lr {rate / 10:g}"
+        tqdm.write(f"TRAINING MADE THE MODEL WORSE: the learning rate {rate:g} is too high; {advice}")
     tqdm.write(f"{folder}: trained on {len(frames)} frames of {width}x{height} in {steps} steps")
     tqdm.write(f"now: python sample.py --run {shlex.quote(str(folder))} --poses POSES.json")
 
 
 if __name__ == "__main__":
-    run_command(
-        "train.py",
-        main,
-        args,
-        stopped="stopped; the same command goes on from the last checkpoint",
-        out_of_memory="give fewer --frames or a smaller --size",
-    )
+    stopped = "stopped; the same command goes on from the last checkpoint"
+    run_command("train.py", main, args, stopped, "give fewer --frames or a smaller --size")

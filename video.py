@@ -1,18 +1,17 @@
-"""Frames in and out: read from video and images, fitted to a canvas, written, put on sheets."""
+"""Frames in and out: read from video and images, fitted to a canvas, written."""
 
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS_WRITTEN = (".mp4", ".mov")
@@ -28,14 +27,11 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
     """The frames of a video, a folder of images (in the order of their numbers) or one image.
 
     Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the frames per second
-    (24 for images, and for videos that do not say). Transparency is laid over black. What ffmpeg can decode is a
-    video. Only the frames asked for are held in memory, and nothing after the last of them is decoded.
-    Raises FileNotFoundError, OSError for what cannot be decoded, and ValueError for an index outside the clip, for
-    no indices at all or for images of different sizes.
+    (24 for images, and for videos that do not say). Transparency is laid over black. Only the frames asked for are
+    held in memory, and none after them is decoded. Raises FileNotFoundError, OSError for what cannot be decoded,
+    and ValueError for an index outside the clip or images of different sizes.
     """
     path = Path(path)
-    if indices is not None and not len(indices):
-        raise ValueError(f"{path}: an empty list of frames was asked for")
     files = _images(path)
     if files is None:
         return _read_video(path, indices)
@@ -43,18 +39,18 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
         _check_indices(path, indices, len(files))
         files = [files[index] for index in indices]
     frames = [_read_image(file) for file in files]
-    for file, frame in zip(files, frames):
-        if frame.shape != frames[0].shape:
-            sizes = f"{_size(frame)} pixels, but {files[0].name} has {_size(frames[0])}"
-            raise ValueError(f"{file}: {sizes}: the frames of a clip need one size")
+    sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames]
+    for file, size in zip(files, sizes):
+        if size != sizes[0]:
+            differs = f"{size} pixels, but {files[0].name} has {sizes[0]}"
+            raise ValueError(f"{file}: {differs}: the frames of a clip need one size")
     return np.stack(frames), 24.0
 
 
 def count_frames(path: str | Path) -> int:
     """How many frames `read_frames` would read. Raises FileNotFoundError and OSError as it does."""
     path = Path(path)
-    files = _images(path)
-    if files is not None:
+    if (files := _images(path)) is not None:
         return len(files)
     try:
         return imageio_ffmpeg.count_frames_and_secs(path.resolve())[0]
@@ -83,7 +79,7 @@ def _read_image(path: Path) -> np.ndarray:
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip, not scale
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             image = image.convert("RGBA")
-    # SyntaxError is PIL's word for a broken PNG
+    # SyntaxError is PIL's word for a broken PNG.
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: not a readable image ({error})") from None
     black = Image.new("RGBA", image.size, "black")
@@ -130,40 +126,26 @@ def by_number(path: Path) -> list:
     return [int(part) if index % 2 else part for index, part in enumerate(texts_and_numbers)]
 
 
-def _size(frame: np.ndarray) -> str:
-    return f"{frame.shape[1]}x{frame.shape[0]}"
-
-
 # ---------------------------------------------------------------------------------------- fitting
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How frames of one size cover a canvas: scaled, then cropped at the centre."""
+    """How frames of one size cover a canvas: a part at their centre is scaled to it."""
 
     height: int  # of the canvas, in pixels
     width: int
-    source_height: int
-    source_width: int
-    scale: float  # canvas pixels per source pixel, the same along both axes
-    left: float  # of the part that is kept, in source pixels
-    top: float
-
-    @property
-    def placement(self) -> tuple[float, float, float, float]:
-        """(scale_x, scale_y, left, top) for `pose.place_pose`: x' = scale_x * x + left, y' = scale_y * y + top.
-
-        They lead from source- to canvas-normalised coordinates.
-        """
-        x, y = self.scale / self.width, self.scale / self.height
-        return x * self.source_width, y * self.source_height, -x * self.left, -y * self.top
+    kept: tuple[float, float, float, float]  # the part's left, top, right and bottom, in source pixels
+    # (scale_x, scale_y, left, top) for `pose.place_pose`, from source- to canvas-normalised coordinates:
+    # x' = scale_x * x + left, y' = scale_y * y + top
+    placement: tuple[float, float, float, float]
 
 
 def fit(height: int, width: int, size: int, multiple: int) -> Fit:
     """Plans how source frames of height x width cover a canvas whose short side is about `size`.
 
     Both sides are multiples of `multiple`: the short one nearest to `size`, the long one nearest to the aspect.
-    The frame covers the canvas and loses a strip at its edges: black bars would be learned as part of the picture.
+    A strip at the edges is lost: black bars would be learned as part of the picture.
     Raises ValueError when `size` is below `multiple`.
     """
     if size < multiple:
@@ -179,18 +161,15 @@ def cover(height: int, width: int, canvas_height: int, canvas_width: int) -> Fit
     scale = max(canvas_height / height, canvas_width / width)
     left = max(0.0, (width - canvas_width / scale) / 2)
     top = max(0.0, (height - canvas_height / scale) / 2)
-    return Fit(canvas_height, canvas_width, height, width, scale, left, top)
+    kept = left, top, min(width, left + canvas_width / scale), min(height, top + canvas_height / scale)
+    x, y = scale / canvas_width, scale / canvas_height
+    return Fit(canvas_height, canvas_width, kept, (x * width, y * height, -x * left, -y * top))
 
 
 def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
-    """The source frame, uint8 (source_height, source_width, 3), on canvas: (height, width, 3)."""
-    if frame.shape[:2] != (fit.source_height, fit.source_width):
-        source = f"{fit.source_width}x{fit.source_height}"
-        raise ValueError(f"a frame of {_size(frame)} pixels does not go with a fit for {source}")
-    right = min(fit.source_width, fit.left + fit.width / fit.scale)
-    bottom = min(fit.source_height, fit.top + fit.height / fit.scale)
-    kept, size = (fit.left, fit.top, right, bottom), (fit.width, fit.height)
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, kept))
+    """The source frame, uint8 (H, W, 3), on canvas: (height, width, 3)."""
+    size = fit.width, fit.height
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, fit.kept))
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -207,88 +186,63 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-@contextmanager
-def open_video(path: str | Path, fps: float, height: int, width: int) -> Iterator[Callable]:
-    """Opens an H.264 video, and gives a function that writes frames, uint8 (height, width, 3) or (F, ...).
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Writes frames, uint8 RGB (H, W, 3) each and of one size, as an H.264 video, each as soon as it comes.
 
-    `path` appears, or is replaced, when the block ends well; else it stays as it was. Odd sizes get their last row
-    or column twice: the pixel format that every player knows needs even ones. Raises ValueError for frames of
-    another size or type, an unknown extension or no frames at all, and OSError when the file cannot be written.
+    `path` appears, or is replaced, when all are written; else it stays as it was. Odd sizes get their last row or
+    column twice: the pixel format that every player knows needs even ones. Raises ValueError for frames of another
+    size or type, an unknown extension or no frames at all, and OSError when the file cannot be written.
     """
-    path = Path(path)
+    path, frames = Path(path), iter(frames)
     if path.suffix.lower() not in VIDEOS_WRITTEN:
         raise ValueError(f"{path}: a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-    if not fps > 0:
-        raise ValueError(f"{path}: {fps} frames per second; give a number above 0")
+    if (first := next(frames, None)) is None:
+        raise ValueError(f"{path}: no frames to write")
 
-    written, arrived = 0, 0
+    (height, width), written, arrived = first.shape[:2], 0, 0
     colour = f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}"
     with replacing(path) as unfinished:
-        writer = imageio.get_writer(
+        writer = imageio_ffmpeg.write_frames(
             unfinished,
-            format="FFMPEG",
+            (width + width % 2, height + height % 2),
             fps=fps,
             codec="libx264",
-            pixelformat="yuv420p",
             quality=None,
             macro_block_size=1,
             ffmpeg_log_level="error",
             # The colour matrix is named in the file, because players guess it otherwise.
             output_params=["-crf", "16", "-movflags", "+faststart", "-vf", colour],
         )
-
-        def write(frames: np.ndarray) -> None:
-            nonlocal written
-            if frames.shape[-3:] != (height, width, 3) or frames.dtype != np.uint8:
-                wanted = f"uint8 ({height}, {width}, 3)"
-                raise ValueError(f"{path}: frames must be {wanted}, not {frames.dtype} {frames.shape}")
-            for frame in frames.reshape(-1, height, width, 3):
+        with closing(writer):
+            writer.send(None)  # which starts ffmpeg
+            for frame in chain([first], frames):
+                if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
+                    wanted = f"uint8 ({height}, {width}, 3)"
+                    raise ValueError(f"{path}: frames must be {wanted}, not {frame.dtype} {frame.shape}")
                 even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 try:
-                    writer.append_data(even)
+                    writer.send(even)
                 except OSError as error:
                     raise OSError(f"{path}: ffmpeg stopped: {str(error).splitlines()[0]}") from None
                 written += 1
-
-        with closing(writer):  # as imageio's own `with` leaves ffmpeg running after an exception
-            yield write
-        if not written:
-            raise ValueError(f"{path}: no frames to write")
         with suppress(OSError):  # ffmpeg says nothing when the disk fills up as it closes the file
             arrived = count_frames(unfinished)
         if arrived != written:
             raise OSError(f"{path}: could not be written whole; is the disk full?")
 
 
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
-    """Writes frames, uint8 RGB (H, W, 3) each and of one size, as a video. Raises what `open_video` raises."""
-    frames = iter(frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError(f"{path}: no frames to write")
-    with open_video(path, fps, *first.shape[:2]) as write:
-        for frame in chain([first], frames):
-            write(frame)
-
-
 def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
     """Writes a picture, PIL or uint8 RGB (H, W, 3), in the format that the extension names."""
-    path = Path(path)
-    if path.suffix.lower() not in IMAGES:
-        raise ValueError(f"{path}: an image's name must end in one of {', '.join(IMAGES)}")
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    with replacing(path) as unfinished:
+    with replacing(Path(path)) as unfinished:
         image.save(unfinished)
 
 
 def has_sound(path: str | Path) -> bool:
     """Whether this is a video with a sound track."""
-    path = Path(path)
-    if _images(path) is not None:
+    if _images(Path(path)) is not None:
         return False
-    with closing(imageio_ffmpeg.read_frames(path.resolve())) as reader:
+    with closing(imageio_ffmpeg.read_frames(Path(path).resolve())) as reader:
         return "audio_codec" in next(reader)
 
 
@@ -297,8 +251,8 @@ def add_sound(path: str | Path, source: str | Path, start: float, seconds: float
 
     Raises OSError when ffmpeg cannot, and then leaves the video as it was.
     """
+    silent, source_file = (Path(file).resolve() for file in (path, source))
     with replacing(Path(path)) as unfinished:
-        silent, source_file = (Path(file).resolve() for file in (path, source))
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", silent]
         command += ["-ss", start, "-i", source_file, "-map", "0:v", "-map", "1:a:0", "-t", seconds]
         command += ["-c:v", "copy", "-c:a", "aac", "-movflags", "+faststart", unfinished]
@@ -306,43 +260,3 @@ def add_sound(path: str | Path, source: str | Path, start: float, seconds: float
         if done.returncode:
             reason = (done.stderr.splitlines() or ["no reason given"])[-1]
             raise OSError(f"{source}: its sound could not be copied ({reason})")
-
-
-# ----------------------------------------------------------------------------------------- sheets
-
-_PAPER, _INK, _GAP = (24, 24, 27), (212, 212, 216), 8
-
-
-def contact_sheet(
-    rows: dict[str, Sequence[np.ndarray]], columns: int = 8, cell_height: int = 192
-) -> Image.Image:
-    """A picture of several clips, one under the other, to compare at a glance.
-
-    `rows` maps a label to frames, uint8 RGB (H, W, 3), of any size and number. Each row shows up to `columns` of
-    its frames, evenly spaced from first to last, `cell_height` pixels high and under their numbers.
-    Raises ValueError for a row without frames.
-    """
-    for label, frames in rows.items():
-        if not len(frames):
-            raise ValueError(f'contact sheet: the row "{label}" has no frames')
-    font = ImageFont.load_default(size=max(12, cell_height // 10))
-    line = round(1.5 * font.size)
-    margin = 2 * _GAP + max(round(font.getlength(label)) for label in rows)
-    widths = (round(cell_height * frames[0].shape[1] / frames[0].shape[0]) for frames in rows.values())
-    cell_width, longest = max(widths), max(min(columns, len(frames)) for frames in rows.values())
-    size = margin + longest * (cell_width + _GAP), len(rows) * (line + cell_height) + _GAP
-    sheet = Image.new("RGB", size, _PAPER)
-    ink = ImageDraw.Draw(sheet)
-
-    for row, (label, frames) in enumerate(rows.items()):
-        top = row * (line + cell_height) + line
-        ink.text((_GAP, top + cell_height // 2), label, _INK, font, anchor="lm")
-        shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        for column, index in enumerate(shown):
-            frame = Image.fromarray(frames[index])
-            width = round(cell_height * frame.width / frame.height)
-            centre = margin + column * (cell_width + _GAP) + cell_width // 2
-            ink.text((centre, top - line // 2), str(index), _INK, font, anchor="mm")
-            cell = frame.resize((width, cell_height), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (centre - width // 2, top))
-    return sheet

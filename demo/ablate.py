@@ -25,9 +25,10 @@ from demo import cells
 from demo.cells import FIGURES, cell_path, load_figures, shown
 from demo.puppet import random_puppet
 from demo.scene import REPAINTED, Trial, set_scene
+from pictures.sheets import contact_sheet
 from posecrafter import ddim_timesteps
 from public.places import locate
-from video import contact_sheet, replacing, save_image
+from video import replacing, save_image
 
 # ---- What is compared ---------------------------------------------------------------------------
 

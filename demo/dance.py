@@ -25,9 +25,10 @@ import sample
 import train
 from demo.puppet import clip
 from metrics.figures import psnr, ssim
+from pictures.sheets import contact_sheet
 from poses.pose import draw_pose, save_poses
 from poses.source import read_driver
-from video import contact_sheet, save_image, write_video
+from video import save_image, write_video
 
 HEIGHT, WIDTH, FPS = 192, 256, 12
 TRAINING_FRAMES, TARGET_FRAMES = 36, 48

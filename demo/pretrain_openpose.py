@@ -172,7 +172,7 @@ def train(part: str, net: nn.Module, pools: Sequence[np.ndarray], work: Path) ->
             stages = net.stages(images.contiguous(memory_format=torch.channels_last))
         loss = 0
         for stage in stages:
-            for said, target in zip(stage if part == "body" else [stage], targets):
+            for said, target in zip(stage, targets):
                 errors = (1 + 4 * target.abs()) * (said.float() - target) ** 2
                 loss = loss + errors.sum(dim=1).mean() / len(stages)
         return loss
@@ -194,7 +194,7 @@ def evaluate(nets: OpenPose, seeds: Sequence[int], side: int = SIDE) -> dict[str
         frame, true, _ = render(random_puppet(seed), motion(seed, 13)[12], side)
         (people,) = openpose.detect_bodies(nets, frame[None])
         people = sorted(people, key=lambda pose: is_seen(pose.body).sum())[-1:]
-        (people,) = openpose.detect_parts(nets, frame[None], [people], least_side=maps.LEAST_SIDE)
+        people = [openpose.add_parts(nets, maps.enlarged(frame), pose) for pose in people]
         for name, there in vars(true).items():
             found = getattr(people[0] if people else Pose(), name)
             extent = np.ptp(there[is_seen(there), :2], axis=0)

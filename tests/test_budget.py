@@ -52,4 +52,6 @@ def test_the_readme_tells_how_long_the_files_are():
     for names, count in told.items():
         paths = [ROOT / name.strip("` ") for name in names.split(", ")]
         files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
-        assert abs(sum(map(lines, files)) - count) <= 0.1 * count, f"{names}: {sum(map(lines, files))} lines"
+        assert abs(sum(map(lines, files)) - count) <= 0.1 * count, (
+            f"{names}: {sum(map(lines, files))} lines"
+        )

@@ -8,7 +8,7 @@ from beyond.retarget import proportions, retarget
 from demo.motion import State, motion
 from demo.puppet import Puppet, random_puppet, render
 from poses.pose import Pose, has_person, is_seen, place_pose
-from sample import is_training_clip
+from sample import inputs_of
 
 FRAMES, TRAINING = 16, 8
 LIMBS = [(2, 3), (3, 4), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13), (1, 2), (1, 5)]
@@ -295,6 +295,5 @@ def test_the_training_clips_own_poses_are_recognised_however_they_are_written(tm
     monkeypatch.chdir(tmp_path)
     settings = {"clip": "clip.mp4", "poses": str(tmp_path / "clip.json")}
     own = [tmp_path / "clip.json", tmp_path / "elsewhere" / ".." / "clip.json", tmp_path / "clip.mp4"]
-    assert all(is_training_clip(path, settings) for path in own)
-    assert not is_training_clip(tmp_path / "other.json", settings)
-    assert not is_training_clip(tmp_path / "other.json", {"clip": "clip.mp4"})
+    assert all(path.resolve() in inputs_of(settings) for path in own)
+    assert inputs_of({"clip": "clip.mp4", "poses": None}) == [(tmp_path / "clip.mp4").resolve()]

@@ -11,7 +11,7 @@ from beyond.pseudo import METHODS
 from command import METHOD_NAMES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("poses", "public", "safe", "beyond", "metrics", "demo", "bench")
+ROOMS = ("poses", "public", "safe", "pictures", "beyond", "metrics", "demo", "bench")
 FILES = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
 
 
@@ -62,7 +62,8 @@ def test_no_import_goes_round_in_a_circle():
         ("sample", ("train", "metrics", "evaluate", "demo", "bench")),
         ("train", ("sample", "beyond", "metrics", "evaluate", "demo", "bench")),
         ("evaluate", ("train", "sample", "demo", "bench")),
-        ("video", ("poses", "posecrafter", "unet")),
+        ("video", ("poses", "posecrafter", "unet", "pictures")),
+        ("pictures.sheets", ("poses", "posecrafter", "run", "metrics", "beyond")),
         ("poses.source", ("openpose", "poses.drawn", "poses.maps")),  # JSON poses need none of them
         ("poses.maps", ("openpose",)),
     ],

@@ -1,0 +1,1 @@
+"""Pictures to look at, which the method does without."""
