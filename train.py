@@ -90,16 +90,22 @@ def fixed_noise_loss(model: Model, latents: Tensor, hints: Tensor, context: Tens
     A step's own loss depends mostly on its timestep, and hardly tells whether the model has learned; this does.
     """
     frames = uniform_frames(range(len(latents)), min(BATCH, len(latents)))
-    seeded = [(timestep, torch.Generator().manual_seed(timestep)) for timestep in FIXED_TIMESTEPS]
-    losses = [noisy_loss(model, latents[frames], hints[frames], context, *each) for each in seeded]
+    latents, hints, losses = latents[frames], hints[frames], []
+    for timestep in FIXED_TIMESTEPS:
+        noise = noise_like(latents, torch.Generator().manual_seed(timestep))
+        losses.append(autocast_loss(model, latents, hints, context, timestep, noise))
     return torch.stack(losses).mean().item()
 
 
-def noisy_loss(model, latents: Tensor, hints: Tensor, context: Tensor, timestep: int, random) -> Tensor:
-    """`training_loss` with noise from `random`, in the frozen weights' precision; the trained are float32."""
-    noise, dtype = torch.randn(latents.shape, generator=random).to(latents), model.unet.conv_in.weight.dtype
+def noise_like(latents: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randn(latents.shape, generator=random).to(latents)
+
+
+def autocast_loss(model: Model, latents: Tensor, *rest) -> Tensor:
+    """`training_loss` in the precision of the frozen weights, though the trained ones are float32."""
+    dtype = model.unet.conv_in.weight.dtype
     with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-        return training_loss(model, latents, hints, context, timestep, noise)
+        return training_loss(model, latents, *rest)
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,8 @@ def train(
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         frames = torch.randperm(len(latents), generator=random)[:BATCH].sort().values
         timestep = torch.randint(0, 1000, (), generator=random).item()
-        loss = noisy_loss(model, latents[frames], hints[frames], context, timestep, random)
+        noise = noise_like(latents[frames], random)
+        loss = autocast_loss(model, latents[frames], hints[frames], context, timestep, noise)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
