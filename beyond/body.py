@@ -65,14 +65,12 @@ NAMES = {row.name for row in (HAIR, *TRUNK, *ARMS["right"], *ARMS["left"])}
 
 
 def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
-    """All parts of a body, from far to near: a nearer one covers those before it.
+    """All parts of a body, from far to near, but for those that a pose lacks or whose map is degenerate.
 
-    Parts that either pose lacks, and those foreshortened or stretched beyond a factor of 4, are left out. Without
-    shoulders there is no size to go by, and only `face_and_hands` are moved.
+    Without shoulders there is no size to go by, and only `face_and_hands` are moved.
     """
-    seen = np.concatenate(
-        [is_seen(a) & is_seen(b) for a, b in zip(*(vars(p).values() for p in (pose, other)))]
-    )
+    seen, seen_there = (is_seen(np.concatenate([*vars(p).values()])) for p in (pose, other))
+    seen &= seen_there
     ears = next((pair for pair in (JAW_ENDS, EARS, EYES) if seen[pair].all()), None)
     here, there = (landmarks(p, ears or EYES, height, width) for p in (pose, other))
     (unit, slimness), (unit_there, _) = body_unit(here, seen), body_unit(there, seen)
@@ -109,7 +107,7 @@ def shape(
     """A part's outline (K, 2) and the map to the other pose, None where there is none, from its joints in both.
 
     A "bone" keeps its width, but not its length; a "patch" is what lies between joints. The "face" moves with its
-    landmarks. The "head" goes where it turns, see `head_turn`. Both have room for what they are in either pose.
+    landmarks, the "head" by `turn`; both have room for what they are in either pose.
     """
     if kind == "bone":
         along, along_there = here[1] - here[0], there[1] - there[0]
