@@ -28,9 +28,6 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # ---- LPIPS --------------------------------------------------------------------------------------
 
-# LPIPS's own numbers for what [-1, 1] is shifted and scaled by, per colour
-LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-
 
 class LPIPS(nn.Module):
     """How different two pictures look (Zhang et al. 2018, version 0.1): 0 for equal ones.
@@ -61,7 +58,8 @@ class LPIPS(nn.Module):
 
     def directions(self, x: Tensor) -> list[Tensor]:
         """AlexNet's maps after each ReLU, each pixel's channels divided by their length."""
-        shift, scale = (x.new_tensor(v)[:, None, None] for v in (LPIPS_SHIFT, LPIPS_SCALE))
+        shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS's own, per colour
+        shift, scale = (x.new_tensor(levels)[:, None, None] for levels in (shift, scale))
         x, maps = (x - shift) / scale, []
         for layer in self.net.features:
             x = layer(x)
@@ -100,12 +98,12 @@ class Table(nn.Module):
         self.run, self.channels = self.side_by_side(table, inputs)
 
     def side_by_side(self, table: list[list], inputs: int) -> tuple[Callable[[Tensor], Tensor], int]:
-        chains = [self.chain(steps, inputs) for steps in table]
+        chains, channels = zip(*(self.chain(steps, inputs) for steps in table))
 
         def run(x: Tensor) -> Tensor:
-            return torch.cat([reduce(lambda y, layer: layer(y), layers, x) for layers, _ in chains], dim=1)
+            return torch.cat([reduce(lambda y, layer: layer(y), layers, x) for layers in chains], dim=1)
 
-        return run, sum(channels for _, channels in chains)
+        return run, sum(channels)
 
     def chain(self, steps: list, channels: int) -> tuple[list[Callable[[Tensor], Tensor]], int]:
         layers = []
@@ -115,15 +113,14 @@ class Table(nn.Module):
                     layer, channels = self.side_by_side(step, channels)
                 case (name, list(table)):
                     layer = Table(table, channels, self.convolution)
-                    self.add_module(name, layer)
                     channels = layer.channels
                 case (name, *sizes):
-                    layer = self.convolution(channels, *sizes)
-                    self.add_module(name, layer)
-                    channels = sizes[0]
+                    layer, channels = self.convolution(channels, *sizes), sizes[0]
                 case layer:
                     pass
             layers.append(layer)
+            if isinstance(layer, nn.Module):
+                self.add_module(name, layer)
         return layers, channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,8 +361,7 @@ def load_network(
 ) -> Network:
     """LPIPS, Inception, I3D or CLIP's image encoder with its public weights, frozen, in float32.
 
-    folder: where to look for the files first. Raises OSError for a file that cannot be had, and ValueError for one
-    that does not fit.
+    Raises OSError for a file that is neither in `folder` nor to be had, and ValueError for one that does not fit.
     """
     paths = {part: find_weights(part, folder) for part in PARTS[kind]}
     with torch.device("meta"):

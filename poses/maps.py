@@ -271,16 +271,9 @@ def face_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
 
 def hand_input(crops: Sequence[Tensor], side: int) -> Tensor:
     """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side), blurred a little first."""
-    images = []
-    for crop in crops:
-        rows, columns = (blurring(size, 0.8, 3, "reflect") for size in crop.shape[:2])
-        images.append(network_input(separable(rows, grey_levels(crop), columns).round(), side, side))
-    return torch.stack(images)
-
-
-def face_input(crops: Sequence[Tensor], side: int) -> Tensor:
-    """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side)."""
-    return torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
+    blurs = [[blurring(size, 0.8, 3, "reflect") for size in crop.shape[:2]] for crop in crops]
+    levels = [separable(rows, grey_levels(crop), columns) for crop, (rows, columns) in zip(crops, blurs)]
+    return torch.stack([network_input(each.round(), side, side) for each in levels])
 
 
 def find_hands(net: Callable, crops: Sequence[Tensor], sides: Sequence[int]) -> np.ndarray:
@@ -341,6 +334,10 @@ def find_faces(net: Callable, crops: Sequence[Tensor], side: int) -> np.ndarray:
 
     The port also returns the background's highest pixel and closes the gaps of missing points; we do not.
     """
-    sizes, heatmaps = [crop.shape[:2] for crop in crops], net(face_input(crops, side))[:, None, :70]
-    resize = partial(F.interpolate, mode="bilinear", align_corners=True)
-    return np.stack([highest_pixels(resize(maps, size)[0], *size) for maps, size in zip(heatmaps, sizes)])
+    seen = torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
+    sizes, resize = (
+        [crop.shape[:2] for crop in crops],
+        partial(F.interpolate, mode="bilinear", align_corners=True),
+    )
+    maps = [resize(each, size)[0] for each, size in zip(net(seen)[:, None, :70], sizes)]
+    return np.stack([highest_pixels(each, *size) for each, size in zip(maps, sizes)])

@@ -48,9 +48,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: holds a JSON {type(content).__name__}, an object with settings is needed"
-        )
+        raise ValueError(f"{path}: holds {content!r:.40}, an object with settings is needed")
     return content
 
 
