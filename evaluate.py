@@ -6,7 +6,6 @@ listed with the reason.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, load_poses, place_pose, read_canvas, video_sim
 from public.places import model_path
-from video import cover, fit_frame, read_frames, replacing, save_image
+from run import write_json
+from video import cover, fit_frame, read_frames, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.
 METRICS = {
@@ -40,10 +40,7 @@ METRICS = {
 
 
 def read_truth(args: argparse.Namespace, result: np.ndarray) -> np.ndarray:
-    """The true frames uint8 (F, H, W, 3), as many as the result has and as large.
-
-    Raises ValueError that says what to do when they are not.
-    """
+    """The true frames uint8 (F, H, W, 3). Raises ValueError if their number or size is not the result's."""
     truth, _ = read_frames(args.truth, args.range)
     check_count(args.truth, len(truth), "frames", args.result, len(result))
     height, width = result.shape[1:3]
@@ -60,8 +57,10 @@ def read_truth(args: argparse.Namespace, result: np.ndarray) -> np.ndarray:
 
 def check_count(path: Path, count: int, what: str, result: Path, frames: int) -> None:
     if count != frames:
-        hint = "say with --range A:B which of them it shows"
-        raise ValueError(f"{path}: {count} {what}, but {result} has {frames} frames; {hint}")
+        told = (
+            f"{count} {what}, but {result} has {frames} frames; say with --range A:B which of them it shows"
+        )
+        raise ValueError(f"{path}: {told}")
 
 
 def beside(clip: Path, end: str) -> Path:
@@ -70,10 +69,7 @@ def beside(clip: Path, end: str) -> Path:
 
 
 def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[Pose], list[Pose]]:
-    """The poses asked for and those of the training frames, as far as they are given.
-
-    They are on a canvas of the result's size (height, width), which they cover as frames do.
-    """
+    """The poses asked for and those of the training frames, if given, on a canvas of `size`, (height, width)."""
 
     def placed(path: Path, within: range | None, canvas: tuple[int, int] | None) -> list[Pose]:
         """canvas: the (height, width) of the video that they were found in, for a file that does not say."""
@@ -182,16 +178,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "left_out": missing | left_out,
         "by_frame": {name: values.tolist() for name, values in by_frame.items()},
     }
-    outputs = [beside(args.result, end) for end in (".metrics.json", ".metrics.png", ".worst.png")]
+    outputs = [beside(args.result, ".metrics.json")]
     if truth is not None:
+        outputs += [beside(args.result, end) for end in (".metrics.png", ".worst.png")]
         save_image(outputs[1], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
         save_image(outputs[2], worst_frames(result, truth, by_frame["psnr"]))
-    with replacing(outputs[0]) as unfinished:
-        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(outputs[0], report)
     for name, (title, better, form, _) in METRICS.items():
         figure = f"{figures[name]:10{form}}   {better} is better" if name in figures else ""
         print(f"{title:>12} {figure or '  left out: ' + report['left_out'][name]}")
-    print(f"Written: {', '.join(map(str, outputs if args.truth else outputs[:1]))}")
+    print(f"Written: {', '.join(map(str, outputs))}")
     return figures
 
 

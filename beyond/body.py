@@ -65,14 +65,12 @@ NAMES = {row.name for row in (HAIR, *TRUNK, *ARMS["right"], *ARMS["left"])}
 
 
 def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Part]:
-    """All parts of a body, from far to near: a nearer one covers those before it.
+    """All parts of a body, from far to near, but for those that a pose lacks or whose map is degenerate.
 
-    Parts that either pose lacks, and those foreshortened or stretched beyond a factor of 4, are left out. Without
-    shoulders there is no size to go by, and only `face_and_hands` are moved.
+    Without shoulders there is no size to go by, and only `face_and_hands` are moved.
     """
-    seen = np.concatenate(
-        [is_seen(a) & is_seen(b) for a, b in zip(*(vars(p).values() for p in (pose, other)))]
-    )
+    seen, seen_there = (is_seen(np.concatenate([*vars(p).values()])) for p in (pose, other))
+    seen &= seen_there
     ears = next((pair for pair in (JAW_ENDS, EARS, EYES) if seen[pair].all()), None)
     here, there = (landmarks(p, ears or EYES, height, width) for p in (pose, other))
     (unit, slimness), (unit_there, _) = body_unit(here, seen), body_unit(there, seen)
@@ -81,7 +79,10 @@ def body_parts(pose: Pose, other: Pose, height: int, width: int) -> Iterator[Par
         return
     seen = np.concatenate([seen, seen[HIPS] & seen[KNEES], seen[SKULL] & (ears is not None)])
     turn = head_turn(here, there, seen, unit_there / unit)
-    units = {"body": unit} | {side: hand_unit(here, seen, wrist) for side, wrist in WRISTS.items()}
+    units = {"body": unit}
+    for side, wrist in WRISTS.items():  # a hand's unit: from the wrist to where the middle finger begins
+        palm = np.linalg.norm(here[wrist + 9] - here[wrist])
+        units[side] = palm if seen[[wrist, wrist + 9]].all() else 0.0
 
     far = far_arm(pose, slimness)
     near = [row for side, rows in ARMS.items() if side != far for row in rows]
@@ -109,7 +110,7 @@ def shape(
     """A part's outline (K, 2) and the map to the other pose, None where there is none, from its joints in both.
 
     A "bone" keeps its width, but not its length; a "patch" is what lies between joints. The "face" moves with its
-    landmarks. The "head" goes where it turns, see `head_turn`. Both have room for what they are in either pose.
+    landmarks, the "head" by `turn`; both have room for what they are in either pose.
     """
     if kind == "bone":
         along, along_there = here[1] - here[0], there[1] - there[0]
@@ -128,10 +129,7 @@ def shape(
 
 
 def head_turn(here: np.ndarray, there: np.ndarray, seen: np.ndarray, scale: float) -> np.ndarray | None:
-    """How the head turns in the picture's plane, A (2, 3): as the jaw does, or else as the neck and its joints do.
-
-    Hair does not move with the face's landmarks: a head that turns aside or nods keeps its outline.
-    """
+    """How the head turns in the picture's plane, A (2, 3): as the jaw does, or else the neck and its joints."""
     jaw, joints = ([joint for joint in group if seen[joint]] for group in (JAW, (NECK, *HEAD)))
     points = jaw if len(jaw) > 2 else joints
     return fit_rotation(here[points], there[points], scale) if len(joints) > 1 else None
@@ -140,8 +138,7 @@ def head_turn(here: np.ndarray, there: np.ndarray, seen: np.ndarray, scale: floa
 def fit_rotation(source: np.ndarray, target: np.ndarray, scale: float) -> np.ndarray | None:
     """The rotation and shift, with this scale, that takes `source` (K, 2) nearest to `target`: A (2, 3).
 
-    None if they correlate by less than 0.7, each about its mean, as with the mirrored points of somebody seen from
-    behind; or if the area changes by more than a factor of 4.
+    None if they correlate by less than 0.7, as for somebody seen from behind, or the area changes by more than 4.
     """
     middles = source.mean(axis=0), target.mean(axis=0)
     a, b = source - middles[0], target - middles[1]
@@ -163,16 +160,10 @@ def body_unit(points: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
     return max(shoulders, 0.75 * torso), shoulders / max(torso, 1e-6)
 
 
-def hand_unit(points: np.ndarray, seen: np.ndarray, wrist: int) -> float:
-    """The distance from the wrist to where the middle finger begins, in pixels; 0 where it is not seen."""
-    return np.linalg.norm(points[wrist + 9] - points[wrist]) if seen[[wrist, wrist + 9]].all() else 0.0
-
-
 def far_arm(pose: Pose, slimness: float) -> str | None:
-    """The arm that a turned body hides, "right" or "left": that on the side the nose points to.
+    """The arm, "right" or "left", that a body hides which is turned by 45 degrees or more: where the nose points.
 
-    slimness: the distance between the shoulders over the torso's length, 0.75 for a body that faces us. None
-    for one that is turned by less than about 45 degrees, or shows no face.
+    slimness: the distance between the shoulders over the torso's length, 0.75 for a body that faces us.
     """
     if slimness > 0.52 or not is_seen(pose.body[[0, 1]]).all():
         return None
@@ -191,8 +182,7 @@ def covered(pose: Pose, height: int, width: int) -> np.ndarray:
 def may_cover(pose: Pose, height: int, width: int) -> np.ndarray:
     """Where a body may be, booleans (height, width): its parts, and what its keypoints do not tell.
 
-    Anywhere, if one shoulder is not seen; and where a leg is not seen down to its ankle, anywhere below its last
-    joint that is, or below the shoulders.
+    Anywhere, if a shoulder is not seen; if an ankle is not, anywhere below the leg's last joint or the shoulders.
     """
     seen = is_seen(pose.body)
     if not seen.any():

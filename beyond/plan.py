@@ -1,8 +1,7 @@
 """How much memory and time a run will take, predicted without weights and without a graphics card.
 
-PyTorch's fake tensors have shapes, types and devices but no data. The real code runs on them while `LiveMemory`
-watches what is alive, so an operation that mixes devices fails here as it would on a card. Left out are the VAE,
-which takes one or two frames at a time and may need more than the denoising of a very short clip; the CUDA
+The real code runs on PyTorch's fake tensors, which have shapes, types and devices but no data, while `LiveMemory`
+watches what is alive. Left out are the VAE, which may need more than the denoising of a very short clip; the CUDA
 context, about half a gigabyte; the workspaces of cuDNN; and fragmentation.
 """
 
@@ -10,6 +9,7 @@ import timeit
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import prod
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -58,18 +58,14 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device == self.device:
-                self._count(tensor.untyped_storage())
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for storage in (tensor.untyped_storage() for tensor in tensors if tensor.device == self.device):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -101,11 +97,11 @@ def part_of(x: Tensor, index) -> Tensor:
     """`x[index]` for numbers, slices and None."""
     dim = 0
     for each in index if isinstance(index, tuple) else (index,):
-        if isinstance(each, int):
-            x = x.select(dim, each)
-            continue
-        x = x.unsqueeze(dim) if each is None else torch.ops.aten.slice(x, dim, each.start, each.stop)
-        dim += 1
+        if isinstance(each, slice):
+            x = torch.ops.aten.slice(x, dim, each.start, each.stop)
+        else:
+            x = x.unsqueeze(dim) if each is None else x.select(dim, each)
+        dim += not isinstance(each, int)
     return x
 
 
@@ -121,12 +117,11 @@ def without_data(device: torch.device) -> Iterator[LiveMemory]:
 
 def networks_without_data(model, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
     """UNet and ControlNet of the sizes of a model's, with weights of zero, or of nothing in `without_data`."""
-    hint_widths = model.controlnet.controlnet_cond_embedding.widths
+    hint_widths, on = model.controlnet.controlnet_cond_embedding.widths, {"device": device, "dtype": dtype}
     with torch.device("meta"):
         unet, controlnet = UNet(model.unet.config), ControlNet(model.unet.config, hint_widths)
     for network in (unet, controlnet):
-        tensors = network.state_dict().items()
-        weights = {name: torch.zeros(t.shape, device=device, dtype=dtype) for name, t in tensors}
+        weights = {name: torch.zeros(t.shape, **on) for name, t in network.state_dict().items()}
         network.load_state_dict(weights, assign=True)
         network.requires_grad_(False)
     return SimpleNamespace(unet=unet, controlnet=controlnet)
@@ -136,10 +131,10 @@ def blank_clip(
     model, frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros: latents (F, C, h, w) in float32, embedded hints (F, widths[0], h, w), context (77, context_dim)."""
-    config = model.unet.config
+    config, on = model.unet.config, {"device": device, "dtype": dtype}
     latents = torch.zeros(frames, config.in_channels, height, width, device=device)
-    hints = torch.zeros(frames, config.widths[0], height, width, device=device, dtype=dtype)
-    return latents, hints, torch.zeros(77, config.context_dim, device=device, dtype=dtype)
+    hints = torch.zeros(frames, config.widths[0], height, width, **on)
+    return latents, hints, torch.zeros(77, config.context_dim, **on)
 
 
 # ---- Predictions: height and width are in latent pixels -----------------------------------------
@@ -147,7 +142,7 @@ def blank_clip(
 
 @torch.no_grad()
 def operations(model, height: int, width: int) -> tuple[int, int, int]:
-    """Operations, a multiply-add counted as two, for one frame: of a denoising step, encoding, and decoding.
+    """Operations for one frame, multiplications and additions: of a denoising step, encoding, and decoding.
 
     `model` is on the meta device. Temporal attention grows with the clip, but is little.
     """
@@ -174,12 +169,9 @@ def seconds_per_frame(
     frame = model.unet.config.widths[0], height, width
     way = plans(device, dtype, (1, *frame), frames_per_slice)[0]
     frames = max(1, way.numbers // prod(frame))
-    latents, hints, context = blank_clip(model, frames, height, width, device, dtype)
-
-    def step() -> None:
-        sample(networks, latents, hints, context, 1, slicing=[way]).cpu()
-
-    return min(timeit.repeat(step, number=1, repeat=3)) / frames  # the first warms up
+    clip = blank_clip(model, frames, height, width, device, dtype)
+    step = partial(sample, networks, *clip, 1, slicing=[way])
+    return min(timeit.repeat(lambda: step().cpu(), number=1, repeat=3)) / frames  # the first warms up
 
 
 def sampling_peak(
@@ -195,8 +187,7 @@ def sampling_peak(
 ) -> int:
     """The most bytes on the device while a clip is sampled.
 
-    Memory is a constant plus so much per frame. So a long clip is predicted from two shorter ones, which are
-    sampled in the way that the long one would be.
+    Memory is a constant plus so much per frame, so a long clip is predicted from two that are shorter.
     """
     frame = model.unet.config.widths[0], height, width
     way = plans(device, dtype, (frames, *frame), frames_per_slice, offload)[0]
@@ -221,9 +212,8 @@ def sampling_peak(
 
 
 def training_peak(model, frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """The most bytes on the device in a training step of that many frames, AdamW's state included.
-
-    On a card autocast keeps float32 copies for the norms, which this run on the CPU does not count.
+    """The most bytes on the device in a training step, AdamW's state included, without the float32 copies that
+    autocast keeps for the norms on a card.
     """
     device = torch.device("cpu")  # without a card, gradients exist for fake tensors of the CPU only
     with without_data(device) as memory:
@@ -258,15 +248,13 @@ def print_plan(
 
     height, width = (side // model.vae.config.factor for side in run.frames.shape[1:3])
     step, encoding, decoding = operations(model, height, width)
-    # The pseudo video is encoded, and so are the training frames that it is made of.
     held = method.parts and method.editor is hold_to_pseudo_video
-    encoded = 1 + len(run.frames) + targets if held else 1
-    inversions = 1 + method.fixed_point if method.needs_inversion else 0
     until = read_settings(sources).get("guidance_until", 0)
     guided = sum(timestep >= until for timestep in ddim_timesteps(steps)) if guidance != 1 else 0
     work = {
-        "encoding": encoding * encoded,
-        "inversion": step * steps * inversions,
+        # The pseudo video is encoded, and so are the training frames that it is made of.
+        "encoding": encoding * (1 + len(run.frames) + targets if held else 1),
+        "inversion": step * steps * (1 + method.fixed_point) * method.needs_inversion,
         # A guided step predicts twice. Where the key frame is replayed, the reference is also sampled alone.
         "sampling": step * ((steps + guided) * frames + steps * method.replay),
         "decoding": decoding * frames,

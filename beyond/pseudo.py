@@ -1,16 +1,13 @@
 """A pseudo video that moves: beyond the paper, whose supplement calls a better one an open question.
 
-The paper starts from a video that repeats one training frame, in the hope that the networks move what is in it.
-Here the person's parts are moved first, cut out of the training frames of a still camera and put before their
-background as each target pose has them (`pseudo_video`). Cut paper has no folds and tears at the joints. So
-sampling is only held to it (`hold_to_pseudo_video`), and the networks make what is neither part nor background.
+The paper starts from a video that repeats one training frame. Here the person's parts, cut out of the training
+frames of a still camera, are put before their background as each target pose has them (`pseudo_video`). Sampling
+is held to that (`hold_to_pseudo_video`), and the networks make what is neither part nor background.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from itertools import groupby
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -35,7 +32,7 @@ from posecrafter import (
     image_tensor,
     move,
 )
-from poses.parts import Part, fit_affine, point_pairs
+from poses.parts import fit_affine, point_pairs
 from poses.pose import Pose, is_seen
 
 # ---- What is behind the person ------------------------------------------------------------------
@@ -47,18 +44,12 @@ def bodies(poses: Sequence[Pose], height: int, width: int) -> Tensor:
 
 
 def empty_places(people: Tensor) -> Tensor:
-    """Where there are no people within two pixels: booleans (F, 1, h, w), of `bodies` alike.
-
-    Latents show a neighbour too, and hair may reach further than keypoints tell.
-    """
+    """Where `bodies` (F, 1, h, w) have no people within two pixels, which latents show too, and hair may reach."""
     return max_around(people.float(), 2) == 0
 
 
 def max_around(images: Tensor, reach: int) -> Tensor:
-    """The maximum over the square of 2 * reach + 1 pixels around each pixel: (..., C, H, W) alike.
-
-    It is taken along rows, then along columns, which needs far fewer comparisons.
-    """
+    """The maximum over the square of 2 * reach + 1 pixels around each pixel of images (..., C, H, W)."""
     rows = F.max_pool2d(images, (1, 2 * reach + 1), 1, (0, reach))
     return F.max_pool2d(rows, (2 * reach + 1, 1), 1, (reach, 0))
 
@@ -78,8 +69,8 @@ STILL = 0.004
 def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) -> float:
     """How much what is behind the person changes from frame to frame, uint8 (F, H, W, 3): 0 for a still camera.
 
-    The variance over frames where nobody stands, as a share of the images' own, both of means over squares of
-    `factor` pixels, which are a latent pixel. Infinite where no place can be compared.
+    The variance over frames where nobody stands, as a share of the images' own, of squares of `factor` pixels.
+    Infinite where no place can be compared.
     """
     images = F.avg_pool2d(image_tensor(frames), factor)
     empty, count, mean = mean_of_empty(images, poses)
@@ -94,8 +85,7 @@ def background_change(frames: np.ndarray, poses: Sequence[Pose], factor: int) ->
 def without_people(latents: Tensor, poses: Sequence[Pose]) -> tuple[Tensor, Tensor]:
     """What clips of a still camera (F, C, h, w) show behind the person, (C, h, w), and where, booleans (1, h, w).
 
-    The mean of the frames that are empty there, continued from all sides into where somebody always stands, which
-    is a guess. Raises ValueError where no frame is empty anywhere.
+    Where somebody always stands it is a guess, continued from all sides. Raises ValueError if that is everywhere.
     """
     _, count, behind = mean_of_empty(latents, poses)
     known = (count > 0).to(latents)
@@ -121,8 +111,8 @@ def uncovered(poses: Sequence[Pose], reference_pose: Pose, known: Tensor) -> Ten
 
 # ---- The person, moved --------------------------------------------------------------------------
 
-# What any training frame may lend: some parts, the landmarks that tell where they look most alike, and the parts
-# that they are joined to, and so always partly behind or before.
+# What any training frame may lend: some parts, the landmarks that tell how alike they look, and the parts they
+# are joined to, and so always partly behind or before.
 LENT = {
     "head": ({"hair", "head"}, "face", {"torso"}),
     "face": ({"face"}, "face", {"hair", "head", "torso"}),
@@ -152,9 +142,8 @@ def union(masks: Masks, names: Iterable[str]) -> np.ndarray:
 def cut_out(image: Tensor, behind: Tensor, known: Tensor, masks: Masks) -> Tensor:
     """How much of each pixel is the person, from 0 to 1: (1, H, W), of an image (3, H, W) in [0, 1].
 
-    behind: the background, a like image; known: where it is no guess, booleans (1, H, W). There the person is all
-    that differs from it, and what is well inside the body. Elsewhere it is what has rather the colours of the
-    body's inside than those of the background. masks: the pose's `part_masks`.
+    behind: the background, a like image; masks: the pose's `part_masks`. Where the background is `known`,
+    (1, H, W), the person is all that differs from it; elsewhere, what has rather the colours of the body's inside.
     """
     height, width = image.shape[1:]
     difference = F.avg_pool2d((image - behind).square().mean(dim=0).sqrt()[None], 3, 1, 1)
@@ -177,15 +166,15 @@ def cut_out(image: Tensor, behind: Tensor, known: Tensor, masks: Masks) -> Tenso
 
 
 def hidden(pose: Pose, masks: Masks) -> dict[str, float]:
-    """By keys of LENT, the share of their parts' pixels where other parts of the body are, plus that of their
-    landmarks that lie outside the frame; 1 where they are not seen.
-    """
-    shares = {}
+    """By keys of LENT: the share of pixels under other parts, and that of landmarks outside; 1 if not seen."""
+    shares = dict.fromkeys(LENT, 1.0)
     for lent, (names, told_by, joined) in LENT.items():
-        own, others = union(masks, names), union(masks, NAMES - names - joined)
-        landmarks = getattr(pose, told_by)
+        own, others, landmarks = (
+            union(masks, names),
+            union(masks, NAMES - names - joined),
+            getattr(pose, told_by),
+        )
         points = landmarks[is_seen(landmarks), :2]
-        shares[lent] = 1.0
         if own.any() and len(points):
             outside = ((points < 0) | (points > 1)).any(axis=1)
             shares[lent] = (own & others).sum() / own.sum() + outside.mean()
@@ -209,22 +198,14 @@ def unlikeness(landmarks: np.ndarray, other: np.ndarray, height: int, width: int
 def lenders(
     target: Pose, poses: Sequence[Pose], costs: Sequence[Mapping[str, float]], height: int, width: int
 ) -> dict[str, int]:
-    """The training frame that lends each part, by the part's name: the most alike that hides it least.
-
-    costs: how `hidden` each frame has what it could lend.
-    """
+    """The training frame that lends each part, by name: the most alike, with the least `hidden` as its cost."""
     frames = {}
     for lent, (names, told_by, _) in LENT.items():
-        wanted = getattr(target, told_by)
-        unlike = (unlikeness(wanted, getattr(pose, told_by), height, width) for pose in poses)
-        sums = [each + cost[lent] for each, cost in zip(unlike, costs)]
+        pairs = ((getattr(target, told_by), getattr(pose, told_by)) for pose in poses)
+        sums = [unlikeness(*pair, height, width) + cost[lent] for pair, cost in zip(pairs, costs)]
         if np.isfinite(sums).any():
             frames |= dict.fromkeys(names, int(np.argmin(sums)))
     return frames
-
-
-def by_name(parts: Iterable[Part]) -> dict[str, list[Part]]:
-    return {name: list(alike) for name, alike in groupby(parts, attrgetter("name"))}
 
 
 def pseudo_video(
@@ -236,11 +217,10 @@ def pseudo_video(
     known: Tensor,
 ) -> tuple[np.ndarray, Tensor]:
     """The person of the training frames, uint8 (N, H, W, 3), in M target poses: uint8 (M, H, W, 3); and where that
-    shows the person or the background, and not what is guessed, booleans (M, 1, h, w).
+    is no guess, booleans (M, 1, h, w).
 
-    All parts are the `reference` frame's, but for head and hands, see `lenders`. So a mouth that is open in one
-    training frame can open, and a hand before a shirt be one that was seen before the wall. behind: the
-    background, uint8 (H, W, 3); known: where it is no guess, booleans (1, h, w), of latent pixels.
+    All parts are the `reference` frame's, but for head and hands, see `lenders`. behind: the background, uint8
+    (H, W, 3); known: where it is no guess, booleans (1, h, w), of latent pixels.
     """
     size = behind.shape[:2]
     background, ones = image_tensor(behind)[0], torch.ones(1, *size)
@@ -249,9 +229,7 @@ def pseudo_video(
 
     @cache
     def cut(frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A frame with a channel of ones (4, H, W), which tell where parts went; the person in it, see `cut_out`;
-        and the head alone, as the wide parts of the head contain some of the rest of the body.
-        """
+        """A frame with a channel of ones (4, H, W), the person in it, and the head alone."""
         image, masks = image_tensor(frames[frame])[0], part_masks(poses[frame], *size)
         person = cut_out(image, background, known, masks)
         rest = torch.from_numpy(union(masks, NAMES - {"hair", "head", "face"}))
@@ -262,15 +240,18 @@ def pseudo_video(
     for i, target in enumerate(tqdm(targets, desc="moving parts", leave=False)):
         frame_of = lenders(target, poses, costs, *size)
         lending = {reference, *frame_of.values()}
-        moved = {frame: by_name(body_parts(target, poses[frame], *size)) for frame in lending}
+        moved = {frame: list(body_parts(target, poses[frame], *size)) for frame in lending}
         canvas = torch.cat([background, 0 * ones])
-        for name in by_name(body_parts(target, target, *size)):  # from far to near
-            frame = frame_of.get(name, reference)
-            if name not in moved[frame]:  # no map takes this part from there
-                frame = reference
-            image, person, head = cut(frame)
-            for part in moved[frame].get(name, ()):
-                move(canvas, image, part, head if name in ("hair", "head") else person)
+        for name in dict.fromkeys(
+            part.name for part in body_parts(target, target, *size)
+        ):  # from far to near
+            for frame in dict.fromkeys((frame_of.get(name, reference), reference)):
+                image, person, head = cut(frame)
+                parts = [part for part in moved[frame] if part.name == name]
+                for part in parts:
+                    move(canvas, image, part, head if name in ("hair", "head") else person)
+                if parts:  # else no map takes the part from there
+                    break
         video[i] = (canvas[:3] * 255).round().byte().permute(1, 2, 0).numpy()
         shown[i] |= (F.adaptive_max_pool2d(canvas[3:], latent_size) > 0.5).to(shown)
     return video, shown
@@ -296,11 +277,9 @@ ALIKE = 0.3, 0.5
 
 
 def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
-    """Where finished latents (M, C, h, w) are nearly the pseudo video's, makes them so, in place.
+    """Where finished latents (M, C, h, w) are nearly the pseudo video's (see ALIKE), makes them so, in place.
 
-    share: (M, 1, h, w), how far, from 0 to 1. Networks do not find the last shade of a still background again, nor
-    the edge of a curl; what they made anew, they made for a reason. The distance is a root mean square over
-    channels and 3x3 pixels, see ALIKE.
+    share: (M, 1, h, w), how far, from 0 to 1. The distance is a root mean square over channels and 3x3 pixels.
     """
     squares = (latents.float() - pseudo.float()).square().mean(dim=1, keepdim=True)
     distance = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).sqrt()
@@ -312,9 +291,8 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
     """The editor of HELD: target frames are held to a pseudo video that moves, made of the training frames.
 
     From the edit step on, before each step down to HELD_UNTIL, latents become the pseudo video's, as noisy, where
-    a part was moved to or the background is `uncovered`. Once is not enough: all frames look at the reference,
-    whose limbs are elsewhere. After the last step comes `restore`. If the edit step is too late, parts are moved
-    once.
+    a part was moved to or the background is `uncovered`: all frames look at the reference, whose limbs are
+    elsewhere. After the last step comes `restore`. If the edit step is too late, parts are moved once.
     """
     timesteps = ddim_timesteps(len(scene.trajectory) - 1)
     if timesteps[scene.edit_step - 1] < HELD_UNTIL:
@@ -323,8 +301,7 @@ def hold_to_pseudo_video(scene: Scene) -> Edits:
     video, shown, known = moved_person(scene.model, scene.run, scene.reference, scene.targets)
     pseudo = encode_frames(scene.model, video)
 
-    # The noise that inversion found in the reference goes with its parts: networks that see another in a shirt
-    # make a pattern of it.
+    # The noise of the reference goes with its parts: networks that see another in a shirt make a pattern of it.
     a = alpha_cumprod(timesteps[scene.edit_step - 1])
     reference_latent = scene.trajectory[len(scene.trajectory) - scene.edit_step][0]
     own_noise = (reference_latent - math.sqrt(a) * scene.trajectory[0][0]) / math.sqrt(1 - a)

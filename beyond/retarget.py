@@ -1,9 +1,8 @@
 """One person's motion in another one's proportions: `retarget(driver, subject, aspect)`.
 
-The model has seen no other proportions in training: the subject's face and figure would give way (the paper's
-supplement, Fig. 3c). So bones keep the driver's directions and take the subject's lengths; face and hands keep
-their shapes and take the subject's size; feet stand where the subject's stand. Inside, points are (x, y) in canvas
-heights, by the part of the `Pose`, and missing ones are nan.
+In others the subject's face and figure would give way (the paper's supplement, Fig. 3c). So bones keep the
+driver's directions and take the subject's lengths; face and hands keep their shapes and take the subject's size;
+feet stand where the subject's stand. Inside, points are (x, y) in canvas heights, and missing ones are nan.
 """
 
 from collections.abc import Sequence
@@ -43,22 +42,18 @@ GROUND = 0.75
 
 
 def retarget(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> list[Pose]:
-    """The driver's poses, frame by frame, as the subject would take them.
+    """The driver's poses as the subject would take them, all on a canvas of width / height = `aspect`.
 
-    Both are poses on one canvas of width / height = `aspect`. What the driver misses stays missing. A driver with
-    the subject's proportions comes back unchanged, apart from `_placement`.
-    Raises ValueError if either has nobody in it, or no part of the body is seen in both.
+    What the driver misses stays missing. Raises ValueError if either has nobody in it, or the two share no bone.
     """
     ratios = proportions(driver, subject, aspect)
     source, target = _read(driver, aspect), _read(subject, aspect)
     joints = np.stack([_carry(frame, ratios) for frame in source["body"]])
     joints += _placement(source["body"], joints, target["body"], ratios["scale"])[:, None]
     moved = {"body": joints[:, :HEAD]}
-    carried = {"face": (HEAD, "head")} | {hand: (wrist, "hand") for hand, wrist in WRISTS.items()}
-    for part, (joint, bone) in carried.items():
-        moved[part] = joints[:, joint, None] + ratios[bone] * (
-            source[part] - source["body"][:, joint, None]
-        )
+    for part, joint in {"face": HEAD, **WRISTS}.items():
+        offsets = source[part] - source["body"][:, joint, None]
+        moved[part] = joints[:, joint, None] + ratios["head" if part == "face" else "hand"] * offsets
 
     def put(points: np.ndarray, part: np.ndarray) -> np.ndarray:
         """Points (K, 2) in place of those of a pose's part (K, 3), where that part has seen them."""
@@ -79,16 +74,16 @@ def _read(poses: Sequence[Pose], aspect: float) -> dict[str, np.ndarray]:
         points[name] = np.where(part[..., 2:] > 0, part[..., :2] * (aspect, 1), np.nan)
     body, face = points["body"], points["face"]
     features = np.concatenate([body[:, EYES + EARS], face], axis=1)
-    stand_ins = {
-        NECK: [body[:, SHOULDERS].mean(axis=1)],  # which is where COCO's necks come from
-        PELVIS: [body[:, HIPS].mean(axis=1)],
-        HEAD: [face[:, JAW].mean(axis=1), body[:, NOSE], _centre(features)],
-    } | {wrist: [points[hand][:, 0], _centre(points[hand])] for hand, wrist in WRISTS.items()}
-    joints = np.full((len(poses), JOINTS, 2), np.nan)
-    joints[:, :HEAD] = body
-    for joint, others in stand_ins.items():
-        for other in others:
-            joints[:, joint] = np.where(np.isnan(joints[:, joint]), other, joints[:, joint])
+    stand_ins = [
+        (NECK, body[:, SHOULDERS].mean(axis=1)),  # which is where COCO's necks come from
+        (PELVIS, body[:, HIPS].mean(axis=1)),
+        *((HEAD, head) for head in (face[:, JAW].mean(axis=1), body[:, NOSE], _centre(features))),
+        *((wrist, points[hand][:, 0]) for hand, wrist in WRISTS.items()),
+        *((wrist, _centre(points[hand])) for hand, wrist in WRISTS.items()),
+    ]
+    joints = np.pad(body, ((0, 0), (0, JOINTS - HEAD), (0, 0)), constant_values=np.nan)
+    for joint, other in stand_ins:
+        joints[:, joint] = np.where(np.isnan(joints[:, joint]), other, joints[:, joint])
     return points | {"body": joints}
 
 
@@ -110,13 +105,13 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
         if not any(map(has_person, poses)):
             raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
     ours, theirs = (_lengths(_read(poses, aspect)) for poses in (subject, driver))
-    lengths = {name: (ours[name], theirs[name]) for name in ours}
     # Lengths of what is never seen are nan, and so is their minimum, which is no larger.
-    measured = {name: float(a / b) for name, (a, b) in lengths.items() if np.minimum(a, b) > SHORTEST}
+    both = [name for name in ours if np.minimum(ours[name], theirs[name]) > SHORTEST]
+    measured = {name: float(ours[name] / theirs[name]) for name in both}
     for name, instead in {"neck": "neck to nose", "head": "between eyes"}.items():
         if instead in measured:
             measured.setdefault(name, measured[instead])
-    bones = list(dict.fromkeys(bone for _, bone in TREE.values()))
+    bones = {bone for _, bone in TREE.values()}
     seen = [measured[bone] for bone in bones if bone in measured]
     if not seen:
         raise ValueError("retargeting: the poses of driver and subject share no bone")
@@ -140,10 +135,12 @@ def _lengths(points: dict[str, np.ndarray]) -> dict[str, float]:
     for joint, (parent, bone) in TREE.items():
         lengths.setdefault(bone, []).append(distance(joints[:, joint], joints[:, parent]))
     # The head's place and size like for like: never a jaw's in one clip and a nose's in the other.
-    lengths["neck"] = [distance(jaw.mean(axis=1), joints[:, NECK])]
-    lengths["neck to nose"] = [distance(joints[:, NOSE], joints[:, NECK])]
-    lengths["head"] = [spread(jaw)]
-    lengths["between eyes"] = [distance(joints[:, EYES[0]], joints[:, EYES[1]])]
+    lengths |= {
+        "neck": [distance(jaw.mean(axis=1), joints[:, NECK])],
+        "neck to nose": [distance(joints[:, NOSE], joints[:, NECK])],
+        "head": [spread(jaw)],
+        "between eyes": [distance(*joints[:, EYES].swapaxes(0, 1))],
+    }
     # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
     palm = _usual_length(*(spread(points[hand][:, PALM]) for hand in WRISTS), quantile=0.5)
     return {name: _usual_length(*seen) for name, seen in lengths.items()} | {"hand": palm}
@@ -178,13 +175,13 @@ def _carry(joints: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
 def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale: float) -> np.ndarray:
     """Where on the canvas: the shift (F, 2) of `moved`, the driver's joints after `_carry`.
 
-    Across, the pelvis takes the driver's path times `scale`, about the path's median, at most a shoulders' width
-    from where the training frames show the subject: the model knows no subject further away. Upright, the lower
-    foot is as high above the subject's ground as above the driver's, times `scale`. Where either clip is without
-    feet, the neck takes their part, and comes as high as in the training frames.
+    Across, the pelvis takes the driver's path times `scale`, about its median, at most a shoulders' width from
+    where the training frames show the subject. Upright, the lower foot is as high above the subject's ground as
+    above the driver's, times `scale`; without feet, the neck comes as high as in the training frames.
     """
-    shoulders = np.linalg.norm(subject[:, SHOULDERS[0]] - subject[:, SHOULDERS[1]], axis=1)
-    width = np.nan_to_num(_usual_length(shoulders))
+    width = np.nan_to_num(
+        _usual_length(np.linalg.norm(np.subtract(*subject[:, SHOULDERS].swapaxes(0, 1)), axis=1))
+    )
     shift = np.empty((len(driver), 2))
     for axis, slack in enumerate((width, 0)):
         before, after, goal = (_courses(joints, axis) for joints in (driver, moved, subject))

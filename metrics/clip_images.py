@@ -49,15 +49,15 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: ImageConfig = ImageConfig()):
         super().__init__()
         self.config = config
-        parts = {
-            "embeddings": PatchEmbedding(config),
-            "pre_layrnorm": nn.LayerNorm(config.width),  # spelled so in the public file
-            "encoder": transformer(
-                config.width, config.heads, config.layers, config.mlp_width, causal=False
-            ),
-            "post_layernorm": nn.LayerNorm(config.width),
-        }
-        self.vision_model = nn.ModuleDict(parts)
+        width, sizes = config.width, (config.heads, config.layers, config.mlp_width)
+        self.vision_model = nn.ModuleDict(
+            {
+                "embeddings": PatchEmbedding(config),
+                "pre_layrnorm": nn.LayerNorm(width),  # spelled so in the public file
+                "encoder": transformer(width, *sizes, causal=False),
+                "post_layernorm": nn.LayerNorm(width),
+            }
+        )
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -76,4 +76,5 @@ def prepare_images(frames: np.ndarray, size: int) -> Tensor:
     top, left = (height - size) // 2, (width - size) // 2
     cropped = np.stack(resized)[:, top : top + size, left : left + size]
     x = torch.from_numpy(cropped).permute(0, 3, 1, 2) / 255
-    return (x - x.new_tensor(COLOUR_MEAN)[:, None, None]) / x.new_tensor(COLOUR_DEVIATION)[:, None, None]
+    mean, deviation = (x.new_tensor(levels)[:, None, None] for levels in (COLOUR_MEAN, COLOUR_DEVIATION))
+    return (x - mean) / deviation

@@ -1,12 +1,12 @@
 """The paper's metrics, frame by frame, by features and by poses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from metrics.clip_images import ImageEncoder, prepare_images
@@ -35,12 +35,9 @@ def frame_psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = 
 
     `mask`, booleans (F, H, W), limits it to some pixels; not a number for frames where it is empty.
     """
-    values = []
-    for index, (a, b) in enumerate(pairs(result, truth)):
-        error = (a - b) ** 2 / 255**2
-        error = error if mask is None else error[mask[index]]
-        values.append(-10 * np.log10(max(error.mean(), 1e-10)) if error.size else np.nan)
-    return np.array(values)
+    masks = [...] * len(result) if mask is None else mask
+    errors = (((a - b) ** 2 / 255**2)[each] for (a, b), each in zip(pairs(result, truth), masks))
+    return np.array([-10 * np.log10(max(e.mean(), 1e-10)) if e.size else np.nan for e in errors])
 
 
 def psnr(result: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -77,51 +74,53 @@ def ssim(result: np.ndarray, truth: np.ndarray) -> float:
 
 # ---- By features --------------------------------------------------------------------------------
 
-AT_ONCE = 8  # pictures that a network sees at a time
 CLIP_FRAMES, CLIP_STEP = 16, 4  # FVD's clips are 16 frames long; one begins at every 4th
 
 
-def pictures(frames: np.ndarray, network: torch.nn.Module) -> Tensor:
-    """Frames uint8 (..., H, W, 3) -> (..., 3, H, W) in [-1, 1], where the network is."""
-    device = next(network.parameters()).device
+def pictures(frames: np.ndarray, device: torch.device) -> Tensor:
+    """Frames uint8 (..., H, W, 3) -> (..., 3, H, W) in [-1, 1]."""
     return torch.from_numpy(frames).to(device).movedim(-1, -3).float() / 127.5 - 1
 
 
-def batches(count: int, title: str) -> Iterator[slice]:
-    for start in tqdm(range(0, count, AT_ONCE), desc=title, leave=False):
-        yield slice(start, start + AT_ONCE)
-
-
 @torch.inference_mode()
+def outputs(
+    network: nn.Module,
+    title: str,
+    *inputs: Sequence[np.ndarray],
+    prepare: Callable[[np.ndarray, torch.device], Tensor] = pictures,
+    at_once: int = 8,
+) -> Tensor:
+    """What a network makes of its inputs, frames or clips, `at_once` of them at a time."""
+    device, found = next(network.parameters()).device, []
+    for start in tqdm(range(0, len(inputs[0]), at_once), desc=title, leave=False):
+        batch = (prepare(np.asarray(each[start : start + at_once]), device) for each in inputs)
+        found.append(network(*batch).cpu())
+    return torch.cat(found)
+
+
 def frame_lpips(network: LPIPS, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """LPIPS of frames uint8 (F, H, W, 3), of each: (F,)."""
-    parts = batches(len(result), "LPIPS")
-    both = ((pictures(result[part], network), pictures(truth[part], network)) for part in parts)
-    return torch.cat([network(*pair).cpu() for pair in both]).double().numpy()
+    return outputs(network, "LPIPS", result, truth).double().numpy()
 
 
-@torch.inference_mode()
 def inception_features(network: Inception, frames: np.ndarray) -> np.ndarray:
     """Frames uint8 (F, H, W, 3) -> (F, 2048)."""
-    parts = batches(len(frames), "FID")
-    return torch.cat([network(pictures(frames[part], network)).cpu() for part in parts]).numpy()
+    return outputs(network, "FID", frames).numpy()
 
 
-@torch.inference_mode()
 def i3d_features(network: I3D, frames: np.ndarray) -> np.ndarray:
     """Frames uint8 (F, H, W, 3) -> (clips, 400), of all clips of 16 frames that begin at a 4th one."""
     starts = range(0, len(frames) - CLIP_FRAMES + 1, CLIP_STEP)
-    clips = (frames[start : start + CLIP_FRAMES] for start in tqdm(starts, "FVD", leave=False))
-    return torch.cat([network(pictures(clip[None], network)).cpu() for clip in clips]).numpy()
+    return outputs(network, "FVD", [frames[i : i + CLIP_FRAMES] for i in starts], at_once=1).numpy()
 
 
-@torch.inference_mode()
 def clip_embeddings(network: ImageEncoder, frames: np.ndarray) -> np.ndarray:
     """Frames uint8 (F, H, W, 3) -> (F, 768), each of length 1."""
-    device, size = network.visual_projection.weight.device, network.config.size
-    parts = batches(len(frames), "CLIP")
-    found = [network(prepare_images(frames[part], size).to(device)).cpu() for part in parts]
-    return F.normalize(torch.cat(found).double(), dim=1).numpy()
+
+    def prepare(some: np.ndarray, device: torch.device) -> Tensor:
+        return prepare_images(some, network.config.size).to(device)
+
+    return F.normalize(outputs(network, "CLIP", frames, prepare=prepare).double(), dim=1).numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -164,20 +163,17 @@ def pose_fidelity(
     body's box (Yang & Ramanan 2013); one not found is a miss, and so is one that was only interpolated. The error
     is the mean distance of those found, in units of that side; not a number when there are none.
     """
-    hits, count, distances = 0, 0, []
+    count, distances = 0, []
     for ours, theirs in zip(found, asked):
         wanted = is_seen(theirs.body)
-        if not wanted.any():
-            continue
-        a, b = (pose.body[:, :2].astype(np.float64) * (width, height) for pose in (ours, theirs))
-        side = max(np.ptp(b[wanted], axis=0).max(), 1)  # one pixel, where the box is a point
-        both = wanted & (ours.body[:, 2] > INTERPOLATED)
-        distance = np.linalg.norm(a[both] - b[both], axis=1) / side
-        count += wanted.sum()
-        hits += (distance <= NEAR).sum()
-        distances += distance.tolist()
-    error = float(np.mean(distances)) if distances else float("nan")
-    return (float(hits / count) if count else float("nan")), error
+        if wanted.any():
+            a, b = (pose.body[:, :2].astype(np.float64) * (width, height) for pose in (ours, theirs))
+            side = max(np.ptp(b[wanted], axis=0).max(), 1)  # one pixel, where the box is a point
+            both = wanted & (ours.body[:, 2] > INTERPOLATED)
+            distances += (np.linalg.norm(a[both] - b[both], axis=1) / side).tolist()
+            count += int(wanted.sum())
+    hits = sum(distance <= NEAR for distance in distances)
+    return hits / count if count else np.nan, float(np.mean(distances)) if distances else np.nan
 
 
 def find_and_compare(nets: OpenPose, frames: np.ndarray, asked: Sequence[Pose]) -> tuple[float, float]:

@@ -1,16 +1,15 @@
 """The networks whose features metrics compare: AlexNet for LPIPS, Inception for FID, I3D for FVD.
 
-Each is said as the table that it is, under the names of its public file. They read pictures in
-[-1, 1], of any size, and are frozen. CLIP's image encoder, for CLIP-I and CLIP-T, is in
-`metrics/clip_images.py`.
+Each is said as the table that it is, under the names of its public file. They read pictures in [-1, 1], of any
+size, and are frozen. CLIP's image encoder, for CLIP-I and CLIP-T, is in `metrics/clip_images.py`.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
-from shutil import copyfileobj
 from typing import TypeVar
 from urllib.request import urlopen
 
@@ -28,9 +27,6 @@ from video import replacing
 Network = TypeVar("Network", bound=nn.Module)
 
 # ---- LPIPS --------------------------------------------------------------------------------------
-
-# LPIPS's own numbers for what [-1, 1] is shifted and scaled by, per colour
-LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
@@ -51,10 +47,9 @@ class LPIPS(nn.Module):
             nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(),
         )})
         # fmt: on
-        self.lins = nn.ModuleDict()
-        for index, channels in enumerate((64, 192, 384, 256, 256)):
-            weights = nn.Conv2d(channels, 1, 1, bias=False)
-            self.lins[f"lin{index}"] = nn.ModuleDict({"model": nn.Sequential(nn.Identity(), weights)})
+        weights = [nn.Conv2d(channels, 1, 1, bias=False) for channels in (64, 192, 384, 256, 256)]
+        models = [nn.ModuleDict({"model": nn.Sequential(nn.Identity(), each)}) for each in weights]
+        self.lins = nn.ModuleDict({f"lin{index}": model for index, model in enumerate(models)})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] and as many others -> distances (N,)."""
@@ -63,7 +58,8 @@ class LPIPS(nn.Module):
 
     def directions(self, x: Tensor) -> list[Tensor]:
         """AlexNet's maps after each ReLU, each pixel's channels divided by their length."""
-        shift, scale = (x.new_tensor(v)[:, None, None] for v in (LPIPS_SHIFT, LPIPS_SCALE))
+        shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS's own, per colour
+        shift, scale = (x.new_tensor(levels)[:, None, None] for levels in (shift, scale))
         x, maps = (x - shift) / scale, []
         for layer in self.net.features:
             x = layer(x)
@@ -85,8 +81,7 @@ class BatchNorm(nn.Module):
             self.register_buffer(name, torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        numbers = self.running_mean, self.running_var, self.weight, self.bias
-        return F.batch_norm(x, *numbers, eps=self.epsilon)
+        return F.batch_norm(x, *self.buffers(), eps=self.epsilon)
 
 
 class Table(nn.Module):
@@ -94,39 +89,39 @@ class Table(nn.Module):
 
     A step of a chain is a function, a convolution (name, channels, kernel) with its stride if it is not 1, a block
     (name, table), or a table without a name, whose layers are named with ours. `convolution(inputs, channels,
-    kernel, ...)` makes the layer; its `channels` are those that come out.
+    kernel, ...)` makes the layer.
     """
 
     def __init__(self, table: list[list], inputs: int, convolution: Callable[..., nn.Module]):
         super().__init__()
         self.convolution = convolution
-        self.run, self.channels = self.build(table, inputs)
+        self.run, self.channels = self.side_by_side(table, inputs)
 
-    def build(self, table: list[list], inputs: int) -> tuple[Callable[[Tensor], Tensor], int]:
-        chains, outputs = [], 0
-        for chain in table:
-            layers, channels = [], inputs
-            for step in chain:
-                match step:
-                    case list():
-                        layer, channels = self.build(step, channels)
-                    case (name, *sizes):
-                        if isinstance(sizes[0], list):
-                            layer = Table(sizes[0], channels, self.convolution)
-                        else:
-                            layer = self.convolution(channels, *sizes)
-                        self.add_module(name, layer)
-                        channels = layer.channels
-                    case layer:
-                        pass
-                layers.append(layer)
-            chains.append(layers)
-            outputs += channels
+    def side_by_side(self, table: list[list], inputs: int) -> tuple[Callable[[Tensor], Tensor], int]:
+        chains, channels = zip(*(self.chain(steps, inputs) for steps in table))
 
         def run(x: Tensor) -> Tensor:
             return torch.cat([reduce(lambda y, layer: layer(y), layers, x) for layers in chains], dim=1)
 
-        return run, outputs
+        return run, sum(channels)
+
+    def chain(self, steps: list, channels: int) -> tuple[list[Callable[[Tensor], Tensor]], int]:
+        layers = []
+        for step in steps:
+            match step:
+                case list():
+                    layer, channels = self.side_by_side(step, channels)
+                case (name, list(table)):
+                    layer = Table(table, channels, self.convolution)
+                    channels = layer.channels
+                case (name, *sizes):
+                    layer, channels = self.convolution(channels, *sizes), sizes[0]
+                case layer:
+                    pass
+            layers.append(layer)
+            if isinstance(layer, nn.Module):
+                self.add_module(name, layer)
+        return layers, channels
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
@@ -145,36 +140,33 @@ def numbered(name: str, *layers: tuple) -> list[tuple]:
     return [(f"{name}_{number}", *layer) for number, layer in enumerate(layers, start=1)]
 
 
+def block(width: int, pooled: int, pool: Callable[[Tensor], Tensor], *branches: list) -> list[list]:
+    """What all blocks of one size have, a 1x1 convolution and a pool, around what they differ in."""
+    return [[("branch1x1", width, 1)], *branches, [pool, ("branch_pool", pooled, 1)]]
+
+
 # fmt: off
 def mixed_5(pooled: int) -> list[list]:
-    return [
-        [("branch1x1", 64, 1)],
-        numbered("branch5x5", (48, 1), (64, 5)),
-        numbered("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-        [AVERAGE, ("branch_pool", pooled, 1)],
-    ]
+    return block(64, pooled, AVERAGE,
+                 numbered("branch5x5", (48, 1), (64, 5)),
+                 numbered("branch3x3dbl", (64, 1), (96, 3), (96, 3)))
 
 
 def mixed_6(width: int) -> list[list]:
     row, column = (1, 7), (7, 1)
-    return [
-        [("branch1x1", 192, 1)],
-        numbered("branch7x7", (width, 1), (width, row), (192, column)),
-        numbered("branch7x7dbl", (width, 1), (width, column), (width, row), (width, column), (192, row)),
-        [AVERAGE, ("branch_pool", 192, 1)],
-    ]
+    double = (width, 1), (width, column), (width, row), (width, column), (192, row)
+    return block(192, 192, AVERAGE,
+                 numbered("branch7x7", (width, 1), (width, row), (192, column)),
+                 numbered("branch7x7dbl", *double))
 
 
 def mixed_7(pool: Callable[[Tensor], Tensor]) -> list[list]:
-    row, column = (1, 3), (3, 1)
-    return [
-        [("branch1x1", 320, 1)],
-        [*numbered("branch3x3", (384, 1)),
-         [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
-        [*numbered("branch3x3dbl", (448, 1), (384, 3)),
-         [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]]],
-        [pool, ("branch_pool", 192, 1)],
-    ]
+    def fork(name: str) -> list[list]:
+        return [[(f"{name}a", 384, (1, 3))], [(f"{name}b", 384, (3, 1))]]
+
+    return block(320, 192, pool,
+                 [*numbered("branch3x3", (384, 1)), fork("branch3x3_2")],
+                 [*numbered("branch3x3dbl", (448, 1), (384, 3)), fork("branch3x3dbl_3")])
 
 
 MIXED_6A = [[("branch3x3", 384, 3, 2)], numbered("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), [SHRINK]]
@@ -195,25 +187,18 @@ INCEPTION = [[
 # fmt: on
 
 
-class Conv2d(nn.Module):
+def conv2d(inputs: int, channels: int, kernel: int | tuple, stride: int | None = None) -> nn.Module:
     """Convolution, batch norm, ReLU; nothing is padded where a stride is given, even that of 1."""
-
-    def __init__(self, inputs: int, channels: int, kernel: int | tuple, stride: int | None = None):
-        super().__init__()
-        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.channels, padding = channels, 0 if stride else (height // 2, width // 2)
-        self.conv = nn.Conv2d(inputs, channels, kernel, stride or 1, padding, bias=False)
-        self.bn = BatchNorm(channels, 1e-3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+    padding = "valid" if stride else "same"
+    conv = nn.Conv2d(inputs, channels, kernel, stride or 1, padding, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=BatchNorm(channels, 1e-3), relu=nn.ReLU(inplace=True)))
 
 
 class Inception(Table):
     """Inception v3 as FID uses it (Heusel et al. 2017): the features before its classifier."""
 
     def __init__(self):
-        super().__init__(INCEPTION, 3, Conv2d)
+        super().__init__(INCEPTION, 3, conv2d)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] -> features (N, 2048)."""
@@ -262,18 +247,17 @@ INFLATED_INCEPTION = [[
 # fmt: on
 
 
-class Conv3d(nn.Module):
-    """Convolution with TensorFlow's padding, batch norm, ReLU; the kernel is a cube."""
-
-    def __init__(self, inputs: int, channels: int, kernel: int, stride: int = 1):
-        super().__init__()
-        self.channels = channels
-        self.conv3d = nn.Conv3d(inputs, channels, kernel, stride, bias=False)
-        self.bn = BatchNorm(channels, 1e-5)
+class SameConv3d(nn.Conv3d):
+    """A convolution with TensorFlow's padding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        return F.relu(self.bn(self.conv3d(x)), inplace=True)
+        return super().forward(pad_same(x, self.kernel_size, self.stride))
+
+
+def conv3d(inputs: int, channels: int, kernel: int, stride: int = 1) -> nn.Module:
+    """Convolution, batch norm, ReLU; the kernel is a cube."""
+    conv = SameConv3d(inputs, channels, kernel, stride, bias=False)
+    return nn.Sequential(OrderedDict(conv3d=conv, bn=BatchNorm(channels, 1e-5), relu=nn.ReLU(inplace=True)))
 
 
 class I3D(Table):
@@ -282,7 +266,7 @@ class I3D(Table):
     SHORTEST = 9  # frames: fewer leave less than the two steps in time that are averaged
 
     def __init__(self):
-        super().__init__(INFLATED_INCEPTION, 3, Conv3d)
+        super().__init__(INFLATED_INCEPTION, 3, conv3d)
         self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(self.channels, 400, 1)})
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -313,41 +297,35 @@ class WebFile:
     def path(self) -> str:
         return self.url.rpartition("/")[2]
 
-    @property
-    def kept(self) -> Path:
-        return Path(torch.hub.get_dir(), "checkpoints", self.path)
-
     def cached(self) -> Path | None:
-        return self.kept if self.kept.is_file() else None
+        kept = Path(torch.hub.get_dir(), "checkpoints", self.path)
+        return kept if kept.is_file() else None
 
     def fetch(self) -> Path:
         """Raises OSError when it does not come whole; then nothing of it is kept."""
-        self.kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.kept) as unfinished:
-            with urlopen(self.url, timeout=30) as source, unfinished.open("wb") as target:
-                copyfileobj(source, target)
-                size = int(source.headers.get("Content-Length") or 0)
-            content = unfinished.read_bytes()
-            if len(content) < size or not sha256(content).hexdigest().startswith(self.sha256):
-                raise OSError(f"{len(content)} bytes came, which are not the published file")
-        return self.kept
+        kept = Path(torch.hub.get_dir(), "checkpoints", self.path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(self.url, timeout=30) as source:
+            content = b"".join(iter(partial(source.read, 2**20), b""))
+            size = int(source.headers.get("Content-Length") or 0)
+        if len(content) < size or not sha256(content).hexdigest().startswith(self.sha256):
+            raise OSError(f"{len(content)} bytes came, which are not the published file")
+        with replacing(kept) as unfinished:
+            unfinished.write_bytes(content)
+        return kept
 
 
-ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-GITHUB = "https://github.com/"
-LINS = "richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth"
 LINS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"
-INCEPTION_V3 = "mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-# VideoGPT's and TATS's. The better known i3d_torchscript.pt is a program, which we do not run.
-KINETICS = "songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
+GITHUB = "https://github.com/"
+FID_WEIGHTS = GITHUB + "mseitzer/pytorch-fid/releases/download/fid_weights/"
+LPIPS_WEIGHTS = GITHUB + "richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
 FILES = {
-    "alexnet": WebFile(ALEXNET, 244, "7be5be79"),
-    "lpips": WebFile(GITHUB + LINS, 1, LINS_SHA256),
-    "inception": WebFile(GITHUB + INCEPTION_V3, 96, "6726825d"),
-    "i3d": WebFile(GITHUB + KINETICS, 51),
-    "image_encoder": PublicFile(
-        "image_encoder", "openai/clip-vit-large-patch14", "model.safetensors", 1711
-    ),
+    "alexnet": WebFile("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 244, "7be5be79"),
+    "lpips": WebFile(LPIPS_WEIGHTS + "alex.pth", 1, LINS_SHA256),
+    "inception": WebFile(FID_WEIGHTS + "pt_inception-2015-12-05-6726825d.pth", 96, "6726825d"),
+    # VideoGPT's and TATS's. The better known i3d_torchscript.pt is a program, which we do not run.
+    "i3d": WebFile(GITHUB + "songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt", 51),
+    "image_encoder": PublicFile("CLIP", "openai/clip-vit-large-patch14", "model.safetensors", 1711),
 }
 # The files that a network is filled from, and which part of it.
 PARTS = {
@@ -366,11 +344,9 @@ def find_weights(part: str, folder: Path | None) -> Path:
     file = FILES[part]
     if folder and (folder / file.path).is_file():
         return folder / file.path
-    if kept := file.cached():
-        return kept
     of_web = isinstance(file, WebFile)
     try:
-        return file.fetch() if of_web else Path(hf_hub_download(file.repo, file.path))
+        return file.cached() or (file.fetch() if of_web else Path(hf_hub_download(file.repo, file.path)))
     except (OSError, RuntimeError, HTTPError) as error:  # the second is hf_xet's
         home = file.url if of_web else f"{constants.ENDPOINT}/{file.repo}"
         reason = str(error).strip().split("\n")[0]
@@ -385,8 +361,7 @@ def load_network(
 ) -> Network:
     """LPIPS, Inception, I3D or CLIP's image encoder with its public weights, frozen, in float32.
 
-    folder: where to look for the files first. Raises OSError for a file that cannot be had, and ValueError for one
-    that does not fit.
+    Raises OSError for a file that is neither in `folder` nor to be had, and ValueError for one that does not fit.
     """
     paths = {part: find_weights(part, folder) for part in PARTS[kind]}
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from poses.people import extent
-from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen
+from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen, place_pose
 
 INFERRED = 0.5  # score of keypoints whose own mark is covered, where the marks around tell where
 NECK, EARS = 1, (16, 17)
@@ -38,10 +38,9 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
     rgb = np.pad(frame, ((margin, margin), (margin, margin), (0, 0))).astype(np.float32)
     (red, green, blue), high, low = np.moveaxis(rgb, 2, 0), rgb.max(axis=2), rgb.min(axis=2)
     chroma = (high - low).clip(1)
-    hue = np.select(
-        [high == red, high == green],
-        [(green - blue) / chroma % 6, (blue - red) / chroma + 2],
-        (red - green) / chroma + 4,
+    from_red, from_green, from_blue = (green - blue) / chroma, (blue - red) / chroma, (red - green) / chroma
+    hue = np.where(
+        high == red, from_red % 6, np.where(high == green, from_green + 2, from_blue + 4)
     )  # 0 to 6
     coloured, bright = (high > 48) & (chroma > 0.5 * high), high > 0.75 * 255
     body_hue, bone_hue = np.rint(hue * 3).astype(int) % 18, np.rint(hue / 0.3).astype(int) % 20
@@ -57,18 +56,15 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
 
 
 def label_components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 2), as (x, y), that have a class, which -1 is not, and labels (N,) that connected ones share.
-
-    Takes a map (H, W) whose border is -1. Of its 8 neighbours, a pixel is connected to those of its class.
+    """Pixels (N, 2), as (x, y), of the classes of a map (H, W) whose border is -1, no class; and labels (N,) that
+    those share which are connected, each to those of its 8 neighbours that have its class.
     """
     y, x = np.nonzero(classes >= 0)
     label, number = np.arange(len(y)), np.full(classes.shape, -1)
     number[y, x] = label
-    pairs = []
-    for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        alike = classes[y, x] == classes[y + dy, x + dx]
-        pairs.append((number[y, x][alike], number[y + dy, x + dx][alike]))
-    first, second = np.concatenate(pairs, axis=1)
+    beside = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1))]
+    alike = [np.stack([label, number[at]])[:, classes[y, x] == classes[at]] for at in beside]
+    first, second = np.concatenate(alike, axis=1)
     while (label[first] != label[second]).any():
         np.minimum.at(label, label[first], label[second])
         np.minimum.at(label, label[second], label[first])
@@ -82,10 +78,9 @@ def label_components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def disc_shares(classes: np.ndarray, pixels: np.ndarray, radius: float) -> np.ndarray:
     """Which share of the disc around each of the pixels (N, 2) has the pixel's class: (N,)."""
     reach = np.arange(-int(radius), int(radius) + 1)
-    dy, dx = np.nonzero(np.hypot(reach, reach[:, None]) <= radius)
+    offsets = reach[np.argwhere(np.hypot(reach, reach[:, None]) <= radius)]
     x, y = pixels.T
-    alike = sum(classes[y + j, x + i] == classes[y, x] for j, i in zip(reach[dy], reach[dx]))
-    return alike / len(dy)
+    return sum(classes[y + dy, x + dx] == classes[y, x] for dy, dx in offsets) / len(offsets)
 
 
 def pick_spots(pixels: np.ndarray, shares: np.ndarray, least: float, near: float, gap: float) -> np.ndarray:
@@ -104,12 +99,13 @@ def pick_spots(pixels: np.ndarray, shares: np.ndarray, least: float, near: float
 
 def find_discs(ink: Ink) -> list[np.ndarray]:
     """Discs by class, of 0 to 17: rows (x, y, share of the disc that is seen)."""
-    pixels = np.argwhere(ink.joint >= 0)[:, ::-1]
-    own, shares = ink.joint[pixels[:, 1], pixels[:, 0]], disc_shares(ink.joint, pixels, ink.radius)
     found = []
     for index in range(18):
-        mine, least = own == index, 0.4 if index in EARS else 0.6  # ears lie under the dots of the jaw
-        found.append(pick_spots(pixels[mine], shares[mine], least, ink.radius + 0.5, 1.5 * ink.radius))
+        pixels, least = np.argwhere(ink.joint == index)[:, ::-1], 0.4 if index in EARS else 0.6
+        shares = disc_shares(
+            ink.joint, pixels, ink.radius
+        )  # low for ears, which lie under the dots of the jaw
+        found.append(pick_spots(pixels, shares, least, ink.radius + 0.5, 1.5 * ink.radius))
     return found
 
 
@@ -130,8 +126,7 @@ def find_limbs(ink: Ink) -> list[tuple[int, np.ndarray]]:
 def in_direction(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far points (N, 2) lie from `start` towards `end`, and how far beside that line."""
     x, y = (end - start) / max(np.linalg.norm(end - start), 1e-6)
-    offsets = points - start
-    return offsets @ (x, y), offsets @ (-y, x)
+    return (points - start) @ (x, y), (points - start) @ (-y, x)
 
 
 def is_covered(ink: Ink, start: np.ndarray, end: np.ndarray) -> bool:
@@ -142,10 +137,9 @@ def is_covered(ink: Ink, start: np.ndarray, end: np.ndarray) -> bool:
 
 
 def extend_limb(ink: Ink, index: int, fixed: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Where a limb ends whose one end is `fixed` and whose other, `seen` as far as it is, is covered.
+    """Where a limb ends whose one end is `fixed` and whose other is covered, and `seen` as far as it is.
 
-    Limbs are ellipses whose width is known: of those that reach on, the one that covers most of the limb's pixels
-    and fewest black ones.
+    Of ellipses of its width that reach on, the one that covers most of the limb's pixels and fewest black ones.
     """
     length = max(np.linalg.norm(seen - fixed), 1.0)
     low = np.floor(np.minimum(fixed, seen) - 4 * ink.radius).astype(int).clip(0)
@@ -166,16 +160,13 @@ def extend_limb(ink: Ink, index: int, fixed: np.ndarray, seen: np.ndarray) -> np
 
 def nearest(ink: Ink, places: list[np.ndarray], start: np.ndarray, end: np.ndarray) -> tuple:
     """Which of the places (x, y, score) a limb from `start` towards `end` leads to, and its distance; or None."""
-    if places:
-        points, radius = np.array(places)[:, :2], ink.radius
-        ahead, aside = in_direction(points, start, end)
-        ahead -= np.linalg.norm(end - start)
-        distance = np.hypot(ahead, aside)
-        fits = (ahead > -1.5 * radius - 1) & (np.abs(aside) < 0.7 * radius + 1 + 0.1 * ahead.clip(0))
-        for index in np.argsort(distance):
-            if fits[index] and is_covered(ink, end, points[index]):
-                return int(index), distance[index]
-    return None, 3 * ink.radius
+    points, radius = np.reshape(places, (-1, 3))[:, :2], ink.radius
+    ahead, aside = in_direction(points, start, end)
+    ahead -= np.linalg.norm(end - start)
+    distance = np.hypot(ahead, aside)
+    fits = (ahead > -1.5 * radius - 1) & (np.abs(aside) < 0.7 * radius + 1 + 0.1 * ahead.clip(0))
+    leads = (i for i in np.argsort(distance) if fits[i] and is_covered(ink, end, points[i]))
+    return next(((int(i), distance[i]) for i in leads), (None, 3 * radius))
 
 
 def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
@@ -205,8 +196,7 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
 def read_bodies(ink: Ink) -> list[np.ndarray]:
     """The people of one frame: bodies (18, 3) in pixels of the padded frame, the one with the most joints first.
 
-    Joints that limbs join belong together. So do pieces that lack each other's joints, if what may join them is
-    hidden: a limb between two joints is always drawn.
+    Joints that limbs join belong together; so do pieces that may be joined where something is drawn over it.
     """
     discs = find_discs(ink)
     joints = [[np.array([x, y, 1.0]) for x, y, _ in of_class] for of_class in discs]
@@ -225,11 +215,12 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
         for joint, index in group:
             if joints[joint][index][2] > piece[joint, 2]:
                 piece[joint] = joints[joint][index]
-        body = next((body for body in bodies if belongs(ink, piece, body)), None)
-        if body is None:
-            bodies.append(piece)
+        for body in bodies:
+            if belongs(ink, piece, body):
+                body += piece
+                break
         else:
-            body += piece
+            bodies.append(piece)
     return [body for body in bodies if is_seen(body).sum() >= 3]
 
 
@@ -239,10 +230,9 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
     if (is_seen(piece) & is_seen(body)).any() or not (piece[:, 2] == 1).any():
         return False
     distance = np.linalg.norm(piece[is_seen(piece), None, :2] - body[is_seen(body), :2], axis=2).min()
-    if distance > 0.5 * extent(body) + 2 * ink.radius:
-        return False
     joined = [(piece[a], body[b]) for a, b in (*LIMBS, *LIMBS[:, ::-1]) if piece[a, 2] and body[b, 2]]
-    return all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
+    near = distance <= 0.5 * extent(body) + 2 * ink.radius
+    return near and all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
 
 
 def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:
@@ -267,10 +257,10 @@ def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 # A face from the front and an open hand, y down, in the orders of `Pose`.
 # fmt: off
-_HALF_JAW = [(48, -24), (47, -10), (46, 4), (43, 18), (38, 30), (31, 41), (22, 50), (11, 57)]
+_JAW = [(48, -24), (47, -10), (46, 4), (43, 18), (38, 30), (31, 41), (22, 50), (11, 57)]
 _BROW = [(43, -32), (37, -37), (29, -40), (20, -40), (11, -38)]
 FACE = np.array([
-    *[(-x, y) for x, y in _HALF_JAW], (0, 60), *_HALF_JAW[::-1], *[(-x, y) for x, y in _BROW], *_BROW[::-1],
+    *[(-x, y) for x, y in _JAW], (0, 60), *_JAW[::-1], *[(-x, y) for x, y in _BROW], *_BROW[::-1],
     (0, -25), (0, -16), (0, -8), (0, 0), (-9, 7), (-5, 9), (0, 10), (5, 9), (9, 7),
     (-32, -20), (-27, -23), (-19, -23), (-13, -19), (-19, -17), (-26, -17),
     (13, -19), (19, -23), (27, -23), (32, -20), (26, -17), (19, -17),
@@ -304,10 +294,7 @@ HAND_SPRINGS = stiffness(HAND, FROM, TO)
 
 
 def find_dots(mask: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """The discs of a mask (H, W), which may lie over each other.
-
-    Returns their centres (N, 2), as far as they can be told apart, and all pixels (M, 2) around which a disc fits.
-    """
+    """The centres (N, 2) of a mask's discs, which may overlap, and all pixels (M, 2) around which a disc fits."""
     pixels = np.argwhere(mask)[:, ::-1]
     shares = disc_shares(mask, pixels, 0.9 * radius)  # what is left of discs whose edges are soft
     spots = pick_spots(pixels, shares, 0.85, max(0.5 * radius, 1.5), max(1.4 * radius, 1.5))
@@ -326,12 +313,10 @@ def on_bones(points: np.ndarray, pixels: np.ndarray, bones: np.ndarray) -> tuple
 def register(
     springs: np.ndarray, start: np.ndarray, dots: np.ndarray, radius: float, bones: tuple = ()
 ) -> np.ndarray:
-    """Moves points from `start` (K, 2) onto dots (N, 2): a springy template that softens step by step.
+    """Moves points from `start` (K, 2) onto dots (N, 2), and `bones` over their pixels (P, 2) with labels (P,).
 
-    Each step pulls points to the dots that they go with, and `bones` over their pixels (P, 2), whose labels (P,)
-    say which bone they show, against the `springs` (K, K). These are stiff while it is open which dot is whose,
-    and soft at the end, as faces differ (Chui and Rangarajan, "A new point matching algorithm for non-rigid
-    registration", 2003).
+    The `springs` (K, K) between the points are stiff while it is open which dot is whose, and soft at the end
+    (Chui and Rangarajan, "A new point matching algorithm for non-rigid registration", 2003).
     """
     points, identity = start, 1e-6 * np.eye(len(start))
     reach = max(0.08 * np.ptp(start, axis=0).max(), 1.0)
@@ -358,15 +343,16 @@ def settle(points: np.ndarray, dots: np.ndarray, whole: np.ndarray, radius: floa
 
     All zeros if the points explain too few of the dots, or the dots too few of the points.
     """
-    part = np.zeros((len(points), 3))
     distance = np.linalg.norm(points[:, None] - dots, axis=2)
     nearest = distance.argmin(axis=1)
     mutual = distance.argmin(axis=0)[nearest] == np.arange(len(points))
-    exact = mutual & (distance.min(axis=1) < 1.2 * radius)
-    part[exact, :2], part[exact, 2] = dots[nearest[exact]], 1
-    away = np.linalg.norm(points[:, None] - whole, axis=2).min(axis=1)
-    blot = (away < 0.75 * radius + 0.5) & ~exact
-    part[blot, :2], part[blot, 2] = points[blot], INFERRED
+    exact = (mutual & (distance.min(axis=1) < 1.2 * radius))[:, None]
+    blot = np.linalg.norm(points[:, None] - whole, axis=2).min(axis=1, keepdims=True) < 0.75 * radius + 0.5
+    part = np.where(
+        exact,
+        np.pad(dots[nearest], ((0, 0), (0, 1)), constant_values=1),
+        blot * np.pad(points, ((0, 0), (0, 1)), constant_values=INFERRED),
+    )
     explained = (distance.min(axis=0) < 1.5 * radius).mean()
     return part if explained > 0.8 and is_seen(part).mean() > 0.6 else np.zeros_like(part)
 
@@ -446,8 +432,7 @@ def drawing_radii(height: int, width: int) -> list[float]:
 def is_drawn(frames: np.ndarray) -> bool:
     """Whether a clip, uint8 RGB (F, H, W, 3), shows drawn skeletons on black and nothing else.
 
-    True when black covers most of the frames, the rest is in the drawing's few colours and brightnesses, and
-    skeletons can be made out in it. A clip without a drawn person is not drawn.
+    Black has to cover most of a frame, the rest to have the drawing's few colours, and a body to be made out.
     """
     drawn = inked = 0
     for frame in frames[:: max(1, len(frames) // 8)]:
@@ -465,9 +450,8 @@ def is_drawn(frames: np.ndarray) -> bool:
 def read_drawn(frames: np.ndarray) -> list[Pose]:
     """The pose of the main person in every frame of a drawn clip, uint8 RGB (F, H, W, 3).
 
-    Of several people the one who is large throughout the clip is followed. Keypoints whose mark is seen have the
-    score 1, those that only what is around them tells have `INFERRED`; what cannot be told is missing. A frame
-    without at least three body keypoints gives an empty Pose.
+    Of several people the one who is large throughout is followed. Keypoints whose mark is seen have the score 1,
+    those that only what is around them tells `INFERRED`. Fewer than three keypoints of a body are an empty Pose.
     """
 
     def follow(frames: np.ndarray, radius: float) -> list[np.ndarray]:
@@ -487,8 +471,7 @@ def read_pose(frame: np.ndarray, body: np.ndarray, radius: float) -> Pose:
     ink, (height, width, _) = read_ink(frame, radius), frame.shape
     face = read_face(ink, body)
     hands = [read_hand(ink, body, *wrists) for wrists in ((7, 4), (4, 7))]
-    to_corner, parts = 0.5 - ink.margin, []  # a pixel's centre is half a pixel from its corner
-    for part in (complete_head(body, face), face, *hands):
-        placed = (part + (to_corner, to_corner, 0)) / (width, height, 1)
-        parts.append(np.where(is_seen(part)[:, None], placed, 0).astype(np.float32))
-    return Pose(*parts)
+    x, y = (0.5 - ink.margin) / np.array(
+        [width, height]
+    )  # a pixel's centre is half a pixel from its corner
+    return place_pose(Pose(complete_head(body, face), face, *hands), 1 / width, 1 / height, x, y)

@@ -6,7 +6,7 @@ Where this differs on purpose, a comment says so.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -17,17 +17,15 @@ from torch import Tensor
 from poses.pose import is_seen
 
 # ---- Resizing and smoothing, as matrices --------------------------------------------------------
-# Resizing and blurring are linear along each axis, so a whole sequence of them is one small matrix per axis: rows
-# @ maps @ columns.T goes from a network's cells to smoothed pixels at once. The kernels are OpenCV's and SciPy's,
-# which the port uses, so that keypoints fall on the same pixels.
+# A sequence of resizings and blurrings is one matrix per axis: rows @ maps @ columns.T goes from a network's cells
+# to smoothed pixels. The kernels are OpenCV's and SciPy's, as in the port, so keypoints fall on its pixels.
 
 
 @lru_cache(64)
 def resizing(size: int, new_size: int) -> np.ndarray:
     """Matrix (new_size, size) of OpenCV's area means when shrinking, its Lanczos-4 otherwise."""
     if new_size < size:
-        edges = np.linspace(0, size, new_size + 1)[:, None]
-        cells = np.arange(size)
+        edges, cells = np.linspace(0, size, new_size + 1)[:, None], np.arange(size)
         overlap = np.minimum(edges[1:], cells + 1) - np.maximum(edges[:-1], cells)
         return overlap.clip(0) * (new_size / size)
     centres = (np.arange(new_size)[:, None] + 0.5) * (size / new_size) - 0.5
@@ -66,10 +64,7 @@ LEAST_SIDE = 512  # pixels: the resolution at which ControlNet 1.1's annotators 
 
 
 def enlarged(frame: np.ndarray, least_side: int = LEAST_SIDE) -> np.ndarray:
-    """A frame, uint8 (H, W, 3), with a shorter side of at least so many pixels.
-
-    Keypoints are whole pixels, and in frames of 128 a hand is eight of them.
-    """
+    """A frame, uint8 (H, W, 3), with a shorter side of at least so many pixels: keypoints are whole pixels."""
     scale = least_side / min(frame.shape[:2])
     if scale <= 1:
         return frame
@@ -134,11 +129,9 @@ def decode_bodies(heatmaps: Tensor, pafs: Tensor, height: int, width: int) -> li
     heatmaps, pafs = heatmaps.cpu().numpy(), pafs.cpu().numpy()
     scores = [read_at(heatmap, rows, columns, places) for heatmap, places in zip(heatmaps, where)]
     peaks = [np.stack([*places, score], axis=1) for places, score in zip(where, scores)]
-    links = [
-        match_limb(peaks[start], peaks[end], pafs[channel : channel + 2], rows, columns)
-        for start, end, channel in LIMBS
-    ]
-    return assemble(peaks, links)
+    fields = [pafs[channel : channel + 2] for *_, channel in LIMBS]
+    ends = [(peaks[start], peaks[end]) for start, end, _ in LIMBS]
+    return assemble(peaks, [match_limb(*pair, field, rows, columns) for pair, field in zip(ends, fields)])
 
 
 def find_peaks(smoothed: Tensor, least: float = 0.1, most: int = 127) -> list[np.ndarray]:
@@ -153,11 +146,10 @@ def find_peaks(smoothed: Tensor, least: float = 0.1, most: int = 127) -> list[np
         is_peak &= smoothed >= slid
     peaks = []
     for heatmap, found in zip(smoothed, is_peak):
-        y, x = found.nonzero(as_tuple=True)
-        if len(x) > most:
-            highest = heatmap[y, x].topk(most).indices.sort().values
-            y, x = y[highest], x[highest]
-        peaks.append(torch.stack([x, y]).cpu().numpy())
+        at = found.nonzero()
+        if len(at) > most:
+            at = at[heatmap[found].topk(most).indices.sort().values]
+        peaks.append(at.T.flip(0).cpu().numpy())
     return peaks
 
 
@@ -171,8 +163,7 @@ def match_limb(
 ) -> list[tuple[int, int, float]]:
     """Matches the peaks at the two ends of a limb, (A, 3) and (B, 3), best first: (a, b, score).
 
-    A pair's score is the mean of the limb's field (2, h, w) along the line between them, less a penalty for lines
-    longer than half the frame's height.
+    The score is the mean of the limb's field (2, h, w) along the line, less a penalty beyond half a frame.
     """
     if 0 in (len(starts), len(ends)):
         return []
@@ -204,8 +195,8 @@ class Person:
 def assemble(peaks: list[np.ndarray], links: list[list[tuple[int, int, float]]]) -> list[np.ndarray]:
     """Peaks of the 18 keypoints, (N, 3) each, and links of the 19 limbs -> people, (18, 3) each.
 
-    Limb by limb, every link extends the person who has one of its ends, joins two people who have nothing in
-    common but it, or founds a new one. People of fewer than 4 joints or a mean score under 0.4 are dropped.
+    Every link extends the person who has one of its ends, joins two people who have nothing in common but it, or
+    founds a new one. People of fewer than 4 joints or a mean score under 0.4 are dropped.
     """
     people: list[Person] = []
     for index, ((start, end, _), limb_links) in enumerate(zip(LIMBS, links)):
@@ -245,10 +236,9 @@ NOSE, RIGHT_ARM, LEFT_ARM = 0, slice(2, 5), slice(5, 8)  # of an arm shoulder, e
 
 
 def hand_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
-    """Where to look for a body's hands, if all three joints of the arm are there.
+    """Where to look for the hands of a body (18, 3) in pixels, if all three joints of the arm are there.
 
-    body: (18, 3) in pixels. A square around a point a third of the forearm beyond the wrist, half as long again as
-    the forearm, or as nine tenths of the upper arm where that is longer.
+    A square around a third of the forearm beyond the wrist, 1.5 times as long as it, or as 0.9 of the upper arm.
     """
     boxes = {}
     for hand, arm in (("left_hand", LEFT_ARM), ("right_hand", RIGHT_ARM)):
@@ -266,8 +256,7 @@ def hand_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
 def face_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
     """Where to look for a body's face, if the nose and an eye or ear are there.
 
-    A square around the nose that reaches to each side three times as far as the further eye, or half as far again
-    as the further ear. It may leave the frame at the right and the bottom.
+    A square around the nose that reaches 3 times as far as the further eye, or 1.5 times as the further ear.
     """
     nose, seen = body[NOSE, :2], is_seen(body)
     times = np.array([3.0, 3.0, 1.5, 1.5]) * seen[14:]  # eyes and ears
@@ -282,16 +271,9 @@ def face_boxes(body: np.ndarray, height: int, width: int) -> dict[str, Box]:
 
 def hand_input(crops: Sequence[Tensor], side: int) -> Tensor:
     """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side), blurred a little first."""
-    images = []
-    for crop in crops:
-        rows, columns = (blurring(size, 0.8, 3, "reflect") for size in crop.shape[:2])
-        images.append(network_input(separable(rows, grey_levels(crop), columns).round(), side, side))
-    return torch.stack(images)
-
-
-def face_input(crops: Sequence[Tensor], side: int) -> Tensor:
-    """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side)."""
-    return torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
+    blurs = [[blurring(size, 0.8, 3, "reflect") for size in crop.shape[:2]] for crop in crops]
+    levels = [separable(rows, grey_levels(crop), columns) for crop, (rows, columns) in zip(crops, blurs)]
+    return torch.stack([network_input(each.round(), side, side) for each in levels])
 
 
 def find_hands(net: Callable, crops: Sequence[Tensor], sides: Sequence[int]) -> np.ndarray:
@@ -352,9 +334,10 @@ def find_faces(net: Callable, crops: Sequence[Tensor], side: int) -> np.ndarray:
 
     The port also returns the background's highest pixel and closes the gaps of missing points; we do not.
     """
-    faces = []
-    for heatmaps, crop in zip(net(face_input(crops, side)), crops):
-        size = crop.shape[:2]
-        heatmaps = F.interpolate(heatmaps[None, :70], size, mode="bilinear", align_corners=True)[0]
-        faces.append(highest_pixels(heatmaps, *size))
-    return np.stack(faces)
+    seen = torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
+    sizes, resize = (
+        [crop.shape[:2] for crop in crops],
+        partial(F.interpolate, mode="bilinear", align_corners=True),
+    )
+    maps = [resize(each, size)[0] for each, size in zip(net(seen)[:, None, :70], sizes)]
+    return np.stack([highest_pixels(each, *size) for each, size in zip(maps, sizes)])

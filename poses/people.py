@@ -30,9 +30,10 @@ class Track:
         both = is_seen(body) & is_seen(expected)
         if both.any():
             apart = np.linalg.norm((body - expected)[both, :2], axis=1).mean()
-        else:
-            centres = [one[is_seen(one), :2].mean(axis=0) for one in (body, expected)]
-            apart = np.linalg.norm(centres[0] - centres[1])
+        else:  # of their centres
+            apart = np.linalg.norm(
+                np.subtract(*(each[is_seen(each), :2].mean(axis=0) for each in (body, expected)))
+            )
         return apart / max(*map(extent, recent), 1e-3)
 
 
@@ -44,9 +45,8 @@ def extent(body: np.ndarray) -> float:
 def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track]:
     """Who is who: the people of every frame, linked through time, the most prominent first.
 
-    A person is linked to the nearest place where a known one is expected, nearest pairs first, so two who cross
-    keep their identities. Who was out of sight for longer may turn up further away. Prominent is who has a large
-    body (the area of its box) and a high mean score. `aspect` is the frames' width over height.
+    Whoever is nearest to where a known person is expected is linked first, so two who cross keep their identities.
+    Prominent is who has a large body (the area of its box) and a high mean score. `aspect` is width over height.
     """
     tracks: list[Track] = []
     for frame, in_frame in enumerate(people):
@@ -55,8 +55,8 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
         for track in tracks:
             # In sizes of the body: a leap from one frame to the next, then a walk out of sight.
             reach = 0.4 + 0.05 * (frame - track.frames[-1])
-            distances = [track.distance(body, frame) for _, body in new]
-            pairs += [(apart, index, track) for index, apart in enumerate(distances) if apart < reach]
+            distances = enumerate(track.distance(body, frame) for _, body in new)
+            pairs += [(apart, index, track) for index, apart in distances if apart < reach]
         linked: dict[int, Track] = {}
         for _, index, track in sorted(pairs, key=lambda pair: pair[0]):
             if index not in linked and track not in linked.values():
@@ -82,9 +82,7 @@ def stacked_parts(poses: Sequence[Pose]) -> list[np.ndarray]:
 
 
 def fill_gaps(poses: Sequence[Pose]) -> list[Pose]:
-    """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames between two sightings, which get the
-    score `INTERPOLATED`. What is missing for longer, or at an end, stays missing.
-    """
+    """Interpolates keypoints that are missing for up to `LONGEST_GAP` frames, with the score `INTERPOLATED`."""
     filled = []
     for part in stacked_parts(poses):
         filled.append(part.copy())
@@ -100,7 +98,7 @@ def smooth_poses(poses: Sequence[Pose], reach: int = 3) -> list[Pose]:
     """Takes the jitter out of keypoints: each moves onto the parabola through those up to `reach` frames away.
 
     That removes 42 % of independent noise and leaves 97 % of a swing of 2 Hz at 24 frames per second (Savitzky and
-    Golay, 1964), where a mean over as many frames would leave half of it.
+    Golay, 1964).
     """
     offsets = np.arange(-reach, reach + 1)
     powers = np.stack([np.ones_like(offsets), offsets, offsets**2], axis=1)

@@ -44,9 +44,12 @@ REQUIRED = {
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {content!r:.40}, an object with settings is needed")
+    return content
 
 
 def read_config(source: Path, read: Callable[[dict], Config]) -> Config | None:

@@ -29,8 +29,7 @@ class TensorFile:
             if head.lower().startswith(starts):
                 raise ValueError(f"{path}: {what}")
         self.path, self.tensors = path, None
-        # A zip archive, or a pickle as before PyTorch 1.6. Safetensors has the length of its header first, which
-        # may begin like either, and then always a brace.
+        # A zip archive, or a pickle as before PyTorch 1.6. Safetensors has the length of its header, then a brace.
         if head.startswith((b"PK", b"\x80")) and head[8:9] != b"{":
             self.tensors = unpickle(path, zipped=head.startswith(b"PK"))
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -63,11 +62,9 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
             source = path if mapped else file
             contents = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
-        told = BROKEN
-        if wanted := re.search(r"GLOBAL ([\w.]+) ", str(error)):
-            told = f"wants to call {wanted[1]} on being read, which is refused because it could run any "
-            told += "code; use a .safetensors file of the model"
-        raise ValueError(f"{path}: {told}") from None
+        wanted = re.search(r"GLOBAL ([\w.]+) ", str(error))
+        why = "on being read, which is refused because it could run any code; use a .safetensors file of the model"
+        raise ValueError(f"{path}: {f'wants to call {wanted[1]} {why}' if wanted else BROKEN}") from None
     while isinstance(contents, dict) and "state_dict" in contents:
         contents = contents["state_dict"]
     if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents):

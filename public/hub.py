@@ -52,9 +52,8 @@ def choices(part: str, half: bool) -> list[PublicFile]:
 
 
 def public_files(parts: Iterable[str], half: bool) -> dict[str, Path]:
-    """The public file of each part, downloaded if it is not here yet.
+    """The public file of each part, preferably in `half` precision, downloaded if it is not here yet.
 
-    half: whether half-precision files are preferred, where there are any.
     Raises OSError, in one line that names all the files still missing, when there is no connection.
     """
     wanted = {part: choices(part, half) for part in parts}
@@ -82,8 +81,9 @@ def download(files: list[PublicFile]) -> Path:
         except (OSError, RuntimeError, HTTPError) as error:  # the second is hf_xet's
             reason = " ".join(str(error).split())
             raise OSError(f"{file}: download failed, run the same command again ({reason})") from None
-    told = f"not at {constants.ENDPOINT}; if you have it elsewhere, give its path"
-    raise FileNotFoundError(f"{files[0]}: {told}")
+    raise FileNotFoundError(
+        f"{files[0]}: not at {constants.ENDPOINT}; if you have it elsewhere, give its path"
+    )
 
 
 def size_of(files: Iterable[PublicFile]) -> str:

@@ -8,18 +8,19 @@ from operator import methodcaller
 from public.formats import TensorFile
 
 # Each row: how one of our names begins, which are the diffusers layout's, and how the original one does, given the
-# groups that match. There a UNet's layers are numbered through: three to a level, the first two of them (in the
-# decoder all three) a residual block and a transformer.
+# groups that match. There a UNet's layers are numbered through, three to a level.
+KINDS = {"resnets": 0, "attentions": 1}
 LDM_UNET = [
     (r"conv_in", lambda: "input_blocks.0.0"),
     (r"time_embedding.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
-    (r"down_blocks.(\d).resnets.(\d)", lambda i, j: f"input_blocks.{3 * i + j + 1}.0"),
-    (r"down_blocks.(\d).attentions.(\d)", lambda i, j: f"input_blocks.{3 * i + j + 1}.1"),
+    (
+        r"down_blocks.(\d).(resnets|attentions).(\d)",
+        lambda i, k, j: f"input_blocks.{3 * i + j + 1}.{KINDS[k]}",
+    ),
     (r"down_blocks.(\d).downsamplers.0.conv", lambda i: f"input_blocks.{3 * i + 3}.0.op"),
     (r"mid_block.resnets.(\d)", lambda i: f"middle_block.{2 * i}"),
     (r"mid_block.attentions.0", lambda: "middle_block.1"),
-    (r"up_blocks.(\d).resnets.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.0"),
-    (r"up_blocks.(\d).attentions.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.1"),
+    (r"up_blocks.(\d).(resnets|attentions).(\d)", lambda i, k, j: f"output_blocks.{3 * i + j}.{KINDS[k]}"),
     (r"up_blocks.0.upsamplers.0", lambda: "output_blocks.2.1"),  # this level has no transformer
     (r"up_blocks.(\d).upsamplers.0", lambda i: f"output_blocks.{3 * i + 2}.2"),
     (r"conv_norm_out", lambda: "out.0"),
@@ -118,17 +119,13 @@ def stored_names(shapes: dict[str, tuple[int, ...]], part: str, file: TensorFile
     layout = max(layouts, key=lambda layout: len(file.shapes.keys() & layout.values()))
     if missing := [stored for stored in layout.values() if stored not in file.shapes]:
         advice = f"give one with --{part}" if part in ("controlnet", "vae") else "use another file"
-        raise ValueError(
-            f"{file.path}: lacks {missing[0]}, all in all {len(missing)} of the {len(shapes)} tensors of "
-            f"{needed}; fetch it again, or {advice}"
-        )
+        count = f"all in all {len(missing)} of the {len(shapes)} tensors of {needed}"
+        raise ValueError(f"{file.path}: lacks {missing[0]}, {count}; fetch it again, or {advice}")
     elsewhere = tuple(prefix for other in LAYOUTS.keys() - {part} for prefix, _ in LAYOUTS[other] if prefix)
     rest = file.shapes.keys() - set(layout.values())
     if unknown := [name for name in rest if not name.startswith(elsewhere) and not IGNORED.match(name)]:
-        raise ValueError(
-            f"{file.path}: holds {min(unknown)}, all in all {len(unknown)} tensors for which {needed} "
-            "has no place; use another file"
-        )
+        count = f"all in all {len(unknown)} tensors for which {needed} has no place"
+        raise ValueError(f"{file.path}: holds {min(unknown)}, {count}; use another file")
     for name, stored in layout.items():
         found, expected = file.shapes[stored], shapes[name]
         # A linear layer may be stored as the 1x1 convolution that it equals, and the other way round.

@@ -666,6 +666,17 @@ def test_a_config_that_does_not_say_enough_is_named(saved, tmp_path):
     assert error_of(load_model, tmp_path / "model").startswith(f"{path}: not readable as JSON")
 
 
+@pytest.mark.parametrize("name", ["vae/config.json", "posecrafter.json", "scheduler/scheduler_config.json"])
+def test_a_json_file_that_is_no_object_is_named(saved, tmp_path, name):
+    subprocess.run(["cp", "-r", saved, tmp_path / "model"], check=True)
+    path = tmp_path / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    for content in ("[]", "null", '"text"', "3"):
+        path.write_text(content)
+        told = error_of(load_model, tmp_path / "model")
+        assert told.startswith(f"{path}: holds ") and told.endswith("an object with settings is needed")
+
+
 def test_what_is_no_model_is_named(tmp_path):
     assert "absent: no such model; give sd15, demo" in error_of(load_model, tmp_path / "absent")
     assert "has no unet/" in error_of(load_model, tmp_path)
