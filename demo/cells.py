@@ -56,9 +56,7 @@ def move_person(model: Model, scene: Scene, k: int) -> np.ndarray:
 def edit_by_nearest(scene: posecrafter.Scene) -> posecrafter.Edits:
     """The paper's editor, reading the nearest pixel: no noise is averaged with its neighbours."""
     edits = posecrafter.edit_once(scene)
-    nearest = mock.patch(
-        "posecrafter.sample_bilinear", lambda x, points: sample_bilinear(x, points.round())
-    )
+    nearest = mock.patch("posecrafter.sample_bilinear", lambda x, at: sample_bilinear(x, at.round()))
     return replace(edits, before_step=nearest(edits.before_step))
 
 

@@ -31,6 +31,7 @@ from video import contact_sheet, save_image, write_video
 
 WIDTH, FPS = 256, 12
 LENGTHS = {"training_frames": 36, "target_frames": 48}  # `train.py` takes 8 of the 36
+METRICS = ("psnr", "psnr_person", "ssim")
 HELD_OUT = 10_000  # the model was trained on puppets numbered from here; those below are new to it
 
 
@@ -47,12 +48,9 @@ def sampling(run: Path, poses: str, name: str, *options: object) -> argparse.Nam
 
 
 def compare(video: np.ndarray, scene: Scene, suffix: str = "") -> dict[str, float]:
-    """How near frames uint8 (F, H, W, 3) are to the true ones; the names of the metrics get the suffix."""
-    return {
-        "psnr" + suffix: psnr(video, scene.truth),
-        "psnr_person" + suffix: psnr(video, scene.truth, scene.person),
-        "ssim" + suffix: ssim(video, scene.truth),
-    }
+    """The METRICS of frames uint8 (F, H, W, 3) beside the true ones, their names with the suffix."""
+    values = psnr(video, scene.truth), psnr(video, scene.truth, scene.person), ssim(video, scene.truth)
+    return {name + suffix: value for name, value in zip(METRICS, values)}
 
 
 def dance(identity: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
@@ -118,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
         run = args.run / str(identity) if several else args.run
         every[f"puppet {identity}"], clips = dance(identity, run, args.sample_options)
         rows |= {f"{name} {identity}" if several else name: clip for name, clip in clips.items()}
-    report(args.run, every, rows, ("psnr", "psnr_person", "ssim"), ("copied", "_copy_reference"))
+    report(args.run, every, rows, METRICS, ("copied", "_copy_reference"))
     print("(copied: the reference frame in place of the result)")
     print(f"Look at {args.run}/contact_sheet.png; result.mp4 and truth.mp4 are beside it.")
 

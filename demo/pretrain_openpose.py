@@ -69,15 +69,16 @@ def varied(rng: np.random.Generator, pool: np.ndarray, batch: int) -> tuple[Tens
 
 # ---- Targets ----------------------------------------------------------------------------------------
 
+Batch = tuple[Tensor, tuple[Tensor, ...]]  # inputs, and the targets of every stage
+
 
 def heatmaps_at(points: Tensor, height: int, width: int) -> Tensor:
     """Keypoints (N, K, 3) in pixels of the input -> (N, K + 1, h, w): their peaks, the background."""
-    x, y, score = points.unbind(dim=-1)
-    near = [  # how near the centres of the columns and rows of cells are
-        torch.exp(-((STRIDE * torch.arange(n) + 3.5 - at[..., None]) ** 2) / (2 * SIGMA**2))
-        for at, n in ((x, width), (y, height))
-    ]
-    peaks = (score > 0)[..., None, None] * near[1][..., None] * near[0][..., None, :]
+    centres = STRIDE * torch.arange(max(height, width)) + 3.5  # of the cells of a row or a column
+    near = torch.exp(-((centres - points[..., :2, None]) ** 2) / (2 * SIGMA**2))  # (N, K, 2, cells)
+    peaks = (
+        (points[..., 2] > 0)[..., None, None] * near[:, :, 1, :height, None] * near[:, :, 0, None, :width]
+    )
     return torch.cat([peaks, 1 - peaks.amax(dim=1, keepdim=True)], dim=1)
 
 
@@ -107,7 +108,7 @@ def shown_at(points: np.ndarray, scale: float) -> np.ndarray:
     return np.concatenate([(points[..., :2] + 0.5) * scale - 0.5, points[..., 2:]], axis=-1)
 
 
-def body_batch(frames: Tensor, keypoints: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...]]:
+def body_batch(frames: Tensor, keypoints: np.ndarray) -> Batch:
     """Inputs, and the two targets of every stage."""
     images = maps.body_input(frames)
     height, width = images.shape[2] // STRIDE, images.shape[3] // STRIDE
@@ -116,9 +117,7 @@ def body_batch(frames: Tensor, keypoints: np.ndarray) -> tuple[Tensor, tuple[Ten
     return images, (fields_at(points, height, width), heatmaps_at(points, height, width))
 
 
-def crops_batch(
-    part: str, rng: np.random.Generator, frames: Tensor, keypoints: np.ndarray
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def crops_batch(part: str, rng: np.random.Generator, frames: Tensor, keypoints: np.ndarray) -> Batch:
     """Inputs that show hands or faces as decoding crops them, and the target of every stage."""
     boxes_of, to_input = getattr(maps, f"{part}_boxes"), getattr(maps, f"{part}_input")
     side = SIZES["face_size"] if part == "face" else SIZES["hand_sizes"][0]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.ImageColor import getrgb
 
-from demo.motion import DANCES, SIDES, Build, Head, Skeleton, State, eye_outline, motion, skeleton
+from demo.motion import SIDES, Build, Head, Skeleton, State, eye_outline, motion, skeleton
 from demo.scenery import RGB, Background, draw_background, mix, random_background, shade
 from poses.pose import Pose
 
@@ -31,10 +31,8 @@ CLOTH_COLOURS = _palette(
     "red #cd2d30 orange #f08728 yellow #f5d446 green #3e9b4e teal #2da5aa blue #345fc8 "
     "purple #8048ac pink #f291b9 white #f0f0ec grey #8c8e94 black #28282e brown #7a4e30"
 )
-HAIR_COLOURS = _palette(
-    "black #262022 brown #684228 blond #e8c46c red #c0421e grey #a0a0a4 blue #3c69cd pink #ee82b4"
-)
-HAIR_ODDS = (0.24, 0.22, 0.18, 0.18, 0.08, 0.05, 0.05)  # in the order of HAIR_COLOURS
+HAIR = "black #262022 brown #684228 blond #e8c46c red #c0421e grey #a0a0a4 blue #3c69cd pink #ee82b4"
+HAIR_COLOURS, HAIR_ODDS = _palette(HAIR), (0.24, 0.22, 0.18, 0.18, 0.08, 0.05, 0.05)
 SKIN_TONES = tuple(map(getrgb, "#ffe0c4 #f6ceac #eabc96 #deaa80 #c68e66 #a6704c #84563a #66422e".split()))
 EYE_COLOURS = tuple(map(getrgb, "#523422 #325aa0 #347850 #5a6068".split()))
 HAIR_SHAPES = ("short", "long", "bob", "bun", "ponytail", "curly", "spiky", "bald")
@@ -149,9 +147,10 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     return frame, pose_of(puppet, state, bones), mask
 
 
-def clip(
-    identity_seed: int, motion_seed: int, frames: int, size: int = 128, dance: str = DANCES[0]
-) -> tuple[np.ndarray, list[Pose], np.ndarray]:
+Clip = tuple[np.ndarray, list[Pose], np.ndarray]
+
+
+def clip(identity_seed: int, motion_seed: int, frames: int, size: int = 128, dance: str = "facing") -> Clip:
     """A dancing puppet: frames uint8 (F, size, size, 3), F poses, masks bool (F, size, size)."""
     puppet = random_puppet(identity_seed)
     drawn = (render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance))

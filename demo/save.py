@@ -32,9 +32,8 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
     layers are left out, as in a public model: loading starts them anew. A part's weights of other names and
     precisions, which would be older ones, are removed."""
     folder = Path(folder)
-    files = dict.fromkeys(PARTS, "diffusion_pytorch_model.safetensors") | {
-        "text_encoder": "model.safetensors"
-    }
+    files = dict.fromkeys(PARTS, "diffusion_pytorch_model.safetensors")
+    files["text_encoder"] = "model.safetensors"
     with replaced_folder(folder) as new:
         for part, file in files.items():
             write_json(new / part / "config.json", config_of(model, part))

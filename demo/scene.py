@@ -60,8 +60,7 @@ class Scene:
     repainted: np.ndarray  # the truth in that colour
 
 
-# The trials of a puppet follow one another.
-rendered = lru_cache(maxsize=4)(puppets.clip)
+rendered = lru_cache(maxsize=4)(puppets.clip)  # the trials of a puppet follow one another
 
 
 def set_scene(trial: Trial, number: int | None = None) -> Scene:
@@ -92,12 +91,10 @@ def set_scene(trial: Trial, number: int | None = None) -> Scene:
 def from_the_knees_up(scene: Scene) -> Scene:
     """A scene in frames whose height is three quarters of their width, so that face and hands are larger."""
     height = scene.frames.shape[1] * 3 // 4
-    pictures = {
-        name: getattr(scene, name)[:, :height] for name in ("frames", "truth", "person", "repainted")
-    }
+    cut = {name: getattr(scene, name)[:, :height] for name in ("frames", "truth", "person", "repainted")}
     poses = {name: getattr(scene, name) for name in ("poses", "targets", "true_poses")}
     placed = {name: [place_pose(pose, 1, 4 / 3, 0, 0) for pose in each] for name, each in poses.items()}
-    return replace(scene, **pictures, **placed)
+    return replace(scene, **cut, **placed)
 
 
 def unlike(subject: int) -> int:

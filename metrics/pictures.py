@@ -46,9 +46,7 @@ def worst_frames(
     *lefts, right = range(margin, margin + (len(worst) + 1) * (width + GAP), width + GAP)
     strip = Image.new("RGB", (right, line + 2 * (height + GAP)), PAPER)
     ink = ImageDraw.Draw(strip)
-    for top, (label, frames) in zip(
-        (line, line + height + GAP), {"truth": truth, "result": result}.items()
-    ):
+    for top, label, frames in ((line, "truth", truth), (line + height + GAP, "result", result)):
         ink.text((GAP, top + height // 2), label, INK, font, anchor="lm")
         for left, index in zip(lefts, worst):
             frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.LANCZOS)
