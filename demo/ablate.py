@@ -10,7 +10,7 @@ Every trial of every puppet is kept in `runs/ablate/`: an interrupted command go
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from beyond.pseudo import METHODS
 from checkpoint import read_settings
-from command import keep_freed_memory
+from command import keep_freed_memory, run_command
 from demo import cells
 from demo.cells import FIGURES, cell_path, load_figures, shown
 from demo.puppet import random_puppet
@@ -41,6 +41,7 @@ def crossing(outer: Rows, inner: Rows) -> Rows:
     return {f"{a}: {b}": outer[a] | inner[b] for a in outer for b in inner}
 
 
+# fmt: off
 NOISE, INVERSION, INSERTION = "noise start", "+ selection and inversion", "+ insertion"
 FULL, BODY, HELD = "+ latent editing", "whole body", "held to the pseudo video"
 COPY, WARP, MOVED, UNTRAINED = "copy", "warp", "pseudo video", "no fine-tuning"
@@ -57,28 +58,20 @@ MAIN = {
     HELD: {"way": METHODS["held"], "replay": False},
 }
 MAIN_PAIRS = (
-    (INVERSION, NOISE),
-    (INSERTION, INVERSION),
-    *((FULL, other) for other in (INSERTION, COPY, WARP, UNTRAINED)),
-    (BODY, FULL),
-    *((HELD, other) for other in (BODY, FULL, COPY, WARP, MOVED)),
+    (INVERSION, NOISE), (INSERTION, INVERSION), *((FULL, other) for other in (INSERTION, COPY, WARP, UNTRAINED)),
+    (BODY, FULL), *((HELD, other) for other in (BODY, FULL, COPY, WARP, MOVED)),
 )
 HARDER = {
-    "turning": {"dance": "turning"},
-    "crossed arms": {"dance": "crossed"},
-    "another's poses": {"driver": "literal"},
-    "another's, retargeted": {"driver": "retargeted"},
+    "turning": {"dance": "turning"}, "crossed arms": {"dance": "crossed"},
+    "another's poses": {"driver": "literal"}, "another's, retargeted": {"driver": "retargeted"},
 }
 KEY_FRAME = {  # how it gets back from noise, beyond the paper
-    "as it is": {"replay": False},
-    "replay": {"replay": True},
-    "fixed point": {"replay": False, "fixed_point": 2},
-    "both": {"replay": True, "fixed_point": 2},
+    "as it is": {"replay": False}, "replay": {"replay": True},
+    "fixed point": {"replay": False, "fixed_point": 2}, "both": {"replay": True, "fixed_point": 2},
 }
 KEY_FRAMES = crossing({name: {"way": method} for name, method in METHODS.items()}, KEY_FRAME)
 WORDS = {
-    "not told": {},
-    "told": {"guidance": 1},
+    "not told": {}, "told": {"guidance": 1},
     "guidance 3": {"guidance": 3, "guidance_until": read_settings(locate("demo"))["guidance_until"]},
     "guidance 3, to the end": {"guidance": 3},
 }
@@ -95,20 +88,19 @@ PARTS: dict[str, Rows] = {  # rows are compared with the first one whose name be
     "frames": {f"{n} of 72": {"training_frames": n, "clip_frames": 72} for n in (8, 2, 4, 16, 32, 64)},
     "rate": {"the model's own": {}} | {f"{rate:g}": {"learning_rate": rate} for rate in (3e-4, 3e-3, 1e-2)},
     "interpolation": {
-        "bilinear": {},
-        "nearest pixel": {"editor": cells.edit_by_nearest},
-        "no editing": MAIN[INSERTION],
+        "bilinear": {}, "nearest pixel": {"editor": cells.edit_by_nearest}, "no editing": MAIN[INSERTION],
     },
     "steps": {f"{n} steps": {"ddim_steps": n} for n in (10, 20, 50)},
 }
+# fmt: on
 TRIAL_OPTIONS = ("target_frames", "target_every", "ddim_steps", "training_steps")
 
 
 def changed(full: Trial, changes: dict) -> Trial:
     """The trial with other fields, its own and those of its method."""
-    of_trial = {name: value for name, value in changes.items() if hasattr(full, name)}
-    trial = replace(full, **of_trial)
-    of_method = {name: value for name, value in changes.items() if name not in of_trial}
+    own = {name: value for name, value in changes.items() if hasattr(full, name)}
+    of_method = {name: value for name, value in changes.items() if name not in own}
+    trial = replace(full, **own)
     return replace(trial, way=replace(trial.way, **of_method)) if of_method else trial
 
 
@@ -145,11 +137,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def differences(values: Table, pairs: Iterable[tuple[str, str]] = ()) -> Table:
+def differences(values: Table, pairs: Sequence[tuple[str, str]] = ()) -> Table:
     """Puppet by puppet: by default from the first row whose name begins with the same words up to a colon."""
-    first = {}
-    for row in values:
-        first.setdefault(row.rpartition(": ")[0], row)
+    first = {row.rpartition(": ")[0]: row for row in reversed(values)}
     pairs = pairs or [(row, first[row.rpartition(": ")[0]]) for row in values if row not in first.values()]
     return {f"{a} − {b}": values[a] - values[b] for a, b in pairs}
 
@@ -157,7 +147,7 @@ def differences(values: Table, pairs: Iterable[tuple[str, str]] = ()) -> Table:
 def markdown_table(values: Table, signed: bool = False) -> str:
     """Means with 95 % intervals; differences are signed, and bold where the interval excludes 0."""
     measured = np.isfinite(next(iter(values.values()))).all(axis=0)
-    titles, forms, _ = zip(*(figure for figure, kept in zip(FIGURES.values(), measured) if kept))
+    titles, forms, _ = zip(*(figure for figure, there in zip(FIGURES.values(), measured) if there))
     lines = [f"|  | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
     for row, found in values.items():
         entries = []
@@ -172,10 +162,9 @@ def markdown_table(values: Table, signed: bool = False) -> str:
 def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Trial]]) -> None:
     """The first two puppets: truth and all rows."""
     clips = {}
-    for trials in done[:2]:
-        for row, trial in trials.items():
-            clips[f"{trial.identity}: {trial.dance}, truth"] = shown(set_scene(trial).truth)
-            clips[f"{trial.identity}: {row}"] = np.load(cell_path(work, trial))["frames"]
+    for row, trial in [named for trials in done[:2] for named in trials.items()]:
+        clips[f"{trial.identity}: {trial.dance}, truth"] = shown(set_scene(trial).truth)
+        clips[f"{trial.identity}: {row}"] = np.load(cell_path(work, trial))["frames"]
     save_image(path, contact_sheet(clips, cell_height=128))
 
 
@@ -235,9 +224,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
-        main(parse_arguments())
-    except (OSError, ValueError) as error:
-        sys.exit(f"ablate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("ablate.py: stopped; the same command goes on from here")
+    run_command("ablate.py", main, parse_arguments(), stopped="stopped; the same command goes on from here")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from unittest import mock
@@ -32,14 +32,13 @@ from video import replacing
 
 
 def repeat_reference(model: Model, scene: Scene, k: int) -> np.ndarray:
-    return np.repeat(scene.frames[k : k + 1], len(scene.targets), axis=0)
+    return np.repeat(scene.frames[[k]], len(scene.targets), axis=0)
 
 
 def warp_body(latent: Tensor, reference_pose: Pose, pose: Pose, background: Tensor) -> Tensor:
     """The reference's clean latent (C, h, w) with its body moved to another pose before the background."""
     was, now = (covered(each, *latent.shape[-2:]) for each in (reference_pose, pose))
-    left = torch.tensor((was - now).clip(0), dtype=latent.dtype, device=latent.device)
-    warped = latent.lerp(background, left)[None]
+    warped = latent.lerp(background, torch.tensor((was - now).clip(0)).to(latent))[None]
     edit_latents(warped, latent, [pose], reference_pose, body_parts)
     return warped[0]
 
@@ -58,12 +57,8 @@ def move_person(model: Model, scene: Scene, k: int) -> np.ndarray:
 def edit_by_nearest(scene: posecrafter.Scene) -> posecrafter.Edits:
     """The paper's editor, reading the nearest pixel: no noise is averaged with its neighbours."""
     edits = posecrafter.edit_once(scene)
-
-    def nearest(latent: Tensor, points: np.ndarray) -> Tensor:
-        return sample_bilinear(latent, points.round())
-
-    before_step = mock.patch("posecrafter.sample_bilinear", nearest)(edits.before_step)
-    return replace(edits, before_step=before_step)
+    nearest = mock.patch("posecrafter.sample_bilinear", lambda x, at: sample_bilinear(x, at.round()))
+    return replace(edits, before_step=nearest(edits.before_step))
 
 
 def make_clip(model: Model, trial: Trial, scene: Scene) -> np.ndarray:
@@ -104,15 +99,16 @@ def boxes(poses: Sequence[Pose], parts: Sequence[str], size: int) -> np.ndarray:
     for mask, pose in zip(masks, poses):
         for part in parts:
             points = getattr(pose, part)[:, :2] * size
-            left, top = (points.min(axis=0) - MARGIN).clip(0, size).astype(int)
-            right, bottom = np.ceil(points.max(axis=0) + MARGIN).clip(0, size).astype(int)
+            left, top = (points.min(axis=0) - MARGIN).clip(0).astype(int)
+            right, bottom = np.ceil(points.max(axis=0) + MARGIN).clip(0).astype(int)
             mask[top:bottom, left:right] = True
     return masks
 
 
 def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, float]:
     """The FIGURES of frames uint8 (F, size, size, 3); the last two only where something is repainted."""
-    truth, size = scene.truth, scene.truth.shape[1]
+    truth = scene.truth
+    of_part = partial(boxes, scene.true_poses, size=truth.shape[1])
     changes = (np.diff(frames.astype(np.float64), axis=0) for frames in (result, truth))
     # One frame at a time: whom OpenPose loses between frames so far apart is no fault of the method's.
     looked_at = [slice(i, i + 1) for i in range(0, len(result), FOUND_EVERY)]
@@ -121,8 +117,8 @@ def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, f
         "psnr_person": frame_psnr(result, truth, scene.person),
         "ssim": frame_ssim(result, truth),
         "l1": frame_l1(result, truth),
-        "psnr_face": frame_psnr(result, truth, boxes(scene.true_poses, ["face"], size)),
-        "psnr_hands": frame_psnr(result, truth, boxes(scene.true_poses, ["left_hand", "right_hand"], size)),
+        "psnr_face": frame_psnr(result, truth, of_part(["face"])),
+        "psnr_hands": frame_psnr(result, truth, of_part(["left_hand", "right_hand"])),
         "psnr_background": frame_psnr(result, truth, ~scene.person),
         "pck": [find_and_compare(openpose, result[i], scene.targets[i])[0] for i in looked_at],
         "temporal": np.abs(np.subtract(*changes)).mean(axis=(1, 2, 3)) / 255,
@@ -164,8 +160,8 @@ def shown(frames: np.ndarray) -> np.ndarray:
 def save_cell(work: Path, trial: Trial, figures: dict[str, float], frames: np.ndarray) -> None:
     path = cell_path(work, trial)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.savez_compressed(file, frames=shown(frames), **figures)
+    with replacing(path) as unfinished:
+        np.savez_compressed(unfinished, frames=shown(frames), **figures)
 
 
 def load_figures(work: Path, trial: Trial) -> np.ndarray:

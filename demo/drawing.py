@@ -6,34 +6,33 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from metrics.pictures import FAINT, INK, LINE
+from metrics.pictures import FAINT, GAP, INK, LINE
 from metrics.pictures import PAPER as BACKGROUND
 
-GAP, CELL = 8, 192  # pixels
+CELL, TITLE, CAPTION = 192, 30, 22  # pixels: a picture's width, and the heights of what is written above
 HEAT = (250, 204, 21)
-PARTS = {"face": (250, 204, 21), "left_hand": (96, 165, 250), "right_hand": (248, 113, 113)}
+PARTS = {"face": HEAT, "left_hand": (96, 165, 250), "right_hand": (248, 113, 113)}
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     """Rows of pictures, with a title above each row that has one."""
     width = GAP + max(sum(picture.width + GAP for picture in row) for _, row in rows)
-    heights = [(30 if title else 0) + max(picture.height for picture in row) + GAP for title, row in rows]
-    page = Image.new("RGB", (width, GAP + sum(heights)), BACKGROUND)
-    y = GAP
+    heights = [TITLE * bool(title) + max(picture.height for picture in row) + GAP for title, row in rows]
+    page, y = Image.new("RGB", (width, GAP + sum(heights)), BACKGROUND), GAP
     for (title, row), height in zip(rows, heights):
         ImageDraw.Draw(page).text((GAP, y + 15), title, INK, ImageFont.load_default(19), anchor="lm")
         x = GAP
         for picture in row:
-            page.paste(picture, (x, y + (30 if title else 0)))
+            page.paste(picture, (x, y + TITLE * bool(title)))
             x += picture.width + GAP
         y += height
     return page
 
 
 def captioned(caption: str, picture: Image.Image) -> Image.Image:
-    taller = Image.new("RGB", (picture.width, picture.height + 22), BACKGROUND)
-    taller.paste(picture, (0, 22))
-    middle = picture.width // 2, 11
+    taller = Image.new("RGB", (picture.width, picture.height + CAPTION), BACKGROUND)
+    taller.paste(picture, (0, CAPTION))
+    middle = picture.width // 2, CAPTION // 2
     ImageDraw.Draw(taller).text(middle, caption, INK, ImageFont.load_default(16), anchor="mm")
     return taller
 
@@ -46,10 +45,9 @@ def shrunk(frame: np.ndarray, width: int = CELL) -> Image.Image:
 
 def false_colours(latent: Tensor, width: int = CELL) -> Image.Image:
     """Three channels of a latent (C, h, w) as red, green and blue, from -2 to 2; pixels stay squares."""
-    colours = ((latent[:3].float() / 4 + 0.5) * 255).clamp(0, 255).byte()
-    picture = Image.fromarray(colours.permute(1, 2, 0).cpu().numpy())
-    size = width, round(width * picture.height / picture.width)
-    return picture.resize(size, Image.Resampling.NEAREST)
+    colours = ((latent[:3].float() / 4 + 0.5) * 255).clamp(0, 255).byte().permute(1, 2, 0)
+    size = width, round(width * colours.shape[0] / colours.shape[1])
+    return Image.fromarray(colours.cpu().numpy()).resize(size, Image.Resampling.NEAREST)
 
 
 def framed(picture: Image.Image) -> Image.Image:
@@ -63,8 +61,7 @@ def framed(picture: Image.Image) -> Image.Image:
 def crossed(picture: Image.Image, point: np.ndarray) -> Image.Image:
     """With a ring around a point (x, y), canvas-normalised."""
     picture, (x, y) = picture.copy(), point * picture.size
-    radius = max(8, picture.width // 32)
-    pen = ImageDraw.Draw(picture)
+    radius, pen = max(8, picture.width // 32), ImageDraw.Draw(picture)
     for r, colour, line in ((radius + 1, BACKGROUND, 4), (radius, HEAT, 2)):
         pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=line)
     return picture
@@ -91,9 +88,9 @@ def heated(frame: np.ndarray, weights: np.ndarray, width: int) -> Image.Image:
 def outlined(latent: Tensor, hulls: dict[str, np.ndarray], width: int) -> Image.Image:
     """A latent (C, h, w) in false colours, with the outline of each part's hull (K, 2), in latent pixels."""
     picture = false_colours(latent, width)
-    pen = ImageDraw.Draw(picture)
     for name, hull in hulls.items():
-        corners = [tuple(corner) for corner in ((hull + 0.5) * width / latent.shape[-1]).tolist()]
+        corners = list(map(tuple, ((hull + 0.5) * width / latent.shape[-1]).tolist()))
         for colour, line in ((BACKGROUND, 7), (PARTS[name], 3)):
-            pen.line([*corners, *corners[:2]], fill=colour, width=line, joint="curve")
+            outline = [*corners, *corners[:2]]
+            ImageDraw.Draw(picture).line(outline, fill=colour, width=line, joint="curve")
     return picture

@@ -13,68 +13,41 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import keep_freed_memory, run_command, sampling_arguments, training_arguments
+from command import keep_freed_memory, run_command
 
 if __name__ == "__main__":  # before torch is imported
     keep_freed_memory()
 
 import sample
-import train
 from beyond.retarget import retarget
-from demo.dance import FPS, TARGET_FRAMES, TRAINING_FRAMES, make_anew, report
-from demo.motion import motion
-from demo.puppet import Puppet, clip, pose_of, random_puppet, render
-from metrics.figures import psnr
-from poses.pose import draw_pose, is_seen, save_poses
+from demo.dance import LENGTHS, compare, make_anew, report, sampling, train_on
+from demo.scene import CANDIDATES, Trial, set_scene, unlike
+from poses.pose import draw_pose, save_poses
 from run import load_run
 
 SIZE = 192  # pixels: whole bodies in square frames, since legs have proportions too
-CANDIDATES = 100  # puppets among which a subject's driver is looked for
-
-
-def unlike(subject: int) -> int:
-    """The puppet whose build differs most from the subject's, which is nobody the model knows."""
-
-    def build(puppet: Puppet) -> np.ndarray:
-        arm, leg = (puppet.upper_arm, puppet.forearm, puppet.hand), (puppet.thigh, puppet.shin)
-        return np.log([*puppet.head, puppet.torso, puppet.shoulders, puppet.hips, *arm, *leg])
-
-    own = build(random_puppet(subject))
-    return max(range(CANDIDATES), key=lambda other: np.linalg.norm(build(random_puppet(other)) - own))
 
 
 def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tuple[dict, dict]:
     """Trains on the subject and samples the driver's dance both ways, in the folder `run`, which is made anew.
+    Returns the figures and the sheet's rows. The options go on to `sample.py`."""
+    scene = set_scene(Trial(subject, SIZE, **LENGTHS, driver="literal"), number=2 * driver + 1)
+    make_anew(run, scene.frames, scene.truth)
+    save_poses(run / "poses.source.poses.json", scene.targets, SIZE, SIZE)
+    save_poses(run / "clip.poses.json", scene.poses, SIZE, SIZE)
+    train_on(run, "--poses", run / "clip.poses.json")
 
-    Returns the figures and the sheet's rows. The options go on to `sample.py`.
-    """
-    frames, poses, _ = clip(subject, 2 * subject, TRAINING_FRAMES, SIZE)
-    states = motion(2 * driver + 1, TARGET_FRAMES)
-    truth, true_poses, person = zip(*(render(random_puppet(subject), s, SIZE) for s in states))
-    truth, person = np.stack(truth), np.stack(person)
-    make_anew(run, frames, truth)
-    driver_poses = [pose_of(random_puppet(driver), state) for state in states]
-    save_poses(run / "poses.source.poses.json", driver_poses, SIZE, SIZE)
-    save_poses(run / "clip.poses.json", poses, SIZE, SIZE)
-
-    command = [run / "clip", "--poses", run / "clip.poses.json", "--model", "demo", "--run", run]
-    train.main(training_arguments(list(map(str, command))))
-    retargeted_poses = retarget(driver_poses, load_run(run).poses, 1.0)
-
-    metrics, rows = {"subject": subject, "driver": driver}, {"truth": truth}
-    for way, followed in (("retargeted", retargeted_poses), ("literal", driver_poses)):
+    metrics, rows = {"subject": subject, "driver": driver}, {"truth": scene.truth}
+    retargeted_poses = retarget(scene.targets, load_run(run).poses, 1.0)
+    for way, poses in (("retargeted", retargeted_poses), ("literal", scene.targets)):
         suffix, option = ("_literal", "--no-retarget") if way == "literal" else ("", "--retarget")
-        command = ["--poses", run / "poses.source.poses.json", "--run", run, "--fps", FPS, option]
-        command += ["--ddim-steps", 20, "--out", run / f"{way}.mp4", *sample_options]
-        result = sample.main(sampling_arguments(list(map(str, command))))
-        seen = (is_seen(a.body) & is_seen(b.body) for a, b in zip(followed, true_poses))
-        off = np.concatenate(
-            [(a.body - b.body)[both, :2] for a, b, both in zip(followed, true_poses, seen)]
-        )
-        metrics["psnr" + suffix] = psnr(result, truth)
-        metrics["psnr_person" + suffix] = psnr(result, truth, person)
-        metrics["pixels_off" + suffix] = SIZE * float(np.linalg.norm(off, axis=1).mean(dtype=float))
-        rows |= {f"{way} pose": [draw_pose(pose, SIZE, SIZE) for pose in followed], way: result}
+        options = option, "--ddim-steps", 20, *sample_options
+        result = sample.main(sampling(run, "poses.source.poses.json", way, *options))
+        followed, true = (np.stack([pose.body for pose in each]) for each in (poses, scene.true_poses))
+        both = (followed[..., 2] > 0) & (true[..., 2] > 0)
+        off = np.linalg.norm((followed - true)[both, :2], axis=1).mean(dtype=float)
+        metrics |= compare(result, scene, suffix) | {"pixels_off" + suffix: SIZE * float(off)}
+        rows |= {f"{way} pose": [draw_pose(pose, SIZE, SIZE) for pose in poses], way: result}
     return metrics, rows
 
 
@@ -96,5 +69,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=4, help="subjects 0, 1, ... (default: 4)")
     parser.add_argument("--run", type=Path, default=Path("runs/drive"), help="default: %(default)s")
-    args, sample_options = parser.parse_known_args()
-    run_command("drive.py", main, argparse.Namespace(**vars(args), sample_options=sample_options))
+    args, args.sample_options = parser.parse_known_args()
+    run_command("drive.py", main, args)

@@ -71,10 +71,8 @@ class State:
 
 
 def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> list[State]:
-    """The first `frames` states of dance number `seed`; a longer one begins like a shorter one.
-
-    A dance of another kind (one of DANCES) is the same but for its body's turn, or its arms.
-    """
+    """The first `frames` states of dance number `seed`; a longer one begins like a shorter one. A dance of another
+    kind (one of DANCES) is the same but for its body's turn, or its arms."""
     rng = np.random.default_rng(seed)
     seconds = np.arange(frames) / fps
 
@@ -82,16 +80,18 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
         """A smooth course (frames,) between `low` and `high`: a slow sinusoid with quicker ones."""
         reach = rng.uniform(0.6, 1.0) * (high - low) / 2
         centre = rng.uniform(low + reach, high - reach)
-        hertz = rng.uniform((0.15, 0.35, 0.6), (0.4, 0.7, 1.0))
-        phase = rng.uniform(0, 2 * np.pi, 3)
+        hertz, phase = rng.uniform((0.15, 0.35, 0.6), (0.4, 0.7, 1.0)), rng.uniform(0, 2 * np.pi, 3)
         turns = np.sin(2 * np.pi * hertz * seconds[:, None] + phase)  # (frames, 3)
         return centre + reach * turns @ (0.66, 0.26, 0.08)
 
-    def both(low: float, high: float) -> np.ndarray:
-        return np.stack([wave(low, high), wave(low, high)], axis=1)  # (frames, 2)
+    def waves(*ranges: Pair) -> np.ndarray:
+        return np.stack([wave(*each) for each in ranges], axis=1)  # (frames, ranges)
+
+    def both(*reach: float) -> np.ndarray:
+        return waves(reach, reach)
 
     arms = [ARM_STYLES[rng.integers(len(ARM_STYLES))] for _ in range(2)]
-    shoulder, elbow = (np.stack([wave(*reach) for reach in joint], axis=1) for joint in zip(*arms))
+    shoulder, elbow = (waves(*joint) for joint in zip(*arms))
     if rng.random() < 0.3:  # some dances are mirrored: both arms do nearly the same
         shoulder[:, 1] = shoulder[:, 0] + wave(-0.15, 0.15)
         elbow[:, 1] = elbow[:, 0] + wave(-0.2, 0.2)
@@ -103,8 +103,7 @@ def motion(seed: int, frames: int, fps: float = 12.0, dance: str = "facing") -> 
     for name, kind in State.__annotations__.items():
         if get_origin(kind) is Annotated:
             courses[name] = (wave if kind.__origin__ is float else both)(*kind.__metadata__)
-    for name in ("hop", "mouth"):
-        courses[name] = courses[name].clip(0)
+    courses |= {name: courses[name].clip(0) for name in ("hop", "mouth")}
     # The top of a sinusoid raised to a power: short blinks with long pauses.
     courses["blink"] = ((courses["blink"] + 1) / 2) ** 8
     if dance == "turning":
@@ -130,10 +129,8 @@ def across(angle: float | np.ndarray) -> np.ndarray:
 
 
 class Head(NamedTuple):
-    """Places points of the head, given in head units, on the canvas.
-
-    In head units the head is about the unit ball: x to picture right, y down, z to the camera.
-    """
+    """Places points of the head on the canvas. In their units, head units, it is about the unit ball: x to picture
+    right, y down, z to the camera."""
 
     centre: np.ndarray  # (2,)
     size: Pair  # half-width, half-height
@@ -147,10 +144,8 @@ class Head(NamedTuple):
         return self.centre + np.outer(x, across(-self.tilt)) + np.outer(y, down(-self.tilt))
 
     def solid(self, points) -> np.ndarray:
-        """Head units on the head itself, turned and nodded with it -> (N, 2).
-
-        Points are (N, 3), or (N, 2) on the front of the face, which are lifted onto the ball.
-        """
+        """(N, 3) head units on the head itself, turned and nodded with it -> (N, 2); also (N, 2) head units on the
+        front of the face, which are lifted onto the ball."""
         x, y, *depth = np.asarray(points, float).T
         z = depth[0] if depth else np.sqrt(np.clip(1 - x**2 - 0.6 * y**2, 0, 1))
         aside = x * np.cos(self.turn) + z * np.sin(self.turn)
@@ -213,9 +208,8 @@ LENGTH = np.array((0.42, 0.44, 0.48, 0.44, 0.35))
 def hands_of(wrists: np.ndarray, angle: np.ndarray, length: float, state: State) -> np.ndarray:
     """The points (2, 21, 2) of hands that point along `down(angle)`, palms to the camera; angles are (2,)."""
     curl, spread, sides = np.array(state.curl), np.array(state.spread)[:, None], SIDES[:, None]
-    bases = (
-        ALONG[:, None] * down(angle)[:, None] + BESIDE[:, None] * (sides * across(angle))[:, None]
-    )  # (2, 5, 2)
+    towards_thumb = sides * across(angle)
+    bases = ALONG[:, None] * down(angle)[:, None] + BESIDE[:, None] * towards_thumb[:, None]  # (2, 5, 2)
     # The thumb stands away from the hand; the others fan out around the middle finger.
     fan = (2 - np.arange(5)) * spread
     fan[:, 0] = 0.75 + spread[:, 0] - 0.7 * curl[:, 0]

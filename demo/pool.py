@@ -25,14 +25,12 @@ FOUND_WITHIN = np.repeat((1.6, 1.1, 0.6), (18, 70, 2 * 21))[:, None]
 
 def row_type(height: int, width: int) -> np.dtype:
     """A row of the pool is one identity: POSES frames and the twin's, with foreground masks and keypoints."""
-    frames = POSES + 1
-    columns = [
-        ("frames", np.uint8, (frames, height, width, 3)),
-        ("masks", bool, (frames, height // FACTOR, width // FACTOR)),
-        ("poses", np.float32, (frames, 130, 3)),
+    return np.dtype([
+        ("frames", np.uint8, (POSES + 1, height, width, 3)),
+        ("masks", bool, (POSES + 1, height // FACTOR, width // FACTOR)),
+        ("poses", np.float32, (POSES + 1, 130, 3)),
         ("captions", "U100", 2),  # the caption, and its words for what is another in the twin
-    ]
-    return np.dtype(columns)
+    ])  # fmt: skip
 
 
 def stacked(pose: Pose) -> np.ndarray:
@@ -56,20 +54,15 @@ def twin_of(puppet: Puppet, rng: np.random.Generator) -> tuple[Puppet, str]:
 
 
 def render_identity(seed: int, height: int, width: int, disguised: float = DISGUISED) -> tuple:
-    """One row of the pool, see `row_type`.
-
-    In disguise no colour is what it is called: the caption is "a person", and no words are told.
-    Puppets are drawn in a square as wide as the frame, or wider in disguise; the frame cuts off legs, not heads.
-    """
+    """One row of the pool, see `row_type`. In disguise no colour is what it is called: the caption is "a person",
+    and no words are told. Puppets are drawn in a square as wide as the frame, or wider in disguise; the frame cuts
+    off legs, not heads."""
     rng = np.random.default_rng((3, seed))
     in_disguise = rng.random() < disguised
-    zoom = rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0
-    side = round(width * zoom)
-    top = int(rng.integers(min(side - height, side // 10) + 1))
-    left = int(rng.integers(side - width + 1))
+    side = round(width * (rng.uniform(1.05, 1.5) if in_disguise and rng.random() < 0.4 else 1.0))
+    top, left = (int(rng.integers(most + 1)) for most in (min(side - height, side // 10), side - width))
     dance = str(rng.choice(DANCES[1:])) if rng.random() < MOVING else DANCES[0]
-    puppet = random_puppet(seed)
-    states = motion(seed, POSES * 15, dance=dance)[::15]  # 1.25 s apart
+    puppet, states = random_puppet(seed), motion(seed, POSES * 15, dance=dance)[::15]  # 1.25 s apart
     twin, told = twin_of(puppet, rng)
     drawn = [*(render(puppet, state, side) for state in states), render(twin, states[0], side)]
     frames, poses, masks = zip(*drawn)
@@ -97,11 +90,9 @@ def render_pool(path: Path, identities: range, height: int, width: int) -> np.nd
 
 
 def as_found(rng: np.random.Generator, keypoints: np.ndarray, height: int, width: int) -> list[Pose]:
-    """The poses of a clip, from all its keypoints (F, 130, 3), as they might have been found in pixels.
-
-    Those outside the picture are not found. Some clips' are found almost exactly, some rather badly: a network
-    that has only seen a renderer's own keypoints takes every misplaced pixel of a lip at its word.
-    """
+    """The poses of a clip, from all its keypoints (F, 130, 3), as they might have been found in pixels. Those
+    outside the picture are not found. Some clips' are found almost exactly, some rather badly: a network that has
+    only seen a renderer's own keypoints takes every misplaced pixel of a lip at its word."""
     error = rng.normal(0, rng.uniform(0, 1.5) * FOUND_WITHIN, (*keypoints.shape[:2], 2))
     found = keypoints.copy()
     found[..., :2] += error / (width, height)

@@ -1,12 +1,8 @@
 """Makes a base model for the demo from nothing: `python demo/pretrain.py`.
 
 Stable Diffusion has seen the world; the demo model has seen paper puppets. It is the same code at small width.
-
-1. Render a pool of puppets in the demo's frames, some in disguise, with keypoints and captions (`pool.py`).
-2. Train the VAE.
-3. Train UNet, ControlNet and text encoder on short clips.
-
-Step 3 has to teach what Stable Diffusion brings along: a person's appearance can be read off frame 0 through
+First the VAE is trained on a pool of puppets (`pool.py`), then UNet, ControlNet and text encoder on short clips.
+They have to learn what Stable Diffusion brings along: a person's appearance can be read off frame 0 through
 key-frame attention, whatever the pose. `training_batch` says how. The temporal layers are absent, as in a public
 2-D checkpoint; loading a model adds them. A run that is interrupted goes on from its last checkpoint.
 
@@ -67,8 +63,7 @@ def optimise(
     goes on from there as if it had not stopped; a finished one only loads its weights. Steps whose gradients are
     not finite are skipped. Raises ArithmeticError if all 100 are.
     """
-    checkpoint, log = work / f"{name}.pt", work / f"{name}.csv"
-    parameters = list(networks.parameters())
+    checkpoint, parameters = work / f"{name}.pt", list(networks.parameters())
     optimizer = torch.optim.AdamW(parameters, peak_lr, (0.9, 0.99), weight_decay=0.01, fused=True)
     average, start, rows, losses = [p.detach().clone() for p in parameters], 0, [], []
     if checkpoint.exists():
@@ -94,7 +89,7 @@ def optimise(
                 raise ArithmeticError(f"{name}: no gradient of the steps up to {step + 1} is finite")
             rows.append([step + 1, sum(losses) / len(losses)])
             losses = []
-            np.savetxt(log, rows, "%g", ",", header="step,loss", comments="")
+            np.savetxt(work / f"{name}.csv", rows, "%g", ",", header="step,loss", comments="")
             state = {"networks": networks.state_dict(), "optimizer": optimizer.state_dict()}
             with replacing(checkpoint) as unfinished:
                 torch.save(state | {"average": average, "step": step + 1, "rows": rows}, unfinished)
@@ -118,11 +113,10 @@ def start_residuals_at_zero(model: nn.Module) -> None:
 def loss_weights(masks: np.ndarray, keypoints: np.ndarray) -> Tensor:
     """How much latent pixels weigh (F, 1, h, w): 1, 5 where the person is, 12 on the head, 15 on the face, and 40
     on hands, which are smaller, and eyes. masks: (F, h, w); keypoints: (F, 130, 3)."""
-    weights = 1 + 4 * masks.astype(np.float32)
-    size = FACTOR * np.array(masks.shape[:0:-1])  # width, height
+    weights, size = 1 + 4 * masks.astype(np.float32), FACTOR * np.array(masks.shape[:0:-1])  # width, height
     for weight, pose in zip(weights, map(pose_from, keypoints)):
-        head = np.ptp(pose.face[:, 1]) * size[1] / 2  # pixels around the face
-        parts = [(pose.face, head, 12), (pose.face, 2, 15), (pose.face[36:48], 3, 40)]
+        around_face = np.ptp(pose.face[:, 1]) * size[1] / 2  # pixels
+        parts = [(pose.face, around_face, 12), (pose.face, 2, 15), (pose.face[36:48], 3, 40)]
         for part, margin, heavy in [*parts, (pose.left_hand, 2, 40), (pose.right_hand, 2, 40)]:
             points = part[:, :2] * size
             left, top = ((points.min(axis=0) - margin).clip(0) // FACTOR).astype(int)
@@ -136,10 +130,8 @@ def loss_weights(masks: np.ndarray, keypoints: np.ndarray) -> Tensor:
 
 def train_vae(vae: VAE, pool: np.ndarray, work: Path) -> None:
     """By L1 + L2 + gradient loss, with a light pull of the latents to N(0, 1). Sets the scale to their deviation.
-
     On whole frames: over a crop, a group norm has other statistics, and colours come out wrong. Face and hands
-    weigh most, or dark faces come out blank.
-    """
+    weigh most, or dark faces come out blank."""
     device = vae.quant_conv.weight.device
 
     def loss_at(step: int) -> Tensor:
@@ -156,8 +148,7 @@ def train_vae(vae: VAE, pool: np.ndarray, work: Path) -> None:
         loss = (weight * (difference.abs() + difference**2)).mean()
         loss = loss + (weight[:, :, 1:] * difference.diff(dim=2).abs()).mean()
         loss = loss + (weight[..., 1:] * difference.diff(dim=3).abs()).mean()
-        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        return loss + 1e-4 * divergence
+        return loss + 1e-4 * ((mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2)
 
     start_residuals_at_zero(vae)
     optimise("vae", vae, loss_at, VAE_STEPS, 2e-3, work)
@@ -204,18 +195,17 @@ def prompt_from(rng: Generator, words: str, told: str = "") -> str:
 
 def training_batch(rng: Generator, pool: np.ndarray, vae: VAE, progress: float) -> dict:
     """Noisy "latents" (F, 8, h, w) of clips of one identity each, the "noise" to predict in them, its "weight" in
-    the loss (F, 1, h, w), and what the networks are told.
+    the loss (F, 1, h, w), which is highest on the person, and what the networks are told.
 
-    - Two in three clips share noise as the method's inverted pseudo video does: at the last timestep all
-      frames are *equal* to frame 0. x = sqrt(a) z + sqrt(1 - a) noise shall be the same although the images
-      z differ, so noise_i = noise_0 + sqrt(a / (1 - a)) (z_0 - z_i), with a of that last timestep.
-      The pose alone then says where things go; or latent editing has moved face and hands, or the whole
-      body, in a third of them each. The other clips have independent noise, as fine-tuning has.
+    - Two in three clips share noise as the method's inverted pseudo video does: at the last timestep all frames
+      are *equal* to frame 0. x = sqrt(a) z + sqrt(1 - a) noise shall be the same although the images z differ, so
+      noise_i = noise_0 + sqrt(a / (1 - a)) (z_0 - z_i), with a of that last timestep. The pose alone then says
+      where things go; or latent editing has moved face and hands, or the whole body, in a third of them each.
+      The other clips have independent noise, as fine-tuning has.
     - In half of those that share noise and have a twin, the noise remembers the *twin's* frame 0, and the prompt
       tells what is different: words count more than what the noise remembers.
     - In the first fifth of training (`progress` 0 to 0.2) frame 0 is often less noisy than its timestep says, so
       that there is an appearance to look up. Then it does not count in the loss.
-    - The loss weighs the person, and where they stood in frame 0, and most what is small in them.
     """
     identities = rng.integers(len(pool), size=CLIPS)
     others = [rng.permutation(range(1, POSES))[: FRAMES - 1] for _ in identities]
@@ -240,15 +230,15 @@ def training_batch(rng: Generator, pool: np.ndarray, vae: VAE, progress: float) 
         prompts.append(prompt_from(rng, words, told if of_twin else ""))
 
     timestep = torch.from_numpy(rng.integers(TRAIN_STEPS, size=CLIPS))
-    a = ALPHAS_CUMPROD[timestep].repeat_interleave(FRAMES)  # (F,)
+    a = ALPHAS_CUMPROD[timestep].repeat_interleave(FRAMES)[:, None, None, None]  # (F, 1, 1, 1)
     # The error of the *image*, not of the noise, where noise dominates; bounded at both ends (min-SNR).
     weight = (1 / a).clamp(max=8) * (5 * (1 - a) / a).clamp(max=1)
     early = torch.from_numpy(rng.random(CLIPS) < 0.8 - 4 * progress)
-    a[::FRAMES][early] = ALPHAS_CUMPROD[(timestep * torch.from_numpy(rng.random(CLIPS))).long()][early]
+    less_noisy = ALPHAS_CUMPROD[(timestep * torch.from_numpy(rng.random(CLIPS))).long()]
+    a[::FRAMES][early] = less_noisy[early][:, None, None, None]
     weight[::FRAMES][early] = 0  # frame 0's own noise level is a lie there
     masks = pool["masks"][rows] | pool["masks"][identities, 0].repeat(FRAMES, axis=0)
-    weight = weight[:, None, None, None] * loss_weights(masks, keypoints)
-    a = a[:, None, None, None]
+    weight = weight * loss_weights(masks, keypoints)
     return {
         "latents": a.sqrt() * images + (1 - a).sqrt() * noise,
         "noise": noise,
@@ -289,12 +279,9 @@ def make_model(work: Path, device: torch.device) -> Model:
     torch.manual_seed(2)
     networks = new_networks(len(tokenizer.vocab)).to(device, memory_format=torch.channels_last)
     train_networks(networks, tokenizer, vae, pool, work)
-    settings = {
-        "size": HEIGHT,
-        "learning_rate": 0.001,  # the paper's 0.003 is level in dB; a viewer prefers this
-        "method": "held",
-        "guidance_until": 600,  # colours are settled by then; later guidance mostly harms the rest
-    }
+    # The paper's learning rate of 0.003 is level in dB; a viewer prefers this one. Colours are settled by timestep
+    # 600; guidance after it mostly harms the rest.
+    settings = {"size": HEIGHT, "learning_rate": 0.001, "method": "held", "guidance_until": 600}
     return Model(**networks, vae=vae, tokenizer=tokenizer, **settings)
 
 

@@ -1,13 +1,9 @@
 """Makes the demo's OpenPose from nothing: `python demo/pretrain_openpose.py`, two or three hours on two CPU cores.
 
 CMU's networks have seen people; these see paper puppets: whole ones, and those of the pool of `pretrain.py`. They
-are the same code, narrower and with fewer stages. The crops and the inputs are made by `openpose.py` itself, and a
-target lies where decoding turns it into the true keypoint. A run that is interrupted goes on from its last
-checkpoint. The shipped networks took a longer way, told in docs/LOG.md.
-
-    python demo/pretrain_openpose.py --evaluate
-
-says how well the shipped networks find puppets that they have never seen.
+are the same code, narrower and with fewer stages. `poses/maps.py` makes the crops and the inputs. A target lies
+where decoding turns it into the true keypoint. A run that is interrupted goes on from its last checkpoint. The
+shipped networks took a longer way, told in docs/LOG.md; `--evaluate` says how well they find unseen puppets.
 """
 
 import argparse
@@ -57,8 +53,8 @@ def varied(rng: np.random.Generator, pool: np.ndarray, batch: int) -> tuple[Tens
     angle = turned * rng.normal(0, 0.12, batch)
     scale = np.exp(turned * rng.uniform(np.log(0.55), np.log(1.25), batch))
     shift = turned[:, None] * rng.uniform(-0.3, 0.3, (batch, 2))  # of half the frame
-    upright = np.array([size[1] / size[0], 1.0])  # from half frames to a measure that turns
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    upright = np.array([size[1] / size[0], 1.0])  # from half frames to a measure that turns
     turn = turn.transpose(2, 0, 1) * upright / upright[:, None]
     back = np.linalg.inv(turn)  # from where a pixel is to where it was, in half frames
     back = torch.from_numpy(np.concatenate([back, -back @ shift[:, :, None]], axis=2)).float()
@@ -73,15 +69,16 @@ def varied(rng: np.random.Generator, pool: np.ndarray, batch: int) -> tuple[Tens
 
 # ---- Targets ----------------------------------------------------------------------------------------
 
+Batch = tuple[Tensor, tuple[Tensor, ...]]  # inputs, and the targets of every stage
+
 
 def heatmaps_at(points: Tensor, height: int, width: int) -> Tensor:
     """Keypoints (N, K, 3) in pixels of the input -> (N, K + 1, h, w): their peaks, the background."""
-    x, y, score = points.unbind(dim=-1)
-    near = [  # how near the centres of the columns and rows of cells are
-        torch.exp(-((STRIDE * torch.arange(n) + 3.5 - at[..., None]) ** 2) / (2 * SIGMA**2))
-        for at, n in ((x, width), (y, height))
-    ]
-    peaks = (score > 0)[..., None, None] * near[1][..., None] * near[0][..., None, :]
+    centres = STRIDE * torch.arange(max(height, width)) + 3.5  # of the cells of a row or a column
+    near = torch.exp(-((centres - points[..., :2, None]) ** 2) / (2 * SIGMA**2))  # (N, K, 2, cells)
+    peaks = (
+        (points[..., 2] > 0)[..., None, None] * near[:, :, 1, :height, None] * near[:, :, 0, None, :width]
+    )
     return torch.cat([peaks, 1 - peaks.amax(dim=1, keepdim=True)], dim=1)
 
 
@@ -111,7 +108,7 @@ def shown_at(points: np.ndarray, scale: float) -> np.ndarray:
     return np.concatenate([(points[..., :2] + 0.5) * scale - 0.5, points[..., 2:]], axis=-1)
 
 
-def body_batch(frames: Tensor, keypoints: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...]]:
+def body_batch(frames: Tensor, keypoints: np.ndarray) -> Batch:
     """Inputs, and the two targets of every stage."""
     images = maps.body_input(frames)
     height, width = images.shape[2] // STRIDE, images.shape[3] // STRIDE
@@ -120,9 +117,7 @@ def body_batch(frames: Tensor, keypoints: np.ndarray) -> tuple[Tensor, tuple[Ten
     return images, (fields_at(points, height, width), heatmaps_at(points, height, width))
 
 
-def crops_batch(
-    part: str, rng: np.random.Generator, frames: Tensor, keypoints: np.ndarray
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def crops_batch(part: str, rng: np.random.Generator, frames: Tensor, keypoints: np.ndarray) -> Batch:
     """Inputs that show hands or faces as decoding crops them, and the target of every stage."""
     boxes_of, to_input = getattr(maps, f"{part}_boxes"), getattr(maps, f"{part}_input")
     side = SIZES["face_size"] if part == "face" else SIZES["hand_sizes"][0]
@@ -184,11 +179,9 @@ def train(part: str, net: nn.Module, pools: Sequence[np.ndarray], work: Path) ->
 
 def evaluate(nets: OpenPose, seeds: Sequence[int], side: int = SIDE) -> dict[str, tuple[float, float]]:
     """Of body, face and hands, over one frame of each puppet: the share of keypoints in the frame that are found,
-    and how far off these are in x and in y, root mean square, in pixels.
-
-    Not found is what lies too far off: further than 5 % of a body's height, or than 10 % of the size of a hand or
-    a face, the longer side of the box of its keypoints.
-    """
+    and how far off these are in x and in y, root mean square, in pixels. Not found is what lies too far off:
+    further than 5 % of a body's height, or than 10 % of the size of a hand or a face, the longer side of the box
+    of its keypoints."""
     off = {"body": [], "face": [], "hand": []}
     for seed in tqdm(seeds, "evaluating", mininterval=10):
         frame, true, _ = render(random_puppet(seed), motion(seed, 13)[12], side)
@@ -201,13 +194,13 @@ def evaluate(nets: OpenPose, seeds: Sequence[int], side: int = SIDE) -> dict[str
             reach = 0.05 * extent[1] if name == "body" else 0.1 * extent.max()
             apart = (found - there)[:, :2]
             right = is_seen(found) & (np.linalg.norm(apart, axis=1) <= reach)
-            in_frame = is_seen(there) & (there[:, :2] > 0).all(axis=1) & (there[:, :2] < 1).all(axis=1)
+            in_frame = is_seen(there) & ((there[:, :2] > 0) & (there[:, :2] < 1)).all(axis=1)
             off[name.split("_")[-1]].append(np.where(right[:, None], apart, np.nan)[in_frame])
-    off = {part: np.concatenate(each) for part, each in off.items()}
-    return {
-        part: (float(np.isfinite(each[:, 0]).mean()), side * float(np.nanmean(each**2) ** 0.5))
-        for part, each in off.items()
-    }
+    figures = {}
+    for part, each in off.items():
+        apart = np.concatenate(each)
+        figures[part] = float(np.isfinite(apart[:, 0]).mean()), side * float(np.nanmean(apart**2) ** 0.5)
+    return figures
 
 
 def main() -> None:

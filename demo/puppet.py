@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.ImageColor import getrgb
 
-from demo.motion import DANCES, SIDES, Build, Head, Skeleton, State, eye_outline, motion, skeleton
+from demo.motion import SIDES, Build, Head, Skeleton, State, eye_outline, motion, skeleton
 from demo.scenery import RGB, Background, draw_background, mix, random_background, shade
 from poses.pose import Pose
 
@@ -31,10 +31,8 @@ CLOTH_COLOURS = _palette(
     "red #cd2d30 orange #f08728 yellow #f5d446 green #3e9b4e teal #2da5aa blue #345fc8 "
     "purple #8048ac pink #f291b9 white #f0f0ec grey #8c8e94 black #28282e brown #7a4e30"
 )
-HAIR_COLOURS = _palette(
-    "black #262022 brown #684228 blond #e8c46c red #c0421e grey #a0a0a4 blue #3c69cd pink #ee82b4"
-)
-HAIR_ODDS = (0.24, 0.22, 0.18, 0.18, 0.08, 0.05, 0.05)  # in the order of HAIR_COLOURS
+HAIR = "black #262022 brown #684228 blond #e8c46c red #c0421e grey #a0a0a4 blue #3c69cd pink #ee82b4"
+HAIR_COLOURS, HAIR_ODDS = _palette(HAIR), (0.24, 0.22, 0.18, 0.18, 0.08, 0.05, 0.05)
 SKIN_TONES = tuple(map(getrgb, "#ffe0c4 #f6ceac #eabc96 #deaa80 #c68e66 #a6704c #84563a #66422e".split()))
 EYE_COLOURS = tuple(map(getrgb, "#523422 #325aa0 #347850 #5a6068".split()))
 HAIR_SHAPES = ("short", "long", "bob", "bun", "ponytail", "curly", "spiky", "bald")
@@ -94,6 +92,7 @@ def random_puppet(seed: int) -> Puppet:
     who["shirt"] = shirt = paint(CLOTH_COLOURS)
     who["lower"] = paint({name: rgb for name, rgb in CLOTH_COLOURS.items() if name != shirt.name})
     who["shoes"] = jittered(choose(list(CLOTH_COLOURS.values())))
+    worn = [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
     size = rng.uniform(0.95, 1.05)
     legs = size * rng.uniform(0.94, 1.06)
     head_height = rng.uniform(0.091, 0.100)
@@ -109,7 +108,6 @@ def random_puppet(seed: int) -> Puppet:
     who["beard"] &= who["hair_shape"] in ("short", "bald", "spiky")
     for part, length in (("torso", 0.225), ("upper_arm", 0.128), ("forearm", 0.116)):
         who[part] *= length * size
-    worn = [who["skin"], who["hair"].rgb, shirt.rgb, who["lower"].rgb, who["shoes"]]
     return Puppet(**who, thigh=0.168 * legs, shin=0.165 * legs, background=random_background(rng, worn))
 
 
@@ -123,18 +121,15 @@ def caption(puppet: Puppet) -> str:
 def pose_of(puppet: Puppet, state: State, bones: Skeleton | None = None) -> Pose:
     """The pose that `render` gives, without the picture. Only ears can have score 0."""
     bones = bones or skeleton(puppet, puppet.jaw, state)
-    parts = (bones.body, bones.face, *bones.hands[::-1])
-    scored = (np.pad(part, ((0, 0), (0, 1)), constant_values=1) for part in parts)
-    pose = Pose(*(part.astype(np.float32) for part in scored))
+    parts = (part.astype(np.float32) for part in (bones.body, bones.face, *bones.hands[::-1]))
+    pose = Pose(*(np.pad(part, ((0, 0), (0, 1)), constant_values=1) for part in parts))
     pose.body[16:, 2] = (SIDES * state.turn < 0.25) & (puppet.hair_shape not in EAR_COVERING)
     return pose
 
 
 def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, Pose, np.ndarray]:
     """A puppet in a state: the frame, uint8 (size, size, 3), its pose, and its own pixels, bool (size, size).
-
-    Outside this mask and its soft edge the frame is the puppet's background, the same in every state.
-    """
+    Outside this mask and its soft edge the frame is the puppet's background, the same in every state."""
     bones = skeleton(puppet, puppet.jaw, state)
     # The background is transparent and everything drawn is opaque: the alpha channel is the mask.
     canvas = draw_background(puppet.background, size * SUPERSAMPLE).copy()
@@ -142,21 +137,20 @@ def render(puppet: Puppet, state: State, size: int = 128) -> tuple[np.ndarray, P
     far_to_near = (1, 0) if state.body_turn > 0 else (0, 1)
     hidden = abs(state.body_turn) > 0.4  # then the body hides the far arm
     _draw_back_hair(brush, puppet, bones.head)
-    for side in far_to_near[:hidden]:
-        _draw_arm(brush, puppet, bones, side)
+    _draw_arms(brush, puppet, bones, far_to_near[:hidden])
     _draw_legs(brush, puppet, bones, far_to_near)
     _draw_torso(brush, puppet, bones, state.body_turn)
     _draw_head(brush, puppet, state, bones)
-    for side in far_to_near[hidden:]:
-        _draw_arm(brush, puppet, bones, side)
+    _draw_arms(brush, puppet, bones, far_to_near[hidden:])
     frame = np.asarray(canvas.convert("RGB").reduce(SUPERSAMPLE))
     mask = np.asarray(canvas.getchannel("A").reduce(SUPERSAMPLE)) >= 128
     return frame, pose_of(puppet, state, bones), mask
 
 
-def clip(
-    identity_seed: int, motion_seed: int, frames: int, size: int = 128, dance: str = DANCES[0]
-) -> tuple[np.ndarray, list[Pose], np.ndarray]:
+Clip = tuple[np.ndarray, list[Pose], np.ndarray]
+
+
+def clip(identity_seed: int, motion_seed: int, frames: int, size: int = 128, dance: str = "facing") -> Clip:
     """A dancing puppet: frames uint8 (F, size, size, 3), F poses, masks bool (F, size, size)."""
     puppet = random_puppet(identity_seed)
     drawn = (render(puppet, state, size) for state in motion(motion_seed, frames, dance=dance))
@@ -168,17 +162,13 @@ class _Brush:
     """Draws opaque shapes, given in canvas units, on an image."""
 
     def __init__(self, image: Image.Image):
-        self.draw = ImageDraw.Draw(image)
-        self.scale = image.width
-
-    def pixels(self, points) -> list[float]:
-        return (np.asarray(points) * self.scale).ravel().tolist()
+        self.draw, self.scale = ImageDraw.Draw(image), image.width
 
     def polygon(self, points, rgb: RGB, centre: np.ndarray | None = None) -> None:
         """A filled shape; given its centre, with a darker outline."""
         if centre is not None:
             self.polygon(points + LINE * np.sign(points - centre), shade(rgb, 0.68))
-        self.draw.polygon(self.pixels(points), fill=rgb)
+        self.draw.polygon((np.asarray(points) * self.scale).ravel().tolist(), fill=rgb)
 
     def dots(self, centres, radii, rgb: RGB) -> None:
         """Discs around the centres (N, 2), with one radius for all or one for each."""
@@ -187,8 +177,8 @@ class _Brush:
             self.draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
 
     def stroke(self, points, width: float, rgb: RGB) -> None:
-        pixels = max(1, round(width * self.scale))
-        self.draw.line(self.pixels(points), fill=rgb, width=pixels, joint="curve")
+        pixels, width = (points * self.scale).ravel().tolist(), max(1, round(width * self.scale))
+        self.draw.line(pixels, fill=rgb, width=width, joint="curve")
 
     def limb(self, points, radii, rgb: RGB, outline: float = 0.0) -> None:
         """A round-ended limb through `points`, as thick at each as its radius says."""
@@ -215,10 +205,8 @@ CIRCLE = _arc(0, 2 * np.pi, 33)
 
 
 def _draw_legs(brush: _Brush, puppet: Puppet, bones: Skeleton, far_to_near: tuple[int, int]) -> None:
-    legs = bones.body[8:14].reshape(2, 3, 2)
-    radii = np.array((0.037, 0.027, 0.019)) * puppet.build
-    thigh, _, shin = radii
-    garment, cloth = puppet.lower_garment, puppet.lower.rgb
+    legs, garment, cloth = bones.body[8:14].reshape(2, 3, 2), puppet.lower_garment, puppet.lower.rgb
+    radii = thigh, _, shin = np.array((0.037, 0.027, 0.019)) * puppet.build
     for i in far_to_near:
         (_, knee, ankle), toe = legs[i], bones.toes[i]
         brush.limb([ankle, toe], (0.018, 0.019), puppet.shoes, LINE)
@@ -242,11 +230,9 @@ def _draw_legs(brush: _Brush, puppet: Puppet, bones: Skeleton, far_to_near: tupl
 
 
 def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float) -> None:
-    shirt, thick = puppet.shirt.rgb, puppet.build
-    neck, right, left = bones.body[[1, 2, 5]]
+    shirt, thick, (neck, right, left) = puppet.shirt.rgb, puppet.build, bones.body[[1, 2, 5]]
     down = (bones.pelvis - neck) / puppet.torso
-    across = np.array([down[1], -down[0]])
-    slim = np.cos(body_turn)
+    across, slim = np.array([down[1], -down[0]]), np.cos(body_turn)
     depth = np.hypot(slim, 0.5 * np.sin(body_turn)) / slim  # a body is half as deep as it is wide
 
     def edges(share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -259,37 +245,32 @@ def _draw_torso(brush: _Brush, puppet: Puppet, bones: Skeleton, body_turn: float
         return middle - half * tilt, middle + half * tilt
 
     right_edge, left_edge = zip(*map(edges, np.linspace(0, 1, 6)))
-    collar = neck - 0.018 * down
-    aside = 0.028 * slim * depth * across
+    collar, aside = neck - 0.018 * down, 0.028 * slim * depth * across
     outline = np.array([collar - aside, collar + aside, *left_edge, *right_edge[::-1]])
     brush.polygon(outline, shirt, bones.pelvis - 0.5 * puppet.torso * down)
     if puppet.shirt_pattern == "striped":
         for share in np.arange(0.10, 0.98, 0.21):
-            (a, b), (c, d) = edges(share), edges(share + 0.095)
-            brush.polygon([a, b, d, c], puppet.shirt_accent)
+            brush.polygon([*edges(share), *edges(share + 0.095)[::-1]], puppet.shirt_accent)
     if puppet.shirt_pattern == "emblem":
-        emblem = neck + 0.36 * puppet.torso * down
-        emblem = emblem + 0.5 * puppet.shoulders * np.sin(body_turn) * across
-        brush.dots([emblem], 0.034, puppet.shirt_accent)
-        brush.dots([emblem], 0.016, shirt)
+        emblem = neck + 0.36 * puppet.torso * down + 0.5 * puppet.shoulders * np.sin(body_turn) * across
+        for radius, rgb in ((0.034, puppet.shirt_accent), (0.016, shirt)):
+            brush.dots([emblem], radius, rgb)
     # The neck and the neckline.
     brush.limb([collar + 0.006 * down, collar + 0.022 * down], (0.030, 0.024), puppet.skin)
     brush.limb([bones.head.centre, collar + 0.016 * down], (0.022, 0.022), shade(puppet.skin, 0.82))
 
 
 def _draw_head(brush: _Brush, puppet: Puppet, state: State, bones: Skeleton) -> None:
-    head, face = bones.head, bones.face
-    skin, hair, line = puppet.skin, puppet.hair.rgb, shade(puppet.skin, 0.68)
+    head, face, skin, hair = bones.head, bones.face, puppet.skin, puppet.hair.rgb
     unit = puppet.head[0]  # head units to canvas units, for widths and radii
+    inside_line = ((LINE, shade(skin, 0.68)), (0, skin))  # the outline first, then what it goes around
     if puppet.hair_shape not in EAR_COVERING:
         # The far ear of a turned head vanishes behind the skull by itself.
-        brush.dots(bones.body[16:], 0.20 * unit + LINE, line)
-        brush.dots(bones.body[16:], 0.20 * unit, skin)
-    skull = (0, -0.12) + (0.97, 0.88) * CIRCLE
-    brush.polygon(face[:17] + (0, LINE), line)
-    brush.polygon(head.flat(skull * (1 + LINE / unit)), line)
-    brush.polygon(face[:17], skin)
-    brush.polygon(head.flat(skull), skin)
+        for line, rgb in inside_line:
+            brush.dots(bones.body[16:], 0.20 * unit + line, rgb)
+    for line, rgb in inside_line:
+        brush.polygon(face[:17] + (0, line), rgb)
+        brush.polygon(head.flat(((0, -0.12) + (0.97, 0.88) * CIRCLE) * (1 + line / unit)), rgb)
     if puppet.beard:
         lip = head.solid([(0.45, 0.42), (0.2, 0.37), (-0.2, 0.37), (-0.45, 0.42)])
         brush.polygon(np.concatenate([face[2:15], lip]), shade(hair, 0.9))
@@ -300,13 +281,12 @@ def _draw_head(brush: _Brush, puppet: Puppet, state: State, bones: Skeleton) -> 
         eye = head.solid(eye_outline(side, state.blink, 16))
         brush.polygon(eye, (252, 252, 250))
         if state.blink < 0.8:
-            squeeze = (1, min(1, 1.25 * (1 - state.blink)))
-            brush.polygon(pupil + 0.125 * unit * CIRCLE * squeeze, puppet.eyes)
-            brush.polygon(pupil + 0.065 * unit * CIRCLE * squeeze, (15, 12, 14))
+            for radius, rgb in ((0.125, puppet.eyes), (0.065, (15, 12, 14))):
+                brush.polygon(pupil + radius * unit * CIRCLE * (1, min(1, 1.25 * (1 - state.blink))), rgb)
         brush.stroke(eye[:9], 0.065 * unit, (46, 32, 30))  # the lid
     brow = (70, 50, 40) if puppet.hair_shape == "bald" else shade(hair, 0.72)
-    brush.stroke(face[17:22], puppet.brow_width * unit * 1.3, brow)
-    brush.stroke(face[22:27], puppet.brow_width * unit * 1.3, brow)
+    for start in (17, 22):
+        brush.stroke(face[start : start + 5], puppet.brow_width * unit * 1.3, brow)
     brush.stroke(face[28:31], 0.05 * unit, shade(skin, 0.85))  # the nose
     brush.stroke(face[31:36], 0.08 * unit, shade(skin, 0.66))
 
@@ -334,10 +314,10 @@ def _draw_front_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
     hairline = -puppet.fringe + 0.22 * puppet.parting * x + 0.38 * np.abs(x) ** 3
     brush.polygon(np.concatenate([head.flat(crown), head.solid(np.stack([x, hairline], axis=1))]), hair)
     if shape == "curly":
-        curls = head.flat((0, -0.10) + 1.02 * _arc(np.pi - 0.35, 2 * np.pi + 0.35, 11))
-        brush.dots(curls, 0.27 * unit, hair)
-    shine = head.flat((0, -0.05) + (0.82, 0.88) * _arc(np.pi * 1.25, np.pi * 1.5, 7))
-    brush.stroke(shine, 0.07 * unit, mix(hair, (255, 255, 255), 0.25))
+        curls = (0, -0.10) + 1.02 * _arc(np.pi - 0.35, 2 * np.pi + 0.35, 11)
+        brush.dots(head.flat(curls), 0.27 * unit, hair)
+    shine = (0, -0.05) + (0.82, 0.88) * _arc(np.pi * 1.25, np.pi * 1.5, 7)
+    brush.stroke(head.flat(shine), 0.07 * unit, mix(hair, (255, 255, 255), 0.25))
 
 
 def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
@@ -350,9 +330,8 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
             brush.limb(strand, (0.62 * unit, 0.46 * unit), dark)
         brush.polygon(head.flat([(-0.9, 0), (0.9, 0), (0.9, length), (-0.9, length)]), dark)
     if shape == "bun":
-        bun = head.flat([(-0.15 * np.sin(head.turn), -1.22)])
-        brush.dots(bun, 0.44 * unit, dark)
-        brush.dots(bun, 0.36 * unit, puppet.hair.rgb)
+        for radius, rgb in ((0.44, dark), (0.36, puppet.hair.rgb)):
+            brush.dots(head.flat([(-0.15 * np.sin(head.turn), -1.22)]), radius * unit, rgb)
     if shape == "ponytail":
         # It is tied at the back, so it comes out on the side that the face turns away from.
         side = -np.sin(head.turn) * 0.9 + (0.55 if puppet.parting > 0 else -0.55)
@@ -360,20 +339,20 @@ def _draw_back_hair(brush: _Brush, puppet: Puppet, head: Head) -> None:
         brush.limb(tail, [r * unit for r in (0.26, 0.34, 0.32, 0.10)], dark)
 
 
-def _draw_arm(brush: _Brush, puppet: Puppet, bones: Skeleton, i: int) -> None:
-    arm = shoulder, elbow, wrist = bones.body[2:8].reshape(2, 3, 2)[i]
+def _draw_arms(brush: _Brush, puppet: Puppet, bones: Skeleton, sides: Sequence[int]) -> None:
     radii = np.array((0.026, 0.020, 0.0145)) * puppet.build
-    brush.limb(arm, radii, puppet.skin, LINE)
-    _draw_hand(brush, bones.hands[i], puppet.skin)
     # The sleeve covers a share of the way from shoulder to wrist.
     upper = puppet.upper_arm / (puppet.upper_arm + puppet.forearm)
-    if puppet.sleeve <= upper:
-        course = [shoulder, _between(shoulder, elbow, puppet.sleeve / upper)]
-        radii = radii[[0, 0]] * (1.1, 1.08)
-    else:
-        course = [shoulder, elbow, _between(elbow, wrist, (puppet.sleeve - upper) / (1 - upper))]
-        radii = radii * (1.1, 1.15, 1.25)
-    brush.limb(course, radii, puppet.shirt.rgb, LINE)
+    for arm, hand in ((bones.body[2 + 3 * i : 5 + 3 * i], bones.hands[i]) for i in sides):
+        shoulder, elbow, wrist = arm
+        brush.limb(arm, radii, puppet.skin, LINE)
+        _draw_hand(brush, hand, puppet.skin)
+        if puppet.sleeve <= upper:
+            course = [shoulder, _between(shoulder, elbow, puppet.sleeve / upper)]
+            brush.limb(course, radii[[0, 0]] * (1.1, 1.08), puppet.shirt.rgb, LINE)
+        else:
+            cuff = _between(elbow, wrist, (puppet.sleeve - upper) / (1 - upper))
+            brush.limb([shoulder, elbow, cuff], radii * (1.1, 1.15, 1.25), puppet.shirt.rgb, LINE)
 
 
 def _draw_hand(brush: _Brush, hand: np.ndarray, skin: RGB) -> None:

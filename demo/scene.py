@@ -11,17 +11,17 @@ from safetensors.torch import save_file
 from beyond.retarget import retarget
 from checkpoint import Model, load_model
 from demo import puppet as puppets
-from demo.drive import unlike
 from demo.motion import motion
 from device import compute_device
 from posecrafter import PAPER, Method, embed_hints, encode_frames, encode_prompt, training_steps
-from poses.pose import Pose
+from poses.pose import Pose, place_pose
 from poses.source import uniform_frames
 from train import train
 from video import replacing
 
 PROMPT = "a person"
 REPAINTED = ("hair", "shirt", "lower")  # the fields of a puppet that a prompt can give another colour
+CANDIDATES = 100  # puppets among which a subject's driver is looked for
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trial:
     target_every: int = 1  # of the dance's frames, every so many are asked for
     dance: str = "facing"  # the dance to follow, one of `motion.DANCES`; the training clip's is "facing"
     driver: str = "own"  # whose poses are followed: "own", or another puppet's, "literal" or "retargeted"
-    # How to sample, or a function of model, scene and the reference's number that makes the frames without.
+    # How to sample; or a function of model, scene and reference that makes the frames without sampling.
     way: Method | Callable[[Model, "Scene", int], np.ndarray] = PAPER
     ddim_steps: int = 20
     repainted: str = ""  # what should have another colour, one of REPAINTED
@@ -63,16 +63,17 @@ class Scene:
 rendered = lru_cache(maxsize=4)(puppets.clip)  # the trials of a puppet follow one another
 
 
-def set_scene(trial: Trial) -> Scene:
-    identity, size = trial.identity, trial.size
-    chosen = uniform_frames(range(trial.clip_frames), trial.training_frames)
+def set_scene(trial: Trial, number: int | None = None) -> Scene:
+    """Renders a trial's scene; number: of the dance to follow (default: the puppet's own second one)."""
+    identity, size, every = trial.identity, trial.size, trial.target_every
     frames, poses, _ = rendered(identity, 2 * identity, trial.clip_frames, size)
+    chosen = uniform_frames(range(trial.clip_frames), trial.training_frames)
     poses = [poses[index] for index in chosen]
 
-    asked = slice(None, None, trial.target_every)
-    followed = 2 * identity + 1, trial.target_every * (trial.target_frames - 1) + 1
-    truth, true_poses, person = (part[asked] for part in rendered(identity, *followed, size, trial.dance))
-    targets, states = true_poses, motion(*followed)[asked]
+    number = 2 * identity + 1 if number is None else number
+    followed = number, every * (trial.target_frames - 1) + 1
+    truth, true_poses, person = (part[::every] for part in rendered(identity, *followed, size, trial.dance))
+    targets, states = true_poses, motion(*followed)[::every]
     if trial.driver != "own":
         driver = puppets.random_puppet(unlike(identity))
         targets = [puppets.pose_of(driver, state) for state in states]
@@ -85,6 +86,26 @@ def set_scene(trial: Trial) -> Scene:
         prompt = f"{PROMPT}, {words}"
         repainted = np.stack([puppets.render(puppet, state, size)[0] for state in states])
     return Scene(frames[chosen], poses, targets, truth, true_poses, person, prompt, repainted)
+
+
+def from_the_knees_up(scene: Scene) -> Scene:
+    """A scene in frames whose height is three quarters of their width, so that face and hands are larger."""
+    height = scene.frames.shape[1] * 3 // 4
+    cut = {name: getattr(scene, name)[:, :height] for name in ("frames", "truth", "person", "repainted")}
+    poses = {name: getattr(scene, name) for name in ("poses", "targets", "true_poses")}
+    placed = {name: [place_pose(pose, 1, 4 / 3, 0, 0) for pose in each] for name, each in poses.items()}
+    return replace(scene, **cut, **placed)
+
+
+def unlike(subject: int) -> int:
+    """The puppet whose build differs most from the subject's, which is nobody the model knows."""
+
+    def build(identity: int) -> np.ndarray:
+        puppet = puppets.random_puppet(identity)
+        arm, leg = (puppet.upper_arm, puppet.forearm, puppet.hand), (puppet.thigh, puppet.shin)
+        return np.log([*puppet.head, puppet.torso, puppet.shoulders, puppet.hips, *arm, *leg])
+
+    return max(range(CANDIDATES), key=lambda other: np.linalg.norm(build(other) - build(subject)))
 
 
 def repaint(identity: int, part: str) -> tuple[puppets.Puppet, str]:
@@ -109,10 +130,9 @@ def fine_tune(trial: Trial, scene: Scene, path: Path) -> None:
     model, state = load_demo(), path.with_suffix(".pt")
     latents = encode_frames(model, scene.frames).clone()
     hints = embed_hints(model, scene.poses, *scene.frames.shape[1:3]).to(latents.device, copy=True)
-    context = encode_prompt(model, PROMPT).clone()
     steps = trial.training_steps or training_steps(trial.training_frames)
-    rate = trial.learning_rate or model.learning_rate
-    tuned = train(model, latents, hints, context, steps, rate, 0, state, path.with_suffix(".csv"))
+    settings = steps, trial.learning_rate or model.learning_rate, 0, state, path.with_suffix(".csv")
+    tuned = train(model, latents, hints, encode_prompt(model, PROMPT).clone(), *settings)
     with replacing(path) as unfinished:
         save_file(tuned.tensors, unfinished)
     state.unlink(missing_ok=True)

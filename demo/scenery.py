@@ -8,12 +8,12 @@ import colorsys
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 RGB = tuple[int, int, int]
-
 LETTERS = "ABCDEFGHIKLMNOPRSTUVWXYZabcdefghiklmnoprstuvwxyz0123456789"
 BACKGROUNDS = ("flat", "gradient", "room", "window", "stripes", "shapes", "noise")
 
@@ -35,10 +35,9 @@ def random_background(rng: np.random.Generator, worn: list[RGB]) -> Background:
         candidates = np.clip(lightness + tints, 20, 245).astype(int).tolist()
         return tuple(max(candidates, key=lambda rgb: min(math.dist(rgb, other) for other in worn)))
 
-    lightness = rng.uniform(75, 225)
-    step = rng.uniform(18, 45) * rng.choice((-1, 1))
+    lightness, step = rng.uniform(75, 225), rng.uniform(18, 45) * rng.choice((-1, 1))
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    colours = (colour(lightness), colour(lightness + step), colour(lightness - step))
+    colours = tuple(colour(lightness + difference) for difference in (0, step, -step))
     return Background(kind, colours, seed=int(rng.integers(2**31)))
 
 
@@ -56,28 +55,27 @@ def draw_background(background: Background, side: int) -> Image.Image:
     image = Image.fromarray((a + share * np.subtract(b, a)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
 
-    def box(left: float, top: float, right: float, bottom: float, rgb: RGB) -> None:
-        draw.rectangle([side * v for v in (left, top, right, bottom)], fill=rgb)
+    def scaled(*corners: float) -> list[float]:
+        return [side * corner for corner in corners]
 
     if kind in ("room", "window"):
         floor, left = rng.uniform(0.70, 0.85), rng.uniform(0.03, 0.62)
-        box(0, floor, 1, 1, b)
-        box(0, floor - 0.012, 1, floor + 0.008, shade(b, 0.75))
+        draw.rectangle(scaled(0, floor, 1, 1), b)
+        draw.rectangle(scaled(0, floor - 0.012, 1, floor + 0.008), shade(b, 0.75))
         if kind == "window":
-            box(left, 0.1, left + 0.34, 0.5, shade(c, 0.7))
-            for x in (left + 0.02, left + 0.18):
-                for y in (0.12, 0.31):
-                    box(x, y, x + 0.14, y + 0.17, mix(c, (190, 225, 250), 0.6))
+            draw.rectangle(scaled(left, 0.1, left + 0.34, 0.5), shade(c, 0.7))
+            for x, y in product((left + 0.02, left + 0.18), (0.12, 0.31)):
+                draw.rectangle(scaled(x, y, x + 0.14, y + 0.17), mix(c, (190, 225, 250), 0.6))
     elif kind == "stripes":
         count, start, slant = rng.integers(4, 9), rng.uniform(0, 0.1), rng.uniform(-0.3, 0.3)
         for i in range(-4, 2 * count + 4, 2):
             x, w = start + i / (2 * count), 1 / (2 * count)
-            draw.polygon([side * v for v in (x, 0, x + w, 0, x + w + slant, 1, x + slant, 1)], fill=b)
+            draw.polygon(scaled(x, 0, x + w, 0, x + w + slant, 1, x + slant, 1), b)
     elif kind == "shapes":
         for rgb in (b, c, b, c, b):
             x, y, r = rng.uniform((0, 0, 0.06), (1, 1, 0.2))
             shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-            shape([side * v for v in (x - r, y - r, x + r, y + r)], fill=rgb)
+            shape(scaled(x - r, y - r, x + r, y + r), rgb)
     image.putalpha(0)
     return image
 
@@ -114,42 +112,35 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
 
 def random_scene(rng: np.random.Generator, size: int) -> np.ndarray:
     """Sky over ground, with shapes and lettering, float RGB (size, size, 3) in [0, 255]."""
-    rows = np.linspace(0, 1, size)[:, None, None]
-    horizon = rng.uniform(0.3, 1.2)
+    rows, horizon = np.linspace(0, 1, size)[:, None, None], rng.uniform(0.3, 1.2)
     sky = random_colour(rng) * (1 - rows) + random_colour(rng) * rows
-    ground = random_colour(rng)
-    scene = np.where(rows < horizon, sky, ground) * np.ones((size, size, 3))
+    scene = np.where(rows < horizon, sky, random_colour(rng)) * np.ones((size, size, 3))
     for above in (True, False):
         share = (rng.uniform(0, 1.5) * texture(rng, size))[..., None]
-        tint = random_colour(rng) - 128
-        scene += np.where((rows < horizon) == above, share * tint, 0)
+        scene += np.where((rows < horizon) == above, share * (random_colour(rng) - 128), 0)
     image = Image.fromarray(scene.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.choice((0, 2, 5, 12))):
-        x, y = rng.uniform(0, size, 2)
-        w, h = size * rng.lognormal(-2.3, 0.8, 2)
-        colour = tuple(random_colour(rng).astype(int))
-        kind = rng.integers(4)
+        (x, y), (w, h) = rng.uniform(0, size, 2), size * rng.lognormal(-2.3, 0.8, 2)
+        colour, kind = tuple(random_colour(rng).astype(int)), rng.integers(4)
         if kind < 2:
             shape = draw.rectangle if kind else draw.ellipse
-            shape((x - w, y - h, x + w, y + h), fill=colour)
+            shape((x - w, y - h, x + w, y + h), colour)
         elif kind == 2:
-            corners = np.array([x, y]) + rng.uniform(-2, 2, (3, 2)) * (w, h)
-            draw.polygon(corners.ravel().tolist(), fill=colour)
+            corners = (x, y) + rng.uniform(-2, 2, (3, 2)) * (w, h)
+            draw.polygon(corners.ravel().tolist(), colour)
         else:
             text = "".join(rng.choice(list(LETTERS), rng.integers(2, 8)))
-            font = ImageFont.load_default(size=float(size * rng.uniform(0.06, 0.25)))
-            draw.text((x - size / 4, y), text, fill=colour, font=font)
+            font = ImageFont.load_default(float(size * rng.uniform(0.06, 0.25)))
+            draw.text((x - size / 4, y), text, colour, font)
     return np.asarray(image, np.float32)
 
 
 def recolouring(rng: np.random.Generator) -> np.ndarray:
     """A random turn of all hues about the grey axis, with more or less saturation: a matrix (3, 3)."""
     angle, saturation = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.6)
-    grey = np.ones((3, 3)) / 3
-    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    turn = np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * across
-    return grey + saturation * turn
+    grey, across = np.ones((3, 3)) / 3, np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    return grey + saturation * (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * across)
 
 
 def disguise(frames: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:

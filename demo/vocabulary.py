@@ -8,12 +8,10 @@ from clip import BYTE_SYMBOLS, END, START, WORD_END, merge_pair, split_words, wo
 
 
 def learn_merges(texts: Iterable[str], count: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Learn byte-pair merges: again and again join the most frequent pair of neighbouring symbols.
-
-    Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units". Returns
-    the (vocab, merges) of a `clip.Tokenizer`, ids in CLIP's order: 256 byte symbols, the same as
-    word ends, the merges, start, end. Fewer than `count` merges when every word has become a token.
-    """
+    """Learn byte-pair merges: again and again join the most frequent pair of neighbouring symbols. Sennrich et al.
+    2016, "Neural Machine Translation of Rare Words with Subword Units". Returns the (vocab, merges) of a
+    `clip.Tokenizer`, ids in CLIP's order: 256 byte symbols, the same as word ends, the merges, start, end. Fewer
+    than `count` merges when every word has become a token."""
     words = Counter(word for text in texts for word in split_words(text))
     spelled = {word: word_symbols(word) for word in words}
     merges = []

@@ -8,6 +8,7 @@ step did into `docs/pictures/`. `docs/METHOD.md` explains the pictures. The trai
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +23,12 @@ import posecrafter
 from checkpoint import Model
 from command import keep_freed_memory
 from demo.drawing import captioned, crossed, false_colours, framed, heated, number, outlined, sheet, shrunk
-from demo.scene import PROMPT, Scene, Trial, fine_tune, load_demo, set_scene
+from demo.scene import PROMPT, Scene, Trial, fine_tune, from_the_knees_up, load_demo, set_scene
 from metrics.figures import frame_psnr
 from metrics.pictures import PAPER as BACKGROUND
 from posecrafter import PAPER, ddim_timesteps, decode_latents, embed_hints, encode_prompt, generate
 from poses.parts import convex_hull, face_and_hands, latent_points
-from poses.pose import Pose, draw_pose, is_seen, place_pose, pose_distance
+from poses.pose import Pose, draw_pose, is_seen, pose_distance
 from poses.source import uniform_frames
 from run import load_trained
 from unet import Attention, BasicTransformerBlock
@@ -39,15 +40,6 @@ BEFORE, AFTER = "before fine-tuning", "after fine-tuning"
 # ---- One run, with nothing thrown away ----------------------------------------------------------
 
 
-def from_the_knees_up(scene: Scene) -> Scene:
-    """A scene in frames whose height is three quarters of their width, so that face and hands are larger."""
-    height = scene.frames.shape[1] * 3 // 4
-    poses = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in scene.poses]
-    targets = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in scene.targets]
-    frames, truth = scene.frames[:, :height], scene.truth[:, :height]
-    return replace(scene, frames=frames, truth=truth, poses=poses, targets=targets)
-
-
 @dataclass(frozen=True)
 class Walk:
     """All that is made on the way from training frames to a new clip."""
@@ -56,17 +48,19 @@ class Walk:
     scene: Scene
     reference: int  # which training frame
     trajectory: list[Tensor]  # of the reference, from image to noise, (1, C, h, w) each
-    latents: list[
-        Tensor
-    ]  # (M + 1, C, h, w), before each sampling step, after editing; and after the last step
+    # (M + 1, C, h, w) each: before every sampling step, after editing; and after the last step.
+    latents: list[Tensor]
     poses: list[Pose]  # of the M + 1 frames, the reference's first
     timesteps: list[int]  # of the sampling steps
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         return list(decode_latents(self.models[AFTER], latents))
 
-    def control(self, pose: Pose) -> np.ndarray:
-        return draw_pose(pose, *self.scene.frames.shape[1:3])
+    def decoded(self, latents: Tensor, width: int = 192) -> list[Image.Image]:
+        return [shrunk(frame, width) for frame in self.decode(latents)]
+
+    def controls(self, poses: Sequence[Pose], width: int = 192) -> list[Image.Image]:
+        return [shrunk(draw_pose(pose, *self.scene.frames.shape[1:3]), width) for pose in poses]
 
 
 def walk(models: dict[str, Model], scene: Scene, steps: int) -> Walk:
@@ -103,10 +97,8 @@ def decoder_block(model: Model, number: int) -> BasicTransformerBlock:
 
 def attention_tokens(way: Walk, number: int, when: str = AFTER) -> Tensor:
     """What that block's key-frame and temporal attention read at half of the steps: (M + 1, h * w, C)."""
-    parts = []
-    hook = decoder_block(way.models[when], number).attn1.register_forward_pre_hook(
-        lambda _, inputs: parts.append(inputs[0][0].clone())
-    )
+    parts, attention = [], decoder_block(way.models[when], number).attn1
+    hook = attention.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0][0].clone()))
     noise_seen(way, 1 + len(way.timesteps) // 2, when)
     hook.remove()
     return torch.cat(parts, dim=1)  # long clips come a few locations at a time
@@ -126,22 +118,21 @@ def attention_weights(attention: Attention, asking: Tensor, asked: Tensor) -> np
 
 def training_frames(way: Walk) -> Image.Image:
     frames = [captioned(f"frame {i}", shrunk(frame)) for i, frame in enumerate(way.scene.frames)]
-    poses = [shrunk(way.control(pose)) for pose in way.scene.poses]
-    return sheet([("", row[i : i + 4]) for i in range(0, len(frames), 4) for row in (frames, poses)])
+    rows = frames, way.controls(way.scene.poses)
+    return sheet([("", row[i : i + 4]) for i in range(0, len(frames), 4) for row in rows])
 
 
 def selection(way: Walk) -> Image.Image:
     """Distances of all target poses to all training poses, in thousandths, and their sums."""
     scene, width = way.scene, 104
     distances = 1000 * np.array([[pose_distance(t, p) for p in scene.poses] for t in scene.targets])
-    frames = [shrunk(frame, width) for frame in scene.frames]
-    poses = [shrunk(way.control(pose), width) for pose in scene.targets]
-    empty, sums = Image.new("RGB", frames[0].size, BACKGROUND), distances.sum(axis=0)
+    frames, sums = [shrunk(frame, width) for frame in scene.frames], distances.sum(axis=0)
+    empty = Image.new("RGB", frames[0].size, BACKGROUND)
     bars = [[number(d, d / distances.max(), *empty.size) for d in row] for row in distances]
     totals = [number(value, value / sums.max(), *empty.size) for value in sums]
     for row in (frames, totals):
         row[way.reference] = framed(row[way.reference])
-    rows = [("", [pose, *row]) for pose, row in zip(poses, bars)]
+    rows = [("", [pose, *row]) for pose, row in zip(way.controls(scene.targets, width), bars)]
     rows[0] = ("target poses, and their distance to each training pose, in thousandths", rows[0][1])
     first = ("training frames; the chosen one is framed", [empty, *frames])
     return sheet([first, *rows, ("sums", [empty, *totals])])
@@ -149,14 +140,14 @@ def selection(way: Walk) -> Image.Image:
 
 def inversion(way: Walk) -> Image.Image:
     steps = uniform_frames(range(len(way.trajectory)), min(5, len(way.trajectory)))
-    picked = [(t, way.trajectory[i]) for i, t in enumerate([0, *way.timesteps[::-1]]) if i in steps]
-    colours = [captioned(f"t = {t}, std {z.std():.2f}", false_colours(z[0])) for t, z in picked]
-    decoded = [shrunk(frame) for frame in way.decode(torch.cat([latent for _, latent in picked]))]
-    return sheet([("three channels of the latent", colours), ("decoded", decoded)])
+    times, latents = [0, *way.timesteps[::-1]], [way.trajectory[i] for i in steps]
+    titles = [f"t = {times[i]}, std {z.std():.2f}" for i, z in zip(steps, latents)]
+    colours = [captioned(title, false_colours(z[0])) for title, z in zip(titles, latents)]
+    return sheet([("three channels of the latent", colours), ("decoded", way.decoded(torch.cat(latents)))])
 
 
 def insertion(way: Walk) -> Image.Image:
-    reference, *targets = [shrunk(way.control(pose)) for pose in way.poses]
+    reference, *targets = way.controls(way.poses)
     cells = [captioned("frame 0: the reference", framed(reference))]
     cells += [captioned(f"frame {i}", target) for i, target in enumerate(targets, start=1)]
     return sheet([("", cells[i : i + 5]) for i in range(0, len(cells), 5)])
@@ -178,8 +169,7 @@ def token_at(point: np.ndarray, shape: tuple[int, int]) -> int:
 def key_frame_attention(way: Walk) -> Image.Image:
     """How much three locations of a target frame look at each location of frame 0."""
     result, frame, shape = way.decode(way.latents[-1]), len(way.poses) // 2, way.latents[0].shape[-2:]
-    tokens = {when: attention_tokens(way, 0, when) for when in way.models}
-    rows = []
+    tokens, rows = {when: attention_tokens(way, 0, when) for when in way.models}, []
     for name, point in ASKED.items():
         place = point(way.poses[frame])
         row = [captioned(f"{name} of frame {frame} asks", crossed(shrunk(result[frame], 320), place))]
@@ -195,7 +185,7 @@ def temporal_attention(way: Walk) -> Image.Image:
     """How much one location of a target frame looks at the same location of all frames."""
     frame, width = len(way.poses) // 2, 104
     place = ASKED["the nose"](way.poses[frame])
-    pictures = [crossed(shrunk(one, width), place) for one in way.decode(way.latents[-1])]
+    pictures = [crossed(picture, place) for picture in way.decoded(way.latents[-1], width)]
     pictures[frame] = framed(pictures[frame])
     numbered = [captioned(f"frame {i}", picture) for i, picture in enumerate(pictures)]
     rows = [(f"one location in all frames; frame {frame} asks", numbered)]
@@ -213,28 +203,26 @@ def editing(way: Walk) -> Image.Image:
         here, there = {}, {}
         for part in face_and_hands(way.poses[frame], way.poses[0], *shape):
             landmarks = getattr(way.poses[frame], part.name)
-            hull = convex_hull(latent_points(landmarks[is_seen(landmarks)], *shape))
-            here[part.name] = hull
+            here[part.name] = hull = convex_hull(latent_points(landmarks[is_seen(landmarks)], *shape))
             there[part.name] = hull @ part.to_other[:, :2].T + part.to_other[:, 2]
         cells = {
-            "the reference's noise": outlined(noise, there, 320),
-            f"frame {frame}, before": outlined(noise, here, 320),
-            f"frame {frame}, after": outlined(way.latents[0][frame], here, 320),
+            "the reference's noise": (noise, there),
+            f"frame {frame}, before": (noise, here),
+            f"frame {frame}, after": (way.latents[0][frame], here),
         }
-        rows.append(("", [captioned(*cell) for cell in cells.items()]))
+        rows.append(("", [captioned(name, outlined(*cell, 320)) for name, cell in cells.items()]))
     return sheet(rows)
 
 
 def predicted_images(way: Walk) -> Image.Image:
     """The clean images that the latents of some steps and the noise predicted in them imply."""
-    steps, shown = len(way.timesteps), (1, len(way.poses) - 1)
-    rows = {frame: [] for frame in shown}
-    for step in sorted({1, math.ceil(0.3 * steps), math.ceil(0.5 * steps), steps}):
-        for frame, image in zip(shown, way.decode(images_expected(way, step)[list(shown)])):
-            rows[frame].append(captioned(f"step {step}, t = {way.timesteps[step - 1]}", shrunk(image)))
-    for frame, cells in rows.items():
-        cells.append(captioned("truth", shrunk(way.scene.truth[frame - 1])))
-    return sheet([(f"frame {frame}", cells) for frame, cells in rows.items()])
+    steps, frames = len(way.timesteps), (1, len(way.poses) - 1)
+    picked = sorted({1, math.ceil(0.3 * steps), math.ceil(0.5 * steps), steps})
+    columns = [[shrunk(way.scene.truth[frame - 1]) for frame in frames]]
+    columns[:0] = (way.decoded(images_expected(way, step)[list(frames)]) for step in picked)
+    titles = [*(f"step {step}, t = {way.timesteps[step - 1]}" for step in picked), "truth"]
+    rows = {frame: map(captioned, titles, row) for frame, row in zip(frames, zip(*columns))}
+    return sheet([(f"frame {frame}", list(row)) for frame, row in rows.items()])
 
 
 LEFT_OUT = {
@@ -277,8 +265,8 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     keep_freed_memory()
     # Target poses are half a second apart.
-    sizes = {"size": args.width, "target_frames": args.target_frames, "training_steps": args.training_steps}
-    trial = Trial(PUPPET, target_every=6, **sizes)
+    frames = {"target_frames": args.target_frames, "target_every": 6}
+    trial = Trial(PUPPET, args.width, training_steps=args.training_steps, **frames)
     scene = from_the_knees_up(set_scene(trial))
     trained = args.work / f"{PUPPET}-{args.width}-{args.training_steps}.safetensors"
     fine_tune(trial, scene, trained)

@@ -338,7 +338,7 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
         ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
         ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),
         ("checkpoint.py", ["--download"], "public.hub.try_to_load_from_cache"),
-        ("demo/dance.py", ["--run", "runs/stopped"], "demo.puppet.clip"),
+        ("demo/dance.py", ["--run", "runs/stopped"], "demo.scene.rendered"),
     ],
 )
 def test_control_c_is_no_traceback(workplace, script, arguments, busy_with, monkeypatch, capsys):
