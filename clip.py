@@ -146,14 +146,6 @@ class Tokenizer:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: no CLIP tokenizer ({error})") from None
 
-    def save(self, folder: str | Path) -> None:
-        """Write `vocab.json` and `merges.txt` into a folder, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        vocab = json.dumps(self.vocab, ensure_ascii=False)
-        lines = ["#version: 0.2", *map(" ".join, self.merges)]
-        Path(folder, "vocab.json").write_text(vocab + "\n", encoding="utf-8")
-        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
 
 # ---------------------------------------------------------------- tokens -> context
 

@@ -18,7 +18,7 @@ from metrics.clip_images import ImageEncoder
 from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
-from poses.pose import Pose, load_poses, place_pose, read_canvas, video_sim
+from poses.pose import Pose, load_poses, place_pose, read_canvas
 from public.places import model_path
 from run import write_json
 from video import cover, fit_frame, read_frames, save_image
@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         measured, left_out = network_figures(result, truth, training, args.weights)
         figures |= measured
     if asked and trained:
-        figures["video_sim"] = video_sim(asked, trained)
+        figures["video_sim"] = metric.video_sim(asked, trained)
     if asked and (args.full or (model_path(args.model) / "openpose").is_dir()):
         try:
             openpose = load_openpose(args.model, compute_device()[0])

@@ -122,8 +122,7 @@ def embed_hints(model, poses: Sequence[Pose], height: int, width: int) -> Tensor
 # ---- The diffusion: Stable Diffusion 1.5's schedule and DDIM ------------------------------------
 
 TRAIN_STEPS = 1000
-# "Scaled linear".
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2  # "scaled linear"
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
 ALPHAS = ALPHAS_CUMPROD.tolist()
 
@@ -131,9 +130,8 @@ ALPHAS = ALPHAS_CUMPROD.tolist()
 def ddim_timesteps(steps: int) -> list[int]:
     """The timesteps of a run of `steps` steps, from noise to image: 981, 961, ..., 1 for 50.
 
-    Evenly spaced and one above the multiples ("steps offset 1"), as in the public schedulers, where numbers that
-    do not divide 1000 start somewhat later. Raises ValueError for those that would start from half an image
-    (334 steps: at 667), and outside 1 to 500.
+    Evenly spaced and one above the multiples ("steps offset 1"), as in the public schedulers. Raises ValueError
+    outside 1 to 500, and for numbers that would start from half an image (334 steps start at 667).
     """
     if not 1 <= steps <= TRAIN_STEPS // 2 or TRAIN_STEPS % steps > TRAIN_STEPS // 10:
         raise ValueError(f"{steps} DDIM steps: give 1 to 100, or 125, 200, 250 or 500")
@@ -149,8 +147,7 @@ def alpha_cumprod(timestep: int) -> float:
 def ddim_step(latents: Tensor, noise: Tensor, timestep: int, next_timestep: int) -> Tensor:
     """Moves latents from one timestep to another along the predicted noise, either way (eta 0).
 
-    Song et al. 2021, "Denoising Diffusion Implicit Models", Eq. (12): the image that the noise implies,
-    noised anew to the other timestep.
+    Song et al. 2021, DDIM, Eq. (12): the image that the noise implies, noised anew to the other timestep.
     """
     a, b = alpha_cumprod(timestep), alpha_cumprod(next_timestep)
     image = (latents - math.sqrt(1 - a) * noise).div_(math.sqrt(a))
@@ -195,15 +192,13 @@ def trainable_parameters(model) -> dict[str, nn.Parameter]:
     }
 
 
-# Numbers in a clip's feature map, from which on training would keep tens of gigabytes of them.
-LARGE = 2**22
+LARGE = 2**22  # numbers in a clip's feature map: above this, train with gradient checkpointing
 
 
 def recompute_activations(model, latents: Tensor) -> None:
-    """Prepares for training on clips of large frames, latents (F, C, h, w): from now on only the inputs of the
-    blocks are kept, and the rest is computed again going backwards. Of small frames all is kept.
+    """Turns on gradient checkpointing (Chen et al. 2016) for training on large frames, latents (F, C, h, w).
 
-    A third more to compute, for a fraction of the memory (gradient checkpointing, Chen et al. 2016).
+    Only the inputs of the blocks are kept. A third more is computed, for a fraction of the memory.
     """
     if math.prod(finest_map(model, latents)) <= LARGE:
         return
@@ -260,15 +255,13 @@ def invert(
     latent: (1, C, h, w), encoded; hint: what `embed_hints` makes of its own pose; context: the source prompt's.
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
-    The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay
-    equal on the way: they share the key frame, attention over equal tokens gives one of them, and equal
-    frames have one frame's norm statistics. So one frame is inverted, and the noise repeated.
-    A clip (F, C, h, w) is inverted as a clip.
+    The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay equal on
+    the way: they share the key frame, attention over equal tokens gives one of them, and equal frames have one
+    frame's norm statistics. So one frame is inverted, and the noise repeated.
 
-    fixed_point: beyond the paper. DDIM inversion predicts a step's noise from the latent that the step starts
-    from, sampling from the latent that it leads to. Each further iteration predicts it there, so that the step
-    comes closer to being the exact inverse (as in Pan et al., 2023, "Effective Real Image Editing with
-    Accelerated Iterative Diffusion Inversion").
+    fixed_point: beyond the paper. Inversion predicts a step's noise from the latent that the step starts from,
+    sampling from the latent that it leads to. Each further iteration predicts it there, which makes the step more
+    nearly the inverse of sampling's (Pan et al., 2023, "Accelerated Iterative Diffusion Inversion").
     """
     trajectory, context = [latent], Context(context)
     hint = hint.to(**network_inputs(model))  # once, not in every step
@@ -315,8 +308,8 @@ def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
 def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None) -> bool:
     """Makes a part of an image (C, H, W) the other image's, read through the part's map, in place.
 
-    What would be read from outside the other image stays as it was, and so does what is not opaque there: opacity
-    is (1, H, W), from 0 to 1. Says whether anything was read.
+    What would be read from outside the other image, or where that is not opaque, stays as it was; opacity:
+    (1, H, W), from 0 to 1. Returns whether anything was read.
     """
     height, width = image.shape[-2:]
     source = part.pixels @ part.to_other[:, :2].T + part.to_other[:, 2]
@@ -332,7 +325,7 @@ def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None
     return bool(inside.any())
 
 
-# From a pose, another, height and width of the latents to the parts, with their maps from pose to other.
+# (pose, other pose, height, width) -> the parts, with their maps from the one to the other.
 Parts = Callable[[Pose, Pose, int, int], Iterable[Part]]
 
 

@@ -20,10 +20,10 @@ from beyond.body import body_parts, covered
 from beyond.pseudo import moved_person, without_people
 from checkpoint import Model
 from demo.scene import PROMPT, Scene, Trial, fine_tune, load_demo, set_scene
-from metrics.figures import find_and_compare, frame_l1, frame_psnr, frame_ssim
+from metrics.figures import find_and_compare, frame_l1, frame_psnr, frame_ssim, video_sim
 from openpose import OpenPose, load_openpose
 from posecrafter import Method, decode_latents, edit_latents, encode_frames, sample_bilinear
-from poses.pose import Pose, video_sim
+from poses.pose import Pose
 from public.places import DEMO
 from run import load_trained
 from video import replacing

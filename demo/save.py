@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint import SETTINGS, TEMPORAL, Model
-from clip import END, START
+from clip import END, START, Tokenizer
 from openpose import OPENPOSE_PARTS, OpenPose
 from public.configs import NAMES, REQUIRED, level_types
 from public.places import PARTS, WEIGHT_FILES, variants
@@ -39,7 +39,7 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
         for part, file in files.items():
             write_json(new / part / "config.json", config_of(model, part))
             write_tensors(new / part / file, getattr(model, part), dtype)
-        model.tokenizer.save(new / "tokenizer")
+        write_tokenizer(model.tokenizer, new / "tokenizer")
         special = {f"{name}_token": token for name, token in (TOKENS | {"unk": END}).items()}
         settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": model.tokenizer.length}
         write_json(new / "tokenizer" / "special_tokens_map.json", special)
@@ -49,6 +49,14 @@ def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.floa
     for part, file in files.items():
         for name in known - {file}:
             (folder / part / name).unlink(missing_ok=True)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    merges = ["#version: 0.2", *map(" ".join, tokenizer.merges)]
+    vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocab + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
 
 
 def config_of(model: Model, part: str) -> dict:

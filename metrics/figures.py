@@ -13,7 +13,7 @@ from metrics.clip_images import ImageEncoder, prepare_images
 from metrics.networks import I3D, LPIPS, Inception
 from openpose import OpenPose, find_poses
 from poses.people import INTERPOLATED
-from poses.pose import Pose, is_seen
+from poses.pose import Pose, is_seen, pose_distance
 
 # ---- Frame by frame -----------------------------------------------------------------------------
 
@@ -183,3 +183,11 @@ def find_and_compare(nets: OpenPose, frames: np.ndarray, asked: Sequence[Pose]) 
     except ValueError:
         found = [Pose()] * len(frames)
     return pose_fidelity(found, asked, *frames.shape[1:3])
+
+
+def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
+    """The paper's Video-SIM (supplement, Eq. 2): how far target poses lie from training poses.
+
+    The sum over target frames of `pose_distance` to the nearest training frame: lower is closer.
+    """
+    return sum(min(pose_distance(target, pose) for pose in training) for target in targets)

@@ -77,14 +77,6 @@ def pose_distance(a: Pose, b: Pose) -> float:
     return float((difference**2).sum(axis=1).mean())
 
 
-def video_sim(targets: Sequence[Pose], training: Sequence[Pose]) -> float:
-    """The paper's Video-SIM (supplement, Eq. 2): how far target poses lie from training poses.
-
-    The sum over target frames of `pose_distance` to the nearest training frame: lower is closer.
-    """
-    return sum(min(pose_distance(target, pose) for pose in training) for target in targets)
-
-
 # ---- Files --------------------------------------------------------------------------------------
 
 _KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints they may have there

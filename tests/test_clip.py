@@ -14,6 +14,7 @@ import torch
 from weights import fill
 
 from clip import BYTE_SYMBOLS, END, START, WORD_END, TextConfig, TextEncoder, Tokenizer
+from demo.save import write_tokenizer
 from demo.vocabulary import learn_merges
 from metrics.clip_images import ImageConfig, ImageEncoder, prepare_images
 from metrics.figures import clip_embeddings, clip_i, clip_t
@@ -65,7 +66,7 @@ def tokenizers(request, tmp_path):
     """One of our tokenizers, and transformers' own made from the two files that ours has saved."""
     transformers = pytest.importorskip("transformers")
     ours = request.getfixturevalue(request.param)
-    ours.save(tmp_path)
+    write_tokenizer(ours, tmp_path)
     return ours, transformers.CLIPTokenizer.from_pretrained(tmp_path)
 
 
@@ -264,7 +265,7 @@ def test_the_demo_vocabulary_does_not_depend_on_the_order_of_the_captions():
 
 
 def test_saving_and_loading_gives_the_same_tokenizer(demo_tokenizer, tmp_path):
-    demo_tokenizer.save(tmp_path)
+    write_tokenizer(demo_tokenizer, tmp_path)
     loaded = Tokenizer.load(tmp_path, length=20)
     assert (loaded.vocab, loaded.merges) == (demo_tokenizer.vocab, demo_tokenizer.merges)
     assert loaded("a puppet").tolist() == demo_tokenizer("a puppet").tolist()

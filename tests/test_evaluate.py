@@ -10,10 +10,10 @@ import evaluate
 from demo.puppet import clip
 from evaluate import METRICS
 from metrics.clip_images import ImageConfig, ImageEncoder
-from metrics.figures import frame_l1, frame_psnr, pose_fidelity, psnr, ssim
+from metrics.figures import frame_l1, frame_psnr, pose_fidelity, psnr, ssim, video_sim
 from metrics.pictures import plot, worst_frames
 from poses.people import INTERPOLATED
-from poses.pose import Pose, load_poses, place_pose, save_poses, video_sim
+from poses.pose import Pose, load_poses, place_pose, save_poses
 from video import save_image
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metrics.figures import video_sim
 from poses.pose import (
     Pose,
     absences,
@@ -17,7 +18,6 @@ from poses.pose import (
     place_pose,
     pose_distance,
     save_poses,
-    video_sim,
 )
 
 SHARED = Path(__file__).parents[2] / "shared"
