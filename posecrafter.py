@@ -1,10 +1,10 @@
-"""The method: PoseCrafter (Zhong et al., ECCV 2024), from encoded frames and poses to new frames.
+"""The method: PoseCrafter (Zhong et al., ECCV 2024), from training frames and target poses to a new clip.
 
 `generate` (in `generate_once`, at the end) is the whole pipeline, step by step. The steps are functions of their
 own, and stand before it in the order in which it calls them.
 
-`model` is a bundle of networks with the attributes unet, controlnet, vae, text_encoder and tokenizer.
-Latents are float32 (F, 4, H, W) throughout (the demo model's have 8 channels) and times the VAE's scale; the
+`model` is a bundle with the attributes unet, controlnet, vae, text_encoder, tokenizer and guidance_until.
+Latents are float32 (F, C, h, w) throughout (the demo model's have 8 channels) and times the VAE's scale; the
 networks compute in their own precision.
 """
 
@@ -59,17 +59,17 @@ def check_finite(x: Tensor, made_by: str) -> None:
         raise FloatingPointError(f"{made_by} gave values that are not finite")
 
 
-def through_vae(vae, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`half(x)`, the VAE's encoder or decoder, in its own precision; float32.
+def through_vae(vae, code: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`code(x)`, the VAE's encoder or decoder, in its own precision; float32.
 
     Some public VAEs overflow in float16: then this one goes on in float32.
     """
     dtype = next(vae.parameters()).dtype
-    y = half(x.to(dtype)).float()
+    y = code(x.to(dtype)).float()
     if dtype == torch.float16 and not y.isfinite().all():
         tqdm.write("the VAE overflowed in float16; it goes on in float32")
         vae.float()
-        y = half(x.float())
+        y = code(x.float())
     check_finite(y, "the VAE")
     return y
 
@@ -140,7 +140,7 @@ def ddim_timesteps(steps: int) -> list[int]:
 
 
 def alpha_cumprod(timestep: int) -> float:
-    """How much of the variance is image at a timestep; below 0, at the end of the run, as at 0."""
+    """The share of the image in the variance at a timestep. DDIM's last step goes below 0, which counts as 0."""
     return ALPHAS[max(timestep, 0)]
 
 
@@ -230,8 +230,8 @@ def training_loss(
 def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose]) -> int:
     """The training frame whose pose is closest to all target poses: i* = argmin_i sum_l ||p_l - p_i||^2.
 
-    Target frames without a person do not vote. Of training frames that share no keypoints with some of the
-    targets, those that can be compared with the most come first. Raises ValueError when no pose can be compared.
+    Ignores targets without a person. Prefers training frames that can be compared with more targets, then the
+    smallest sum. Raises ValueError when no pose can be compared.
     """
     distances = np.array([[pose_distance(one, other) for other in target_poses] for one in training_poses])
     comparable = np.isfinite(distances)
@@ -256,7 +256,7 @@ def invert(
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
     The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay equal on
-    the way: they share the key frame, attention over equal tokens gives one of them, and equal frames have one
+    the way: they share the key frame, temporal attention over equal tokens gives that token, and equal frames have one
     frame's norm statistics. So one frame is inverted, and the noise repeated.
 
     fixed_point: beyond the paper. Inversion predicts a step's noise from the latent that the step starts from,
@@ -306,7 +306,7 @@ def sample_bilinear(latent: Tensor, points: np.ndarray) -> Tensor:
 
 
 def move(image: Tensor, other: Tensor, part: Part, opacity: Tensor | None = None) -> bool:
-    """Makes a part of an image (C, H, W) the other image's, read through the part's map, in place.
+    """Copies a part of the other image (C, H, W) into an image, in place, through the part's affine map.
 
     What would be read from outside the other image, or where that is not opaque, stays as it was; opacity:
     (1, H, W), from 0 to 1. Returns whether anything was read.
@@ -435,7 +435,7 @@ NO_EDITS = Edits(lambda latents, step: None, lambda latents: None, {})
 
 
 @dataclass(frozen=True)
-class Scene:
+class EditInputs:
     """What an editor plans its edits from."""
 
     model: object
@@ -448,13 +448,14 @@ class Scene:
     seed: int
 
 
-def edit_once(scene: Scene) -> Edits:
+def edit_once(scene: EditInputs) -> Edits:
     """The paper's editor: parts of the reference are moved into place before one step.
 
     They come from the latent of its trajectory that is as noisy as the step's input: the noise itself for step 1.
     """
     reference_latent = scene.trajectory[len(scene.trajectory) - scene.edit_step][0]
     places = scene.targets, scene.run.poses[scene.reference], scene.parts
+    # Editing blank latents changes nothing, and counts the regions.
     touched = torch.zeros(len(scene.targets), 1, *reference_latent.shape[1:])
     regions = edit_latents(touched, torch.ones_like(touched[0]), *places)
 
@@ -472,9 +473,9 @@ class Method:
     name: str
     parts: Parts | None = face_and_hands  # which parts are edited; None: none
     edit_step: int | None = 1  # before which sampling step; None: after a fifth of the steps
-    editor: Callable[[Scene], Edits] = edit_once
+    editor: Callable[[EditInputs], Edits] = edit_once
     insert: bool = True  # the reference leads the clip, as its key frame
-    start: str = "inversion"  # or "noise", as ControlVideo must without true frames
+    start: str = "inversion"  # or "noise": ControlVideo's start where there is no source video
     # Beyond the paper: the key frame is not sampled, but goes the way back that inversion came.
     replay: bool = False
     fixed_point: int = 0  # further iterations of each inversion step; see `invert`
@@ -546,35 +547,39 @@ def generate_once(
 
     latent = encode_frames(model, run.frames[k : k + 1])
     hint = embed_hints(model, [run.poses[k]], height, width)
-    inverting = model, latent, hint, context, steps, method.fixed_point
-    trajectory = invert(*inverting) if method.needs_inversion else [latent]
+    trajectory = [latent]
+    if method.needs_inversion:
+        trajectory = invert(model, latent, hint, context, steps, method.fixed_point)
 
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
     hints = embed_hints(model, poses, height, width)
     noise = trajectory[-1].expand(len(poses), -1, -1, -1)
     if method.start == "noise":
-        random = torch.Generator().manual_seed(seed)
-        noise = torch.randn(noise.shape, generator=random).to(latent)
-
-    scene = Scene(model, run, k, targets, trajectory, method.parts, method.edits_before(steps), seed)
-    edits = method.editor(scene) if method.parts else NO_EDITS
+        noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).to(latent)
+    edit_step = method.edits_before(steps)
+    inputs = EditInputs(model, run, k, targets, trajectory, method.parts, edit_step, seed)
+    edits = method.editor(inputs) if method.parts else NO_EDITS
     replayed = method.replay and method.insert
 
     def before_step(latents: Tensor, step: int) -> None:
-        # This waits for the device, once a step: little beside the step, and no hour is lost to a bad number.
+        # Waits for the device once a step, which is cheap, and stops early.
         check_finite(latents, f"step {step - 1} of sampling")
         if replayed:
             latents[0] = trajectory[steps - step + 1][0]
         edits.before_step(latents[-len(targets) :], step)
 
-    inputs = network_inputs(model).values()
-    slicing = plans(*inputs, finest_map(model, noise), frames_per_slice, offload)
-    guiding = guidance, empty_context, before_step, slicing, model.guidance_until
-    latents = sample(model, noise, hints, target_context, steps, *guiding)
+    where = network_inputs(model).values()
+    slicing = plans(*where, finest_map(model, noise), frames_per_slice, offload)
+    until = model.guidance_until
+    latents = sample(
+        model, noise, hints, target_context, steps, guidance, empty_context, before_step, slicing, until
+    )
     check_finite(latents, f"step {steps} of sampling")
     key_frame, latents = latents[: len(poses) - len(targets)], latents[-len(targets) :]
     edits.finish(latents)
-    if replayed:  # its key frame says nothing of the model; the reference sampled alone does
+    if (
+        replayed
+    ):  # a replayed key frame is exact: only the reference sampled alone tells how faithful the run is
         key_frame = sample(model, trajectory[-1], hint, context, steps)
     return Generated(latents, key_frame if method.insert else None, edits.regions)
 

@@ -4,7 +4,7 @@ Frames come first: a clip of F frames is an ordinary batch (F, C, H, W), and eve
 one. Only three things look across frames:
 
 - the group norms of the residual blocks and of the output, whose statistics span the whole clip;
-- key-frame attention (`attn1`): every frame asks, frame 0 alone answers;
+- key-frame attention (`attn1`): queries from every frame, keys and values from frame 0 alone;
 - temporal attention (`attn_temp`): every location attends over all frames.
 
 Attribute names are the public checkpoint's (diffusers layout), so its tensors load as they are.
@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import attend
 from slicing import Offloaded, by_frames, by_locations, channel_moments, merge_moments, stored
 
 
@@ -94,7 +95,7 @@ def tall_norm(norm: nn.GroupNorm, x: Tensor, clips: int) -> Tensor:
 class ResnetBlock2D(nn.Module):
     """norm, SiLU, convolution, twice, with the timestep added in between, around a shortcut.
 
-    In the decoder it eats a skip: its input is `x` and `skip`, channel beside channel.
+    In the decoder it also reads a skip: its input is `x` and `skip`, channel beside channel.
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int):
@@ -136,56 +137,8 @@ def beside(*maps: Tensor) -> Tensor:
     return torch.cat(maps, dim=1) if len(maps) > 1 else maps[0]
 
 
-# Where a CPU multiplies matrices in units of their own (Intel's AMX), torch's attention is faster than ours.
-HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention: (B, heads, L, d) and (B, heads, S, d) twice -> (B, heads, L, d)."""
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-    if on_cpu and not HAS_AMX and k.shape[-2] >= 64:
-        return attend_in_blocks(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scores_at_once: int = 2**20) -> Tensor:
-    """The same for bfloat16 on a CPU, where torch's kernel is held up by its exponentials; as exact as that.
-
-    A few heads, or a few of a head's queries, at a time, so that their scores stay in the caches. Scores and
-    weights are float32, multiplied in bfloat16 with float32 sums. Queries and keys have no more digits than that;
-    scaled keys would, so scores are scaled. Exponentials are of two, faster than of e. A column of ones beside the
-    values sums up the weights.
-    """
-    out = torch.empty(q.shape, dtype=q.dtype)
-    q, k, v, result = (x.flatten(0, 1) for x in (q, k, v, out))  # (B * heads, L or S, d)
-    (_, queries, dim), keys = q.shape, k.shape[1]
-    scale = dim**-0.5 * math.log2(math.e)
-    heads_at_once = max(1, scores_at_once // (queries * keys))
-    queries_at_once = max(1, scores_at_once // keys)
-    nothing = torch.zeros(1)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        for first in range(0, len(q), heads_at_once):
-            heads = slice(first, first + heads_at_once)
-            ask, keyed, values = q[heads].float(), k[heads].float(), v[heads].float()
-            # No score exceeds the norms' product; small ones need no shift to keep 2**score in range.
-            shifted = scale * ask.norm(dim=-1).max() * keyed.norm(dim=-1).max() > 100
-            keyed, values = keyed.transpose(1, 2).contiguous(), F.pad(values, (0, 1), value=1.0)
-            for start in range(0, queries, queries_at_once):
-                block = slice(start, start + queries_at_once)
-                scores = torch.baddbmm(nothing, ask[:, block], keyed, beta=0, alpha=scale)
-                if shifted:
-                    scores -= scores.amax(dim=-1, keepdim=True)
-                sums = scores.exp2_() @ values
-                result[heads, block] = sums[..., :dim] / sums[..., dim:]
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
-    return out
-
-
 class Attention(nn.Module):
-    """Multi-head attention: queries from `x`, keys and values from `context`."""
+    """Multi-head attention. Keys and values are made apart from it, since many queries share them."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -201,7 +154,7 @@ class Attention(nn.Module):
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, ..., dim) -> same: all of a batch entry's tokens ask the same keys and values."""
+        """(B, ..., dim) -> same: all tokens of a batch entry attend to the same keys and values."""
         q = self.split_heads(self.to_q(x.flatten(1, -2)))  # (B, heads, L, dim / heads)
         h = attend(q, *keys_values)
         return self.to_out[0](h.transpose(1, 2).reshape(x.shape))
@@ -230,7 +183,7 @@ class Context:
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half is gated by the GELU of the other."""
+    """A linear layer whose one half is gated by the GELU of the other: (..., dim) -> (..., out_dim)."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -254,8 +207,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Key-frame attention (+ temporal attention beside it), cross attention to the text, feed-forward.
 
-    Once the key frame's and the text's keys and values are there, no location needs another one: the rest
-    can be done a few locations, in all frames, at a time.
+    Once the key frame's and the text's keys and values are there, each location, over all frames, is independent of
+    the others: the rest is done a few locations at a time.
     """
 
     def __init__(self, config: UNetConfig, dim: int, temporal: bool):
@@ -274,15 +227,15 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Tokens (B, F, H*W, C) -> same, and in the same memory outside autograd."""
-        key_frame = self.attn1.keys_values(self.norm1(x[:, 0]))
-        text = context.keys_values(self.attn2)
+        key_frame_kv = self.attn1.keys_values(self.norm1(x[:, 0]))
+        text_kv = context.keys_values(self.attn2)
 
         def layers(x: Tensor) -> Tensor:  # (B, F, L, C), L of the H*W locations
             h = self.norm1(x)
-            x = x + self.attn1(h, key_frame)
+            x = x + self.attn1(h, key_frame_kv)
             if hasattr(self, "attn_temp"):
                 x = x + self.temporal_attention(h)
-            x = x + self.attn2(self.norm2(x), text)
+            x = x + self.attn2(self.norm2(x), text_kv)
             return x + self.ff(self.norm3(x))
 
         return by_locations(layers, x)
@@ -384,7 +337,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder: each residual block eats a skip, and there is one block more than going down."""
+    """One level of the decoder: each residual block reads a skip, and there is one block more than going down."""
 
     def __init__(self, config: UNetConfig, level: int):
         super().__init__()

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from beyond.body import NAMES, body_parts, covered, may_cover
 from posecrafter import (
     PAPER,
+    EditInputs,
     Edits,
     Method,
-    Scene,
     TrainingFrames,
     add_noise,
     alpha_cumprod,
@@ -287,7 +287,7 @@ def restore(latents: Tensor, pseudo: Tensor, share: Tensor) -> None:
     latents.lerp_(pseudo, ((far - distance) / (far - near)).clamp(0, 1) * share)
 
 
-def hold_to_pseudo_video(scene: Scene) -> Edits:
+def hold_to_pseudo_video(scene: EditInputs) -> Edits:
     """The editor of HELD: target frames are held to a pseudo video that moves, made of the training frames.
 
     From the edit step on, before each step down to HELD_UNTIL, latents become the pseudo video's, as noisy, where

@@ -54,7 +54,7 @@ def move_person(model: Model, scene: Scene, k: int) -> np.ndarray:
     return moved_person(model, scene, k, scene.targets)[0]
 
 
-def edit_by_nearest(scene: posecrafter.Scene) -> posecrafter.Edits:
+def edit_by_nearest(scene: posecrafter.EditInputs) -> posecrafter.Edits:
     """The paper's editor, reading the nearest pixel: no noise is averaged with its neighbours."""
     edits = posecrafter.edit_once(scene)
     nearest = mock.patch("posecrafter.sample_bilinear", lambda x, at: sample_bilinear(x, at.round()))

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from weights import fill
 
+from attention import attend_in_blocks
 from clip import TextConfig, TextEncoder
 from controlnet import ControlNet
-from unet import UNet, UNetConfig, attend_in_blocks
+from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -31,7 +31,7 @@ from beyond.pseudo import (
 from demo.motion import motion
 from demo.puppet import clip, pose_of, random_puppet, render
 from metrics.figures import psnr
-from posecrafter import ALPHAS_CUMPROD, Edits, Scene, edit_once, image_tensor, move
+from posecrafter import ALPHAS_CUMPROD, EditInputs, Edits, edit_once, image_tensor, move
 from poses.parts import latent_points
 from poses.pose import Pose, place_pose
 
@@ -293,12 +293,12 @@ def trajectory(noise: float) -> list[torch.Tensor]:
     return [torch.ones(1, 4, 32, 32), *noisy]
 
 
-def a_scene(reference_pose: Pose = DOWN, edit_step: int = 2, steps=None) -> Scene:
+def a_scene(reference_pose: Pose = DOWN, edit_step: int = 2, steps=None) -> EditInputs:
     run = SimpleNamespace(frames=None, poses=[reference_pose])
-    return Scene(None, run, 0, [OUTWARDS], steps or trajectory(0.5), body_parts, edit_step, 3)
+    return EditInputs(None, run, 0, [OUTWARDS], steps or trajectory(0.5), body_parts, edit_step, 3)
 
 
-def held(monkeypatch, scene: Scene, pseudo: torch.Tensor, known: bool = True) -> Edits:
+def held(monkeypatch, scene: EditInputs, pseudo: torch.Tensor, known: bool = True) -> Edits:
     """The edits that hold sampling to a pseudo video of these latents, (1, 4, 32, 32)."""
     where = torch.full((1, 32, 32), known)
     monkeypatch.setattr("beyond.pseudo.moved_person", lambda *_: (None, where[None], where))

@@ -51,6 +51,7 @@ def test_no_import_goes_round_in_a_circle():
     ("module", "never"),
     [
         ("slicing", ("",)),
+        ("attention", ("",)),
         ("safe.files", ("",)),
         ("safe.provenance", ("",)),
         ("unet", ("poses", "video", "checkpoint", "posecrafter")),
