@@ -256,8 +256,8 @@ def invert(
     Returns `steps` + 1 latents: the image, then one per timestep up to the noise.
 
     The paper inverts a pseudo video that repeats this frame for every target pose. All its frames stay equal on
-    the way: they share the key frame, temporal attention over equal tokens gives that token, and equal frames have one
-    frame's norm statistics. So one frame is inverted, and the noise repeated.
+    the way: they share the key frame, temporal attention over equal tokens gives that token, and equal frames have
+    one frame's norm statistics. So one frame is inverted, and the noise repeated.
 
     fixed_point: beyond the paper. Inversion predicts a step's noise from the latent that the step starts from,
     sampling from the latent that it leads to. Each further iteration predicts it there, which makes the step more
@@ -502,6 +502,14 @@ class Generated:
     regions: dict[str, int]  # in how many frames each part was edited
 
 
+def starting_noise(method: Method, trajectory: Sequence[Tensor], frames: int, seed: int) -> Tensor:
+    """What sampling starts from, (frames, C, h, w): the reference's noise in every frame, or fresh noise."""
+    noise = trajectory[-1].expand(frames, -1, -1, -1)
+    if method.start == "inversion":
+        return noise
+    return torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).to(noise)
+
+
 def generate(model, run: TrainingFrames, *arguments, **options) -> Generated:
     """`generate_once`, in a precision that holds the numbers: where float16 overflows, all is done again wider.
 
@@ -553,17 +561,13 @@ def generate_once(
 
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
     hints = embed_hints(model, poses, height, width)
-    noise = trajectory[-1].expand(len(poses), -1, -1, -1)
-    if method.start == "noise":
-        noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).to(latent)
-    edit_step = method.edits_before(steps)
-    inputs = EditInputs(model, run, k, targets, trajectory, method.parts, edit_step, seed)
+    noise = starting_noise(method, trajectory, len(poses), seed)
+    inputs = EditInputs(model, run, k, targets, trajectory, method.parts, method.edits_before(steps), seed)
     edits = method.editor(inputs) if method.parts else NO_EDITS
     replayed = method.replay and method.insert
 
     def before_step(latents: Tensor, step: int) -> None:
-        # Waits for the device once a step, which is cheap, and stops early.
-        check_finite(latents, f"step {step - 1} of sampling")
+        check_finite(latents, f"step {step - 1} of sampling")  # it waits for the device: cheap, once a step
         if replayed:
             latents[0] = trajectory[steps - step + 1][0]
         edits.before_step(latents[-len(targets) :], step)
@@ -577,9 +581,7 @@ def generate_once(
     check_finite(latents, f"step {steps} of sampling")
     key_frame, latents = latents[: len(poses) - len(targets)], latents[-len(targets) :]
     edits.finish(latents)
-    if (
-        replayed
-    ):  # a replayed key frame is exact: only the reference sampled alone tells how faithful the run is
+    if replayed:  # a replayed key frame is exact; the reference sampled alone tells how faithful the run is
         key_frame = sample(model, trajectory[-1], hint, context, steps)
     return Generated(latents, key_frame if method.insert else None, edits.regions)
 

@@ -207,8 +207,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Key-frame attention (+ temporal attention beside it), cross attention to the text, feed-forward.
 
-    Once the key frame's and the text's keys and values are there, each location, over all frames, is independent of
-    the others: the rest is done a few locations at a time.
+    Once the key frame's and the text's keys and values are there, each location, over all frames, is independent
+    of the others: the rest is done a few locations at a time.
     """
 
     def __init__(self, config: UNetConfig, dim: int, temporal: bool):
