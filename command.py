@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from safe.results import Verify
+
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
 KINDS = ("json", "drawn", "video")  # what poses come from; see `poses.source`
 
@@ -130,8 +132,8 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")
     add("--run", type=Path, help="run folder that train.py made (default: the newest)")
     add("--prompt", help="target prompt, such as 'a person, red hair' (default: the training prompt)")
-    finite = partial(number, kind=float, low=-math.inf)
-    add("--guidance", type=finite, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
+    scale = partial(number, kind=float, low=-30, high=30)  # farther out, nothing is left of the person
+    add("--guidance", type=scale, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
     add("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
     edited = "paper: face and hands; body: all parts; held: all, held to a moving pseudo video"
     add("--method", choices=METHOD_NAMES, help=f"what is edited (default: the model's): {edited}")
@@ -149,6 +151,8 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=fps, help="frames per second (default: the driver's, or the clip's for JSON)")
     add("--no-audio", action="store_true", help="leave the driver's sound out")
     add("--out", type=Path, help="the video to write (default: in the run's samples/)")
+    told = "only print how this video or sheet was made, and whether it is as it was written"
+    add("--verify", type=Path, metavar="FILE", action=Verify, help=told)
 
     add = parser.add_argument_group("the paper's ablations, one part of the method at a time").add_argument
     add("--no-insert", action="store_true", help="do not put the reference in front as key frame")

@@ -83,6 +83,8 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
             yield unfinished
             os.replace(unfinished, whole_folder(out))
         finish_set(out, endings)
+    except OSError as error:  # which may name the unfinished file
+        raise OSError(str(error).replace(str(unfinished), str(out.parent))) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -97,10 +99,12 @@ def finish_set(out: Path, endings: tuple[str, ...]) -> None:
     folder = whole_folder(out)
     if not folder.is_dir():
         return
-    out.with_suffix(endings[-1]).unlink(missing_ok=True)  # it would belong to other files
-    for ending in endings:
-        with suppress(FileNotFoundError):  # moved before the process was killed
-            os.replace(folder / out.with_suffix(ending).name, out.with_suffix(ending))
+    last = out.with_suffix(endings[-1])
+    if (folder / last.name).exists():  # else all have been moved
+        last.unlink(missing_ok=True)  # it would belong to other files
+        for ending in endings:
+            with suppress(FileNotFoundError):  # moved before the process was killed
+                os.replace(folder / out.with_suffix(ending).name, out.with_suffix(ending))
     shutil.rmtree(folder)
 
 

@@ -31,9 +31,10 @@ from posecrafter import PAPER, Method, edit_once, training_loss
 from poses.parts import face_and_hands
 from poses.pose import Pose, load_poses, save_poses
 from run import name_of
+from safe.sound import add_sound, has_sound
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from video import add_sound, has_sound, read_frames, save_image, write_video
+from video import read_frames, save_image, write_video
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
@@ -573,7 +574,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--out", "clip.mp4"), "would overwrite clip.json; choose another --out"),
         (("--poses", "gap.json", "--out", "clip.mov"), "/clip.json; choose another --out"),
         (("--poses", "images", "--out", "images/new.mp4"), "would lie among the frames in images"),
-        (("--out", "gap.mp4"), "its report would overwrite gap.json"),
+        (("--out", "gap.mp4"), "would overwrite gap.json, which is no report"),
         (("--out", "folder.mp4"), "folder.mp4: is a folder"),
         (("--out", "clip.mp4/x.mp4"), "clip.mp4 is a file, not a folder"),
     ],
@@ -593,6 +594,7 @@ def test_sampling_refuses(workplace, trained, options, words):
         (sampling_arguments, "--fps", "0", "'0' is not a number above 0"),
         (sampling_arguments, "--fps", "inf", "'inf' is not a number above 0 and below inf"),
         (sampling_arguments, "--guidance", "nan", "'nan' is not a number"),
+        (sampling_arguments, "--guidance", "31", "'31' is not a number above -30 and below 30"),
         (sampling_arguments, "--fixed-point", "-1", "invalid choice: -1"),
         (sampling_arguments, "--canvas", "64", "'64' is not a size such as 1920x1080"),
     ],
