@@ -26,15 +26,7 @@ from beyond.retarget import proportions, retarget
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
 from pictures.sheets import contact_sheet
-from posecrafter import (
-    Generated,
-    Method,
-    check_finite,
-    ddim_timesteps,
-    decode_latents,
-    generate,
-    select_reference,
-)
+from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
 from public.places import PARTS, locate_parts, weight_file
@@ -140,9 +132,7 @@ def load_tuned(run: Run) -> tuple[Model, dict[str, Path]]:
 def generate_or_explain(model: Model, run: Run, targets: list[Pose], method: Method, *options) -> Generated:
     """`generate`. Raises MemoryError with how much memory would do, and FloatingPointError with what may help."""
     try:
-        made = generate(model, run, targets, method, *options)
-        check_finite(made.latents, "editing")
-        return made
+        return generate(model, run, targets, method, *options)
     except FloatingPointError as error:
         advice = "give a --guidance nearer to 1, or train again with a lower --lr"
         raise FloatingPointError(f"{run.folder}: {error}; {advice}") from None
@@ -169,20 +159,19 @@ def write_result(
     out: Path,
     run: Run,
     driver: Driver,
-    targets: list[Pose],
-    decoded: Iterator,
+    poses: list[Pose],
+    made: Iterator,
     report: dict,
 ) -> np.ndarray:
     """Writes the video while it is decoded, then poses, sheet and report, as one set. Returns the frames."""
     height, width = run.frames.shape[1:3]
-    frames = np.empty((len(targets), height, width, 3), np.uint8)
+    frames = np.empty((len(poses), height, width, 3), np.uint8)
 
     def kept() -> Iterator[np.ndarray]:
-        for frame, place in zip(tqdm(decoded, desc="decoding", total=len(frames)), frames):
+        for frame, place in zip(tqdm(made, desc="decoding", total=len(frames)), frames):
             place[:] = frame
             yield frame
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     fps, manifest = args.fps or driver.fps or run.settings["fps"], report["manifest"]
     with replacing_set(out, (out.suffix, *BESIDE)) as folder:
         place = folder / out.name
@@ -196,8 +185,8 @@ def write_result(
                 sound = False
                 print(f"{out}: without sound: {error}")
         mark_video(place, manifest)
-        save_poses(place.with_suffix(".poses.json"), targets, width, height)
-        rows = {"pose": [draw_pose(pose, height, width) for pose in targets], "result": frames}
+        save_poses(place.with_suffix(".poses.json"), poses, width, height)
+        rows = {"pose": [draw_pose(pose, height, width) for pose in poses], "result": frames}
         save_image(place.with_suffix(".png"), contact_sheet(rows), pnginfo=png_marks(manifest))
         write_report(place, report | {"frames": len(frames), "fps": fps, "sound": sound})
     return frames
@@ -223,10 +212,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         method = replace(method, **MOVED_ONCE)
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
-    prompts, options = (
-        (run.settings["prompt"], prompt),
-        (args.guidance, args.seed, args.slice, args.offload),
-    )
+    prompts = run.settings["prompt"], prompt
+    options = args.guidance, args.seed, args.slice, args.offload
     made = generate_or_explain(model, run, targets, method, k, args.ddim_steps, *prompts, *options)
     report = report_of(args, run, prompt, method, k, model.guidance_until, weights)
     report |= {

@@ -77,9 +77,10 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
     """
     remove_leftovers(out.parent)
     unfinished = out.parent / f".{out.stem}.{os.getpid()}"
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         with naming(out):
-            unfinished.mkdir()
+            unfinished.mkdir(parents=True)
             yield unfinished
             os.replace(unfinished, whole_folder(out))
         finish_set(out, endings)
@@ -87,6 +88,9 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
         raise OSError(str(error).replace(str(unfinished), str(out.parent))) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):  # not empty: all went well
+            for folder in made:
+                folder.rmdir()
 
 
 def whole_folder(out: Path) -> Path:

@@ -620,7 +620,7 @@ def shell(workplace: Path, *command: object, **options) -> subprocess.CompletedP
 
 
 def test_a_result_says_how_it_was_made_and_is_the_same_but_for_its_date(workplace, trained, monkeypatch):
-    command = (*SAMPLE, "--run", "runs/first", "--out")
+    command = (*SAMPLE[:3], "--range", "2:4", "--ddim-steps", 1, "--run", "runs/first", "--out")
     for name, year in (("dated/a.mp4", 2026), ("dated/b.mp4", 2026), ("dated/c.mp4", 2027)):
         now = datetime.datetime(year, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
         monkeypatch.setattr("safe.results.datetime", SimpleNamespace(now=lambda _, now=now: now))
@@ -635,7 +635,7 @@ def test_a_result_says_how_it_was_made_and_is_the_same_but_for_its_date(workplac
     assert manifest == read_manifest(first) == read_manifest(first.with_suffix(".png"))
     assert manifest["date"] == "2026-01-02T03:04:05+00:00" and manifest["version"] == VERSION
     told = [manifest[name] for name in ("model", "run", "poses", "prompt", "seed", "method", "ddim_steps")]
-    assert told == ["model", "first", "clip.json", "a person", 0, "held", 3]
+    assert told == ["model", "first", "clip.json", "a person", 0, "body", 1]
     assert str(workplace) not in json.dumps(manifest), "folders are nobody's business"
     assert manifest["weights"].keys() == {"unet", "controlnet", "vae", "text_encoder", "trained"}
     of_trained = f"trained.safetensors {file_hash(trained / 'trained.safetensors')}"

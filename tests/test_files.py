@@ -69,6 +69,9 @@ def test_a_set_is_replaced_together_or_not_at_all(tmp_path):
         (folder / "out.mp4").write_text("half")
         raise KeyError
     assert read_set(out) == ["old"] * 3
+    with pytest.raises(KeyError), replacing_set(tmp_path / "new" / "folder" / "out.mp4", ENDINGS):
+        raise KeyError
+    assert not (tmp_path / "new").exists(), "a folder was made for nothing"
     with pytest.raises(OSError) as refused, replacing_set(out, ENDINGS) as folder:
         raise OSError(f"{folder / 'out.png'}: could not be written")
     assert str(refused.value) == f"{tmp_path / 'out.png'}: could not be written"
