@@ -33,7 +33,7 @@ def survey(path: Path) -> Survey:
     if not times:
         raise OSError(f"{path}: not a readable video, or one without frames")
     remarks, rate = [], re.search(r"Output #0.*? ([\d.]+)(k?) fps", done.stderr, re.S)
-    if "[error]" in done.stderr:
+    if re.search(r"^\[[^]]*\] \[error\]", done.stderr, re.M):  # in the middle it may be the file's name
         stated = re.search(r"Duration: (\d+):(\d+):([\d.]+)", done.stderr)
         missing = 0
         if stated and rate:

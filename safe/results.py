@@ -10,11 +10,8 @@ from safe.files import finish_set, read_json, write_json
 from safe.provenance import SYNTHETIC, VERSION, file_hash, read_manifest
 
 REPORT = ".json"  # how a report's name ends
-BESIDE = (
-    ".png",
-    ".poses.json",
-    REPORT,
-)  # what lies beside a video: sheet, poses, and the report, which is last
+# What lies beside a video: the sheet, the poses, and the report, which comes last.
+BESIDE = (".png", ".poses.json", REPORT)
 
 
 def check_out(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
