@@ -60,10 +60,7 @@ def load_model(
     Raises ValueError or OSError with one line that says which file, which tensor and what to do.
     """
     half = dtype != torch.float32
-    sources = locate_parts(name, controlnet, vae)
-    needed = PARTS if "tokenizer" in sources else (*PARTS, "vocab", "merges")
-    sources |= public_files([part for part in needed if part not in sources], half)
-
+    sources = find_parts(name, controlnet, vae, half)
     networks = networks_without_weights(sources)
     folder, text = sources.get("tokenizer") or sources["vocab"].parent, networks["text_encoder"].config
     tokenizer = Tokenizer.load(folder, text.length)
@@ -73,6 +70,15 @@ def load_model(
     for part, network in networks.items():
         fill(network, part, weight_file(sources[part], half), device, dtype)
     return Model(**networks, tokenizer=tokenizer, **read_settings(sources))
+
+
+def find_parts(
+    name: str | Path, controlnet: str | Path | None, vae: str | Path | None, half: bool
+) -> dict[str, Path]:
+    """Where all parts of a model lie, after the public ones were downloaded."""
+    sources = locate_parts(name, controlnet, vae)
+    needed = PARTS if "tokenizer" in sources else (*PARTS, "vocab", "merges")
+    return sources | public_files([part for part in needed if part not in sources], half)
 
 
 def networks_without_weights(sources: dict[str, Path]) -> dict[str, nn.Module]:

@@ -5,11 +5,13 @@ Nothing in this file imports torch, so that `--help` and a mistyped option answe
 
 import argparse
 import ctypes
-import math
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from safe.arguments import number, parse_canvas, parse_range, whole
+from safe.results import Verify
 
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
 KINDS = ("json", "drawn", "video")  # what poses come from; see `poses.source`
@@ -58,36 +60,6 @@ def keep_freed_memory() -> None:
 # ---- Arguments ----------------------------------------------------------------------------------
 
 
-def number(text: str, kind: type, low: float = 0, high: float = math.inf) -> float:
-    """ "8" -> 8, an int or a float as `kind` says, above `low` and below `high`."""
-    try:
-        if low < (value := kind(text)) < high:
-            return value
-    except ValueError:
-        pass
-    wanted = "a whole number" if kind is int else "a number"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} above {low:g} and below {high:g}")
-
-
-whole = partial(number, kind=int)
-
-
-def parse_range(text: str) -> range:
-    """ "0:36" -> range(0, 36)."""
-    start, _, stop = text.partition(":")
-    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 0:36")
-    return range(int(start), int(stop))
-
-
-def parse_canvas(text: str) -> tuple[int, int]:
-    """ "1920x1080" -> (1080, 1920), height and width."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1920x1080")
-    return int(sides[1]), int(sides[0])
-
-
 def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
     """A parser with the options that both command lines have."""
     parser = argparse.ArgumentParser(prog=usage.split()[0], usage=usage, description=about)
@@ -130,8 +102,8 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")
     add("--run", type=Path, help="run folder that train.py made (default: the newest)")
     add("--prompt", help="target prompt, such as 'a person, red hair' (default: the training prompt)")
-    finite = partial(number, kind=float, low=-math.inf)
-    add("--guidance", type=finite, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
+    scale = partial(number, kind=float, low=-30, high=30)  # farther out, nothing is left of the person
+    add("--guidance", type=scale, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
     add("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
     edited = "paper: face and hands; body: all parts; held: all, held to a moving pseudo video"
     add("--method", choices=METHOD_NAMES, help=f"what is edited (default: the model's): {edited}")
@@ -149,6 +121,8 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=fps, help="frames per second (default: the driver's, or the clip's for JSON)")
     add("--no-audio", action="store_true", help="leave the driver's sound out")
     add("--out", type=Path, help="the video to write (default: in the run's samples/)")
+    told = "only print how this video or sheet was made, and whether it is as it was written"
+    add("--verify", type=Path, metavar="FILE", action=Verify, help=told)
 
     add = parser.add_argument_group("the paper's ablations, one part of the method at a time").add_argument
     add("--no-insert", action="store_true", help="do not put the reference in front as key frame")

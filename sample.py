@@ -1,7 +1,7 @@
 """Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
 Writes, side by side: the video, a contact sheet (target pose, result), the poses as they were followed, and the
-settings with what happened.
+report: the settings, what happened, and the hashes of these files.
 """
 
 from command import keep_freed_memory, run_command, sampling_arguments
@@ -17,41 +17,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
 from beyond.retarget import proportions, retarget
-from checkpoint import Model, load_model, read_settings
+from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
 from pictures.sheets import contact_sheet
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
-from public.places import locate_parts
-from run import Run, load_run, load_trained, name_of, newest_run, write_json
-from video import VIDEOS_WRITTEN, add_sound, cover, has_sound, save_image, write_video
+from public.places import PARTS, locate_parts, weight_file
+from run import Run, load_run, load_trained, name_of, newest_run
+from safe.files import replacing_set
+from safe.provenance import comment, mark_video, png_marks
+from safe.results import BESIDE, check_out, report_of, write_report
+from safe.sound import add_sound, has_sound
+from video import VIDEOS_WRITTEN, cover, save_image, write_video
 
 # Instead of being held to a pseudo video: parts are moved once, and the rest is left to the model.
 MOVED_ONCE = {"name": "body", "editor": METHODS["body"].editor}
-
-
-def check_out(out: Path, inputs: list[Path]) -> None:
-    """Raises ValueError where a result cannot lie, or would replace an input or a JSON file that is no report."""
-    report, endings = out.with_suffix(".json"), (out.suffix, ".png", ".json", ".poses.json")
-    written = [out.with_suffix(ending).resolve() for ending in endings]
-    wrong = [f"would overwrite {path}" for path in inputs if path.resolve() in written]
-    folders = [path for path in inputs if path.is_dir() and path.resolve() == written[0].parent]
-    wrong += [f"would lie among the frames in {folder}" for folder in folders]
-    wrong += [f"{folder} is a file, not a folder" for folder in out.parents if folder.is_file()]
-    if out.suffix.lower() not in VIDEOS_WRITTEN:
-        wrong.append(f"a video's name must end in {' or '.join(VIDEOS_WRITTEN)}")
-    if out.is_dir():
-        wrong.append("is a folder")
-    if report.is_file() and b'"ddim_steps"' not in report.read_bytes():
-        wrong.append(f"its report would overwrite {report}, which is none")
-    if wrong:
-        raise ValueError(f"{out}: {wrong[0]}; choose another --out")
 
 
 def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
@@ -131,19 +118,24 @@ def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
     return numbers.index(text)
 
 
-def load_tuned(run: Run) -> Model:
-    """The model with the run's weights, on the device that is there."""
-    model = load_model(*(run.settings[part] for part in ("model", "controlnet", "vae")), *compute_device())
-    load_trained(model, run.folder / "trained.safetensors")
+def load_tuned(run: Run) -> tuple[Model, dict[str, Path]]:
+    """The model with the run's weights, on the device that is there, and the files that they came from."""
+    (device, dtype), trained = compute_device(), run.folder / "trained.safetensors"
+    names, half = [run.settings[part] for part in ("model", "controlnet", "vae")], dtype != torch.float32
+    model, sources = load_model(*names, device, dtype), find_parts(*names, half)
+    load_trained(model, trained)
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
-    return model
+    return model, {part: weight_file(sources[part], half) for part in PARTS} | {"trained": trained}
 
 
 def generate_or_explain(model: Model, run: Run, targets: list[Pose], method: Method, *options) -> Generated:
-    """`generate`. Raises MemoryError with how much memory would do."""
+    """`generate`. Raises MemoryError with how much memory would do, and FloatingPointError with what may help."""
     try:
         return generate(model, run, targets, method, *options)
+    except FloatingPointError as error:
+        advice = "give a --guidance nearer to 1, or train again with a lower --lr"
+        raise FloatingPointError(f"{run.folder}: {error}; {advice}") from None
     except MemoryError as error:
         *_, guidance, _, frames_per_slice, offload = options
         least = frames_per_slice or 1, "never" if offload == "never" else "always"
@@ -163,54 +155,41 @@ def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float 
 
 
 def write_result(
-    args: argparse.Namespace, out: Path, run: Run, driver: Driver, targets: list[Pose], decoded: Iterator
-) -> tuple[np.ndarray, dict]:
-    """Writes the video while it is decoded, then sheet and poses. Returns the frames and a part of the report."""
+    args: argparse.Namespace,
+    out: Path,
+    run: Run,
+    driver: Driver,
+    poses: list[Pose],
+    made: Iterator,
+    report: dict,
+) -> np.ndarray:
+    """Writes the video while it is decoded, then poses, sheet and report, as one set. Returns the frames."""
     height, width = run.frames.shape[1:3]
-    frames = np.empty((len(targets), height, width, 3), np.uint8)
+    frames = np.empty((len(poses), height, width, 3), np.uint8)
 
     def kept() -> Iterator[np.ndarray]:
-        for frame, place in zip(tqdm(decoded, desc="decoding", total=len(frames)), frames):
+        for frame, place in zip(tqdm(made, desc="decoding", total=len(frames)), frames):
             place[:] = frame
             yield frame
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fps = args.fps or driver.fps or run.settings["fps"]
-    write_video(out, kept(), fps)
-    # At another speed the sound would run away from the movements.
-    sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
-    if sound:
-        try:
-            add_sound(out, args.poses, driver.within.start / fps, len(frames) / fps)
-        except OSError as error:  # which is no reason to leave the rest unwritten
-            sound = False
-            print(f"{out}: without sound: {error}")
-    save_poses(out.with_suffix(".poses.json"), targets, width, height)
-    drawn = [draw_pose(pose, height, width) for pose in targets]
-    save_image(out.with_suffix(".png"), contact_sheet({"pose": drawn, "result": frames}))
-    return frames, {"frames": len(frames), "fps": fps, "sound": sound}
-
-
-def report_of(
-    args: argparse.Namespace, model: Model, run: Run, method: Method, k: int, made: Generated
-) -> dict:
-    """How a result was made, and what happened."""
-    report = {name: getattr(args, name) for name in ("guidance", "ddim_steps", "seed")}
-    report |= {name: getattr(method, name) for name in ("start", "replay", "fixed_point")}
-    report |= {name: run.settings[name] for name in ("learning_rate", "learning_rate_from")}
-    return report | {
-        "run": str(run.folder),
-        "poses": str(args.poses),
-        "guidance_until": model.guidance_until,
-        "method": method.name,
-        "edit": method.parts and method.parts.__name__,
-        "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
-        "inserted": method.insert,
-        "reference": run.settings["frames"][k],
-        # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
-        "reference_psnr": faithfulness(model, made, run.frames[k]),
-        "edited_regions": made.regions,
-    }
+    fps, manifest = args.fps or driver.fps or run.settings["fps"], report["manifest"]
+    with replacing_set(out, (out.suffix, *BESIDE)) as folder:
+        place = folder / out.name
+        write_video(place, kept(), fps, comment(manifest))
+        # At another speed the sound would run away from the movements.
+        sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
+        if sound:
+            try:
+                add_sound(place, args.poses, driver.within.start / fps, len(frames) / fps)
+            except OSError as error:  # which is no reason to leave the rest unwritten
+                sound = False
+                print(f"{out}: without sound: {error}")
+        mark_video(place, manifest)
+        save_poses(place.with_suffix(".poses.json"), poses, width, height)
+        rows = {"pose": [draw_pose(pose, height, width) for pose in poses], "result": frames}
+        save_image(place.with_suffix(".png"), contact_sheet(rows), pnginfo=png_marks(manifest))
+        write_report(place, report | {"frames": len(frames), "fps": fps, "sound": sound})
+    return frames
 
 
 def main(args: argparse.Namespace) -> np.ndarray | None:
@@ -219,34 +198,34 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     prompt = run.settings["prompt"] if args.prompt is None else args.prompt
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
-    check_out(out, [args.poses, *inputs_of(run.settings)])
+    check_out(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)])
     driver, targets, ratios = read_targets(args, run)
     k = choose_reference(args.reference, run, targets)
     if args.plan:
         print_plan(run, method, len(targets), args.ddim_steps, args.guidance, args.slice, args.offload)
         return None
 
-    model = load_tuned(run)
+    model, weights = load_tuned(run)
     held = method.parts and method.editor is hold_to_pseudo_video
     if held and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
         print("the training frames show no still background: parts are moved once, the rest is the model's")
         method = replace(method, **MOVED_ONCE)
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
-    prompts, options = (
-        (run.settings["prompt"], prompt),
-        (args.guidance, args.seed, args.slice, args.offload),
-    )
+    prompts = run.settings["prompt"], prompt
+    options = args.guidance, args.seed, args.slice, args.offload
     made = generate_or_explain(model, run, targets, method, k, args.ddim_steps, *prompts, *options)
-    asked = {
-        "prompt": prompt,
+    report = report_of(args, run, prompt, method, k, model.guidance_until, weights)
+    report |= {
         "method_from": method_from,
         "retargeted": bool(ratios),
         "proportions": ratios,
+        # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
+        "reference_psnr": faithfulness(model, made, run.frames[k]),
+        "edited_regions": made.regions,
     }
-    report = asked | report_of(args, model, run, method, k, made)
-    frames, written = write_result(args, out, run, driver, targets, decode_latents(model, made.latents))
-    write_json(out.with_suffix(".json"), report | written)
+    decoded = decode_latents(model, made.latents)
+    frames = write_result(args, out, run, driver, targets, decoded, report)
     print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
     return frames
 

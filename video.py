@@ -1,17 +1,20 @@
 """Frames in and out: read from video and images, fitted to a canvas, written."""
 
-import os
+import logging
 import re
-import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from safe.files import replacing
+from safe.footage import check_aspect, read_image, survey
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS_WRITTEN = (".mp4", ".mov")
@@ -29,16 +32,18 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
     Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the frames per second
     (24 for images, and for videos that do not say). Transparency is laid over black. Only the frames asked for are
     held in memory, and none after them is decoded. Raises FileNotFoundError, OSError for what cannot be decoded,
-    and ValueError for an index outside the clip or images of different sizes.
+    and ValueError for an index outside the clip, images of different sizes or far longer one way than the other.
     """
     path = Path(path)
     files = _images(path)
     if files is None:
+        if indices is None:
+            count_frames(path)  # which says what is wrong with it
         return _read_video(path, indices)
     if indices is not None:
         _check_indices(path, indices, len(files))
         files = [files[index] for index in indices]
-    frames = [_read_image(file) for file in files]
+    frames = [read_image(file) for file in files]
     sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames]
     for file, size in zip(files, sizes):
         if size != sizes[0]:
@@ -48,14 +53,20 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
 
 
 def count_frames(path: str | Path) -> int:
-    """How many frames `read_frames` would read. Raises FileNotFoundError and OSError as it does."""
+    """How many frames `read_frames` would read. Raises FileNotFoundError and OSError as it does.
+
+    Prints a line for a video that is cut off or uneven in time.
+    """
     path = Path(path)
     if (files := _images(path)) is not None:
         return len(files)
-    try:
-        return imageio_ffmpeg.count_frames_and_secs(path.resolve())[0]
-    except RuntimeError:
-        raise OSError(f"{path}: not a readable video") from None
+    found = survey(path)
+    for remark in found.remarks:
+        print_once(remark)
+    return found.count
+
+
+print_once = cache(print)
 
 
 def _images(path: Path) -> list[Path] | None:
@@ -71,29 +82,16 @@ def _images(path: Path) -> list[Path] | None:
     return files
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """One image as uint8 RGB (H, W, 3), upright."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip, not scale
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            image = image.convert("RGBA")
-    # SyntaxError is PIL's word for a broken PNG.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: not a readable image ({error})") from None
-    black = Image.new("RGBA", image.size, "black")
-    return np.asarray(Image.alpha_composite(black, image).convert("RGB"))
-
-
 def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, float]:
     frames, count, missing = [], 0, set(() if indices is None else indices)
     # Every stored frame once, also where they are not evenly spaced in time, as phones film.
     exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
+    logging.getLogger("imageio_ffmpeg").disabled = True  # it would warn of videos that are to be turned
     try:
         # ffmpeg would take what stands before a colon in a relative path for a protocol.
         with closing(imageio_ffmpeg.read_frames(path.resolve(), output_params=exactly)) as reader:
             about = next(reader)
+            check_aspect(path, *about["size"])
             shape = (*about["size"][::-1], 3)
             if indices is not None:
                 frames = np.empty((len(indices), *shape), np.uint8)
@@ -175,18 +173,7 @@ def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- writing
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path`, with the same extension, that takes its place if all goes well."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, comment: str = "") -> None:
     """Writes frames, uint8 RGB (H, W, 3) each and of one size, as an H.264 video, each as soon as it comes.
 
     `path` appears, or is replaced, when all are written; else it stays as it was. Odd sizes get their last row or
@@ -209,9 +196,10 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
             codec="libx264",
             quality=None,
             macro_block_size=1,
-            ffmpeg_log_level="error",
+            ffmpeg_log_level="quiet",  # it writes to the screen
             # The colour matrix is named in the file, because players guess it otherwise.
-            output_params=["-crf", "16", "-movflags", "+faststart", "-vf", colour],
+            output_params=["-crf", "16", "-movflags", "+faststart", "-vf", colour]
+            + ["-metadata", f"comment={comment}"],
         )
         with closing(writer):
             writer.send(None)  # which starts ffmpeg
@@ -226,37 +214,13 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
                     raise OSError(f"{path}: ffmpeg stopped: {str(error).splitlines()[0]}") from None
                 written += 1
         with suppress(OSError):  # ffmpeg says nothing when the disk fills up as it closes the file
-            arrived = count_frames(unfinished)
+            arrived = survey(unfinished).count
         if arrived != written:
             raise OSError(f"{path}: could not be written whole; is the disk full?")
 
 
-def save_image(path: str | Path, image: Image.Image | np.ndarray) -> None:
-    """Writes a picture, PIL or uint8 RGB (H, W, 3), in the format that the extension names."""
+def save_image(path: str | Path, image: Image.Image | np.ndarray, **options) -> None:
+    """Writes a picture, PIL or uint8 RGB (H, W, 3), in the format that the extension names, as PIL does."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with replacing(Path(path)) as unfinished:
-        image.save(unfinished)
-
-
-def has_sound(path: str | Path) -> bool:
-    """Whether this is a video with a sound track."""
-    if _images(Path(path)) is not None:
-        return False
-    with closing(imageio_ffmpeg.read_frames(Path(path).resolve())) as reader:
-        return "audio_codec" in next(reader)
-
-
-def add_sound(path: str | Path, source: str | Path, start: float, seconds: float) -> None:
-    """Lays `seconds` of another video's sound, from `start` on, under a silent video, in place.
-
-    Raises OSError when ffmpeg cannot, and then leaves the video as it was.
-    """
-    silent, source_file = (Path(file).resolve() for file in (path, source))
-    with replacing(Path(path)) as unfinished:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", silent]
-        command += ["-ss", start, "-i", source_file, "-map", "0:v", "-map", "1:a:0", "-t", seconds]
-        command += ["-c:v", "copy", "-c:a", "aac", "-movflags", "+faststart", unfinished]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
-            raise OSError(f"{source}: its sound could not be copied ({reason})")
+        image.save(unfinished, **options)

@@ -77,14 +77,20 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
     """
     remove_leftovers(out.parent)
     unfinished = out.parent / f".{out.stem}.{os.getpid()}"
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         with naming(out):
-            unfinished.mkdir()
+            unfinished.mkdir(parents=True)
             yield unfinished
             os.replace(unfinished, whole_folder(out))
         finish_set(out, endings)
+    except OSError as error:  # which may name the unfinished file
+        raise OSError(str(error).replace(str(unfinished), str(out.parent))) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):  # not empty: all went well
+            for folder in made:
+                folder.rmdir()
 
 
 def whole_folder(out: Path) -> Path:
@@ -97,10 +103,12 @@ def finish_set(out: Path, endings: tuple[str, ...]) -> None:
     folder = whole_folder(out)
     if not folder.is_dir():
         return
-    out.with_suffix(endings[-1]).unlink(missing_ok=True)  # it would belong to other files
-    for ending in endings:
-        with suppress(FileNotFoundError):  # moved before the process was killed
-            os.replace(folder / out.with_suffix(ending).name, out.with_suffix(ending))
+    last = out.with_suffix(endings[-1])
+    if (folder / last.name).exists():  # else all have been moved
+        last.unlink(missing_ok=True)  # it would belong to other files
+        for ending in endings:
+            with suppress(FileNotFoundError):  # moved before the process was killed
+                os.replace(folder / out.with_suffix(ending).name, out.with_suffix(ending))
     shutil.rmtree(folder)
 
 

@@ -88,21 +88,27 @@ def read_manifest(path: Path) -> dict | None:
     """
     packet = None
     if path.suffix.lower() == ".png":
-        with Image.open(path) as image:
-            packet = image.info.get(XMP_CHUNK)
+        try:
+            with Image.open(path) as image:
+                packet = image.info.get(XMP_CHUNK)
+        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: not a readable image ({error})") from None
     else:
         with path.open("rb") as file:
             for kind, start, end in boxes(path):
                 if kind == b"uuid" and 16 < end - start <= LONGEST_PACKET:
                     file.seek(start)
                     contents = file.read(end - start)
-                    packet = contents[16:].decode() if contents[:16] == XMP_UUID else packet
+                    packet = contents[16:].decode(errors="replace") if contents[:16] == XMP_UUID else packet
     if packet is None:
         return None
     try:
         found = ElementTree.fromstring(packet).find(f".//{{{NAMESPACE}}}manifest")
-        return None if found is None else json.loads(found.text)
-    except (ElementTree.ParseError, ValueError, TypeError) as error:
+        manifest = None if found is None else json.loads(found.text)
+        if not isinstance(manifest, dict | None):
+            raise ValueError("no manifest")
+        return manifest
+    except (ElementTree.ParseError, RecursionError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: its marks are damaged ({error})") from None
 
 

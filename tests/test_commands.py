@@ -1,6 +1,7 @@
 """The command lines end to end, on a model of a few thousand random weights, and their bad inputs."""
 
 import contextlib
+import datetime
 import json
 import math
 import re
@@ -8,14 +9,16 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
@@ -31,9 +34,12 @@ from posecrafter import PAPER, Method, edit_once, training_loss
 from poses.parts import face_and_hands
 from poses.pose import Pose, load_poses, save_poses
 from run import name_of
+from safe.provenance import SOURCE_TYPE, SYNTHETIC, VERSION, file_hash, read_manifest
+from safe.results import check_out
+from safe.sound import add_sound, has_sound
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from video import add_sound, has_sound, read_frames, save_image, write_video
+from video import read_frames, save_image, write_video
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
@@ -573,7 +579,7 @@ def test_a_finished_run_is_not_overwritten(workplace, trained):
         (("--out", "clip.mp4"), "would overwrite clip.json; choose another --out"),
         (("--poses", "gap.json", "--out", "clip.mov"), "/clip.json; choose another --out"),
         (("--poses", "images", "--out", "images/new.mp4"), "would lie among the frames in images"),
-        (("--out", "gap.mp4"), "its report would overwrite gap.json"),
+        (("--out", "gap.mp4"), "would overwrite gap.json, which is no report"),
         (("--out", "folder.mp4"), "folder.mp4: is a folder"),
         (("--out", "clip.mp4/x.mp4"), "clip.mp4 is a file, not a folder"),
     ],
@@ -593,6 +599,7 @@ def test_sampling_refuses(workplace, trained, options, words):
         (sampling_arguments, "--fps", "0", "'0' is not a number above 0"),
         (sampling_arguments, "--fps", "inf", "'inf' is not a number above 0 and below inf"),
         (sampling_arguments, "--guidance", "nan", "'nan' is not a number"),
+        (sampling_arguments, "--guidance", "31", "'31' is not a number above -30 and below 30"),
         (sampling_arguments, "--fixed-point", "-1", "invalid choice: -1"),
         (sampling_arguments, "--canvas", "64", "'64' is not a size such as 1920x1080"),
     ],
@@ -602,6 +609,117 @@ def test_numbers_that_make_no_sense_are_refused_with_their_option(parse, option,
         parse(["clip.mp4" if parse is training_arguments else "--poses=clip.json", option, value])
     assert stopped.value.code == 2
     assert f"argument {option}: {words}" in capsys.readouterr().err
+
+
+# ---- Results ------------------------------------------------------------------------------------
+
+
+def shell(workplace: Path, *command: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / command[0], *map(str, command[1:])]
+    return subprocess.run(command, cwd=workplace, capture_output=True, text=True, **options)
+
+
+def test_a_result_says_how_it_was_made_and_is_the_same_but_for_its_date(workplace, trained, monkeypatch):
+    command = (*SAMPLE[:3], "--range", "2:4", "--ddim-steps", 1, "--run", "runs/first", "--out")
+    for name, year in (("dated/a.mp4", 2026), ("dated/b.mp4", 2026), ("dated/c.mp4", 2027)):
+        now = datetime.datetime(year, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+        monkeypatch.setattr("safe.results.datetime", SimpleNamespace(now=lambda _, now=now: now))
+        main(workplace, *command, name)
+    first, same, later = (workplace / "dated" / f"{name}.mp4" for name in "abc")
+    assert first.read_bytes() == same.read_bytes() != later.read_bytes()
+    assert first.read_bytes().replace(b"2026-01-02", b"2027-01-02") == later.read_bytes()
+    assert np.array_equal(read_frames(first)[0], read_frames(later)[0])
+
+    report = json.loads(first.with_suffix(".json").read_text())
+    manifest = report["manifest"]
+    assert manifest == read_manifest(first) == read_manifest(first.with_suffix(".png"))
+    assert manifest["date"] == "2026-01-02T03:04:05+00:00" and manifest["version"] == VERSION
+    told = [manifest[name] for name in ("model", "run", "poses", "prompt", "seed", "method", "ddim_steps")]
+    assert told == ["model", "first", "clip.json", "a person", 0, "body", 1]
+    assert str(workplace) not in json.dumps(manifest), "folders are nobody's business"
+    assert manifest["weights"].keys() == {"unet", "controlnet", "vae", "text_encoder", "trained"}
+    of_trained = f"trained.safetensors {file_hash(trained / 'trained.safetensors')}"
+    assert manifest["weights"]["trained"] == of_trained
+    assert report["files"] == {
+        name: file_hash(workplace / "dated" / name) for name in ("a.mp4", "a.png", "a.poses.json")
+    }
+    assert shell(workplace, "sample.py", "--verify", "dated/a.png").returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("exiftool"), reason="needs exiftool")
+def test_exiftool_finds_the_marks_of_a_result_with_sound(workplace, trained, monkeypatch):
+    frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=6, size=SIZE)
+    monkeypatch.setattr("openpose.load_openpose", lambda name, device: None)
+    monkeypatch.setattr("openpose.find_poses", lambda nets, frames, *_, **__: poses[: len(frames)])
+    write_video(workplace / "sounding.mp4", frames, 8)
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "lavfi", "-i", "sine", "-t", "1"]
+    subprocess.run([*ffmpeg, workplace / "tone.wav"], check=True, capture_output=True)
+    add_sound(workplace / "sounding.mp4", workplace / "tone.wav", 0, 1)
+    command = ("sample.py", "--poses", "sounding.mp4", "--run", "runs/first", "--ddim-steps", 3)
+    main(workplace, *command, "--out", "sounding_result.mp4")
+    result = workplace / "sounding_result.mp4"
+    assert has_sound(result)
+    for file in (result, result.with_suffix(".png")):
+        done = subprocess.run(["exiftool", "-j", file], capture_output=True, text=True, check=True)
+        (found,) = json.loads(done.stdout)
+        assert found["DigitalSourceType"] == SOURCE_TYPE
+        assert found["Comment"].startswith(SYNTHETIC) and '"prompt": "a person"' in found["Comment"]
+    assert read_manifest(result)["poses"] == "sounding.mp4"
+
+
+def test_numbers_that_are_not_finite_make_no_video(workplace, trained):
+    shutil.copytree(trained, workplace / "runs" / "burst")
+    weights = workplace / "runs" / "burst" / "trained.safetensors"
+    save_file({name: tensor * math.inf for name, tensor in load_file(weights).items()}, weights)
+    before = sorted(workplace.rglob("*"))
+    done = shell(workplace, *SAMPLE, "--run", "runs/burst", "--out", "burst/out.mp4")
+    shutil.rmtree(workplace / "runs" / "burst")
+    assert done.returncode == 2
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("sample.py: ") and "not finite" in line
+    assert [path for path in before if "burst" not in path.parts] == sorted(workplace.rglob("*"))
+
+
+def test_sampling_never_replaces_what_a_user_has_made(workplace, trained):
+    main(workplace, *SAMPLE, "--run", "runs/first", "--out", "own/out.mp4")
+    main(workplace, *SAMPLE, "--run", "runs/first", "--out", "own/out.mp4")  # a result replaces a result
+    (workplace / "own" / "out.mp4").write_bytes(b"edited by hand")
+    line = refusal(workplace, *SAMPLE, "--run", "runs/first", "--out", "own/out.mp4")
+    assert "own/out.mp4, which is not the file that out.json says was written; move it away" in line
+    assert (workplace / "own" / "out.mp4").read_bytes() == b"edited by hand"
+    (workplace / "own" / "new.png").write_bytes(b"a drawing")
+    line = refusal(workplace, *SAMPLE, "--run", "runs/first", "--out", "own/new.mp4")
+    assert "would overwrite own/new.png, beside which lies no report new.json" in line
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_whole_results(workplace, trained):
+    """Half at any moment, half while files are written and moved."""
+    folder, random = workplace / "killed", np.random.default_rng(0)
+    command = [*SAMPLE, "--run", "runs/first", "--out", "killed/out.mp4", "--ddim-steps", 1, "--no-edit"]
+    started = time.monotonic()
+    assert shell(workplace, *command).returncode == 0
+    seconds, outcomes = time.monotonic() - started, set()
+    for kill in range(20):
+        run = [sys.executable, ROOT / command[0], *map(str, command[1:]), "--seed", str(kill + 1)]
+        process = subprocess.Popen(run, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if kill % 2:
+            while not list(folder.glob(f".out.{process.pid}")) and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 1))
+        else:
+            time.sleep(random.uniform(0, seconds))
+        process.kill()
+        process.wait()
+        check_out(folder / "out.mp4", (".mp4",), [])  # with which the next run begins
+        report = json.loads((folder / "out.json").read_text())
+        assert report["files"] == {name: file_hash(folder / name) for name in report["files"]}
+        assert read_manifest(folder / "out.mp4") == read_manifest(folder / "out.png") == report["manifest"]
+        outcomes.add(report["seed"] == kill + 1)
+    assert shell(workplace, *command).returncode == 0
+    time.sleep(1)  # for an orphaned ffmpeg, if there is one
+    assert {path.name for path in folder.iterdir()} == {"out.mp4", "out.png", "out.poses.json", "out.json"}
+    print(f"new results after a kill: {sorted(outcomes)}")
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

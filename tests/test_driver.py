@@ -9,7 +9,8 @@ import pytest
 from demo.puppet import clip
 from poses.pose import Pose, draw_pose, save_poses
 from poses.source import read_driver, uniform_frames
-from video import add_sound, count_frames, has_sound, read_frames, save_image, write_video
+from safe.sound import add_sound, has_sound
+from video import count_frames, read_frames, save_image, write_video
 
 SIZE = 128
 

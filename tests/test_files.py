@@ -69,6 +69,12 @@ def test_a_set_is_replaced_together_or_not_at_all(tmp_path):
         (folder / "out.mp4").write_text("half")
         raise KeyError
     assert read_set(out) == ["old"] * 3
+    with pytest.raises(KeyError), replacing_set(tmp_path / "new" / "folder" / "out.mp4", ENDINGS):
+        raise KeyError
+    assert not (tmp_path / "new").exists(), "a folder was made for nothing"
+    with pytest.raises(OSError) as refused, replacing_set(out, ENDINGS) as folder:
+        raise OSError(f"{folder / 'out.png'}: could not be written")
+    assert str(refused.value) == f"{tmp_path / 'out.png'}: could not be written"
     write_set(out, "new")
     assert read_set(out) == ["new"] * 3 and len(list(tmp_path.iterdir())) == 3
 
@@ -93,6 +99,17 @@ def test_a_set_whose_moving_was_interrupted_is_finished_by_the_next(tmp_path, mo
     finish_set(out, ENDINGS)
     assert read_set(out) == ["new" if moved else "old"] * 3
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_set_that_was_moved_whole_stays_as_it_is(tmp_path, monkeypatch):
+    """The process was killed between moving the report and removing the empty folder."""
+    out = tmp_path / "out.mp4"
+    monkeypatch.setattr("safe.files.shutil.rmtree", lambda *_, **__: None)
+    write_set(out, "new")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 4
+    finish_set(out, ENDINGS)
+    assert read_set(out) == ["new"] * 3 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):

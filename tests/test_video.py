@@ -9,7 +9,8 @@ from PIL import Image
 
 from pictures.sheets import contact_sheet
 from poses.pose import Pose, place_pose
-from video import count_frames, fit, fit_frame, has_sound, read_frames, save_image, write_video
+from safe.sound import has_sound
+from video import count_frames, fit, fit_frame, read_frames, save_image, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -181,7 +182,75 @@ def test_real_footage_reads():
     assert frames.shape == (8, 512, 288, 3) and fps == 24
 
 
+CASES = SHARED / "cases"
+needs_cases = pytest.mark.skipif(not CASES.exists(), reason="needs the small inputs that went wrong")
+
+
+@pytest.mark.parametrize(("extension", "codec"), [("mp4", "copy"), ("mkv", "copy"), ("webm", "libvpx")])
+def test_a_video_that_is_cut_off_says_how_many_frames_are_missing(tmp_path, capfd, extension, codec):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "whole.mp4", noise, 12)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "whole.mp4", "-c:v", codec]
+    command += ["-movflags", "+faststart"] if extension == "mp4" else []
+    cut = tmp_path / f"cut.{extension}"
+    subprocess.run([*command, cut], check=True, capture_output=True)
+    assert count_frames(cut) == 24 and not any(capfd.readouterr())
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    count = count_frames(cut)
+    (line,), nothing = (text.splitlines() for text in capfd.readouterr())
+    words = (
+        f"cut.{extension}: cut off or damaged: {count} frames can be read, about {24 - count} frames are"
+    )
+    assert words in line and not nothing
+    assert len(read_frames(cut)[0]) == count
+    assert not any(capfd.readouterr()), "said twice"
+
+
+@needs_cases
+def test_cases_of_videos_cut_off(capfd):
+    frames, _ = read_frames(CASES / "fcut50.mp4")
+    said = capfd.readouterr()
+    assert len(frames) == 3 and "3 frames can be read, about 9 frames are missing" in said.out
+    assert not said.err
+    for name in ("cut50.mp4", "audio_only.mp4"):
+        for read in (read_frames, count_frames):
+            with pytest.raises(OSError, match=rf"{name}: not a readable video"):
+                read(CASES / name)
+    assert not any(capfd.readouterr())
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("rot", (256, 192)), ("odd", (191, 255)), ("tenbit", (192, 256)), ("vfr", (192, 256))],
+)
+def test_videos_as_cameras_write_them_are_read_upright_and_whole(name, shape, capfd):
+    path = CASES / f"{name}.mp4"
+    assert read_frames(path)[0].shape == (12, *shape, 3) and count_frames(path) == 12
+    said = capfd.readouterr()
+    assert not said.err and ("not evenly spaced in time" in said.out) == (name == "vfr")
+
+
 # --------------------------------------------------------------------------------------- images
+
+
+def test_pictures_that_are_far_too_large_or_narrow_are_refused_at_once(tmp_path, monkeypatch, recwarn):
+    Image.new("RGB", (2000, 4)).save(tmp_path / "narrow.png")
+    write_video(tmp_path / "narrow.mp4", np.zeros((2, 400, 4, 3), np.uint8), 8)
+    for name, size in (("narrow.png", "2000x4"), ("narrow.mp4", "4x400")):
+        with pytest.raises(ValueError, match=rf"{name}: {size} pixels are too long and narrow"):
+            read_frames(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # up to twice as many PIL only warns of
+    with pytest.raises(OSError, match=r"narrow\.png: not a readable image"):
+        read_frames(tmp_path / "narrow.png")
+    assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
+
+
+@needs_cases
+@pytest.mark.parametrize("name", ["bomb.png", "sl1.png"])
+def test_cases_of_pictures_that_are_no_footage(name):
+    with pytest.raises((OSError, ValueError), match=rf"{name}: [^\n]*$"):
+        read_frames(CASES / name)
 
 
 def test_a_folder_of_images_is_a_clip_in_the_order_of_its_numbers(tmp_path):
