@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import parse_canvas, parse_range, run_command
+from command import parse_canvas, parse_range
 from device import compute_device
 from metrics import figures as metric
 from metrics.clip_images import ImageEncoder
@@ -21,7 +21,9 @@ from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, load_poses, place_pose, read_canvas, video_sim
 from public.places import model_path
-from video import cover, fit_frame, read_frames, replacing, save_image
+from safe.files import replacing
+from safe.process import run_command
+from video import cover, fit_frame, read_frames, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.
 METRICS = {

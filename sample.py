@@ -4,9 +4,11 @@ Writes, side by side: the video, a contact sheet (target pose, result), the pose
 settings with what happened.
 """
 
-from command import keep_freed_memory, run_command, sampling_arguments
+from command import sampling_arguments
+from safe.process import keep_freed_memory, run_command, stop_in_one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    stop_in_one_line("sample.py")
     args = sampling_arguments()
     keep_freed_memory()
 
@@ -29,7 +31,8 @@ from posecrafter import Generated, Method, ddim_timesteps, decode_latents, gener
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
 from public.places import locate_parts
-from run import Run, load_run, load_trained, name_of, newest_run, write_json
+from run import Run, load_run, load_trained, name_of, newest_run
+from safe.files import write_json
 from video import VIDEOS_WRITTEN, add_sound, cover, has_sound, save_image, write_video
 
 # Instead of being held to a pseudo video: parts are moved once, and the rest is left to the model.

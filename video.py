@@ -1,10 +1,9 @@
 """Frames in and out: read from video and images, fitted to a canvas, written."""
 
-import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
+
+from safe.files import replacing
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS_WRITTEN = (".mp4", ".mov")
@@ -173,17 +174,6 @@ def fit_frame(frame: np.ndarray, fit: Fit) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------- writing
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path`, with the same extension, that takes its place if all goes well."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
