@@ -32,7 +32,7 @@ from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
 from public.places import locate_parts
 from run import Run, load_run, load_trained, name_of, newest_run
-from safe.files import write_json
+from safe.files import require_space, write_json
 from video import VIDEOS_WRITTEN, add_sound, cover, has_sound, save_image, write_video
 
 # Instead of being held to a pseudo video: parts are moved once, and the rest is left to the model.
@@ -228,6 +228,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     if args.plan:
         print_plan(run, method, len(targets), args.ddim_steps, args.guidance, args.slice, args.offload)
         return None
+    # At the most: the video, once more with its sound, and the sheet. All are compressed.
+    require_space(out.parent, 2 * len(targets) * run.frames[0].nbytes)
 
     model = load_tuned(run)
     held = method.parts and method.editor is hold_to_pseudo_video

@@ -226,11 +226,11 @@ def train(
         training.note(log, step + 1, timestep, loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if step + 1 in (FIRST_STEPS, steps):
+            training.check_weights(step + 1, log.parent)
             training.note(log, step + 1, "fixed", fixed_noise_loss(model, latents, hints, context))
         if time.monotonic() - saved > SAVE_EVERY:
             training.save(checkpoint, step + 1)
             saved = time.monotonic()
-    training.check_weights(steps, log.parent)
     return training
 
 

@@ -25,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield unfinished
             os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -59,7 +60,8 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.*"):
         match = LEFTOVER.fullmatch(path.name)
         if match and not is_alive(int(match[2])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # of somebody else, or on a read-only disk
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_alive(process: int) -> bool:
