@@ -21,11 +21,7 @@ Field = tuple[str, Callable[[object], bool]]  # in words, and whether a value is
 def text(value: object) -> bool:
     """Whether this can be a file's name or a prompt. File systems know names that are no Unicode, but no NUL."""
     try:
-        return (
-            isinstance(value, str)
-            and "\0" not in value
-            and bool(value.encode(errors="surrogateescape") or 1)
-        )
+        return isinstance(value, str) and b"\0" not in value.encode(errors="surrogateescape")
     except UnicodeEncodeError:
         return False
 
@@ -106,7 +102,7 @@ def read_run_settings(folder: Path) -> dict:
             made_by = f"made by PoseCrafter {found.get('version', 'of a later version')}"
             raise ValueError(f"{path}: {made_by}, which this one ({VERSION}) cannot read; use that one")
     if missing := [name for name in FIELDS if name in needed(found) and name not in found]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)} ({made_by_whom(found)}); {advice}")
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))} ({made_by_whom(found)}); {advice}")
     return {"learning_rate_from": "unknown"} | {name: found[name] for name in FIELDS if name in found}
 
 
