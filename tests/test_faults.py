@@ -30,6 +30,7 @@ from posecrafter import training_loss
 from run import load_run
 from safe.process import in_words, printable, run_command
 from safe.settings import FIELDS, read_run_settings
+from safe.tensors import load_state
 from video import write_video
 
 ROOT = Path(__file__).parents[1]
@@ -45,17 +46,10 @@ def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-@pytest.fixture
-def unfinished(workplace, trained, monkeypatch) -> Iterator[Path]:
+@pytest.fixture(scope="session")
+def interrupted(workplace, trained) -> Path:
     """A run that was interrupted in its third step, with a checkpoint of the second."""
-    folder = workplace / "runs" / "unfinished"
-    interrupt_training(workplace, folder, monkeypatch)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def interrupt_training(workplace: Path, folder: Path, monkeypatch) -> None:
-    calls = []
+    folder, calls = workplace / "runs" / "interrupted_once", []
 
     def failing(*inputs):
         calls.append(1)
@@ -63,11 +57,20 @@ def interrupt_training(workplace: Path, folder: Path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return training_loss(*inputs)
 
-    with monkeypatch.context() as patches:
+    with pytest.MonkeyPatch.context() as patches:
         patches.setattr(train, "SAVE_EVERY", 0)
         patches.setattr(train, "training_loss", failing)
         with pytest.raises(KeyboardInterrupt):
             main(workplace, *FOUR, "--run", folder)
+    return folder
+
+
+@pytest.fixture
+def unfinished(workplace, interrupted) -> Iterator[Path]:
+    folder = workplace / "runs" / "unfinished"
+    shutil.copytree(interrupted, folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -166,21 +169,30 @@ DAMAGES = {
 }
 
 
-def test_a_checkpoint_is_checked_like_any_other_input(workplace, unfinished):
+@pytest.mark.parametrize(
+    ("words", "damage"), [(words, damage) for words, damages in DAMAGES.items() for damage in damages]
+)
+def test_a_checkpoint_is_checked_like_any_other_input(interrupted, tmp_path, words, damage):
+    state, path = torch.load(interrupted / "training_state.pt", weights_only=True), tmp_path / "state.pt"
+    parameters = dict(state["parameters"])
+    torch.save(state, path)
+    assert load_state(path, parameters, 3)["step"] == 2
+    damage(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError) as refused:
+        load_state(path, parameters, 3)
+    assert str(refused.value).startswith(f"{path}: damaged") and words in str(refused.value)
+    assert str(refused.value).endswith("; delete it to begin anew") and str(refused.value).isprintable()
+
+
+def test_a_checkpoint_that_is_none_stops_training_and_is_left_alone(workplace, unfinished):
     path = unfinished / "training_state.pt"
-    for words, damages in DAMAGES.items():
-        for damage in damages:
-            state = torch.load(path, weights_only=True)
-            damage(state)
-            whole = path.read_bytes()
-            torch.save(state, path)
-            line = refusal(workplace, *FOUR, "--run", "runs/unfinished")
-            assert line.startswith("runs/unfinished/training_state.pt: damaged") and words in line, line
-            path.write_bytes(whole)
+    whole = path.read_bytes()
     for content in (b"", b"no checkpoint", whole[:2000], whole[:-100]):
         path.write_bytes(content)
         line = refusal(workplace, *FOUR, "--run", "runs/unfinished")
         assert line == "runs/unfinished/training_state.pt: damaged; delete it to begin anew"
+        assert path.read_bytes() == content
 
 
 # ---- Signals and other processes ----------------------------------------------------------------
@@ -220,6 +232,7 @@ sys.meta_path.insert(0, Interrupting())
     assert (process.returncode, out, err) == (130, "", f"{script}: stopped\n")
 
 
+@pytest.mark.slow
 def test_sigterm_stops_training_as_control_c_does(workplace):
     folder = workplace / "runs" / "terminated"
     process = start(workplace, of_script("train.py"), *FOUR[1:-3], 100_000, "--frames", 4, "--run", folder)
@@ -323,13 +336,16 @@ def filling(disk: Path, name: str):
     return wrapper
 
 
-WRITTEN = "settings.json 00000.png frames.poses.json preview.png loss.csv training_state.pt training.json"
+WRITTEN = "settings.json 00000.png frames.poses.json preview.png loss.csv training.json trained.safetensors"
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in WRITTEN.split()]
 
 
-@pytest.mark.parametrize("name", [*WRITTEN.split(), "trained.safetensors"])
-def test_a_full_disk_is_one_line_and_no_harm(workplace, trained, small_disk, monkeypatch, name):
+@pytest.mark.parametrize("name", ["training_state.pt", *SLOWLY])
+def test_a_full_disk_is_one_line_and_no_harm(
+    workplace, trained, interrupted, small_disk, monkeypatch, name
+):
     run = small_disk / "run"
-    interrupt_training(workplace, run, monkeypatch)
+    shutil.copytree(interrupted, run)
     kept = contents(run)
     state = run / "training_state.pt"
     with monkeypatch.context() as patches:
@@ -347,9 +363,9 @@ def test_a_full_disk_is_one_line_and_no_harm(workplace, trained, small_disk, mon
     assert same_weights(run, trained) and not hidden(run)
 
 
-def test_a_read_only_disk_is_one_line(workplace, small_disk, monkeypatch):
+def test_a_read_only_disk_is_one_line(workplace, interrupted, small_disk):
     run = small_disk / "run"
-    interrupt_training(workplace, run, monkeypatch)
+    shutil.copytree(interrupted, run)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(OSError, match=r"run/settings\.json: could not be written: read-only file system$"):
         main(workplace, *FOUR, "--run", run)
