@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from clip import TextConfig, TextEncoder, Tokenizer
-from command import METHOD_NAMES, run_command
+from command import METHOD_NAMES
 from controlnet import ControlNet
 from public.configs import read_config, read_json, read_sizes
 from public.formats import TensorFile
 from public.hub import list_public_files, public_files, size_of
 from public.layouts import stored_names
 from public.places import PARTS, locate_parts, weight_file
+from safe.process import run_command
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 

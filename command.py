@@ -1,63 +1,16 @@
-"""What the command lines need before torch is loaded, which takes seconds: arguments, memory, errors for people.
+"""The arguments of the command lines, and what they may be.
 
-Nothing in this file imports torch, so that `--help` and a mistyped option answer at once.
+Nothing in this file imports torch, which takes seconds, so that `--help` and a mistyped option answer at once.
 """
 
 import argparse
-import ctypes
-import os
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from safe.arguments import number, parse_canvas, parse_range, whole
+from safe.arguments import number, parse_canvas, parse_range, path, whole
 from safe.results import Verify
 
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
 KINDS = ("json", "drawn", "video")  # what poses come from; see `poses.source`
-
-
-def run_command(
-    script: str,
-    main: Callable[[argparse.Namespace], object],
-    args: argparse.Namespace,
-    stopped: str = "stopped",
-    out_of_memory: str = "give smaller or fewer frames",
-) -> None:
-    """`main(args)`; what goes wrong becomes one line, and exit code 2, or 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog=script)
-    try:
-        main(args)
-    except (ArithmeticError, MemoryError, OSError, ValueError) as error:
-        parser.exit(2, f"{script}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{script}: {stopped}\n")
-    except RuntimeError as error:
-        from slicing import is_out_of_memory  # not above: it imports torch
-
-        if not is_out_of_memory(error):
-            raise
-        parser.exit(2, f"{script}: out of graphics memory: {out_of_memory}\n")
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc, before torch is imported, to keep freed memory for the next buffer.
-
-    Networks ask for buffers hundreds of times a second, and on a CPU mapping them anew costs more than the
-    arithmetic: the demo model trains four times as fast with this. Buffers of 32 MB and more are given back (the
-    gaps between them would add up), but are mapped in huge pages. Other C libraries are left alone.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads this when it makes its first tensor
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    # malloc.h calls these M_MMAP_THRESHOLD (32 MB is the most), M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX.
-    for option, value in {-3: 32 * 2**20, -1: 2**31 - 1, -2: 256 * 2**20, -8: 1}.items():
-        mallopt(option, value)
-
-
-# ---- Arguments ----------------------------------------------------------------------------------
 
 
 def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
@@ -65,9 +18,12 @@ def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=usage.split()[0], usage=usage, description=about)
     add = parser.add_argument
     add("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
-    add("--person", type=int, default=1, help="whom to follow in footage (default: 1, the most prominent)")
+    add(
+        "--person", type=whole, default=1, help="whom to follow in footage (default: 1, the most prominent)"
+    )
     add("--range", type=parse_range, metavar="A:B", help="only these frames (default: all)")
-    add("--seed", type=int, default=0, help="of all random noise (default: 0)")
+    seed = partial(number, kind=int, low=-(10**12), high=10**12)  # training makes millions of seeds of it
+    add("--seed", type=seed, default=0, help="of all random noise (default: 0)")
     return parser
 
 
@@ -75,18 +31,18 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `train.py`."""
     parser = parser_of_both("train.py CLIP [options]", "Fine-tunes the model on a few frames of one clip.")
     add = parser.add_argument
-    add("clip", type=Path, help="video, or folder of images, of one person")
-    add("--poses", type=Path, help="the clip's poses, JSON or drawn (default: found in its pixels)")
+    add("clip", type=path, help="video, or folder of images, of one person")
+    add("--poses", type=path, help="the clip's poses, JSON or drawn (default: found in its pixels)")
     add("--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)")
-    add("--controlnet", type=Path, help="take the ControlNet from this file or folder")
-    add("--vae", type=Path, help="take the VAE from this file or folder")
+    add("--controlnet", type=path, help="take the ControlNet from this file or folder")
+    add("--vae", type=path, help="take the VAE from this file or folder")
     add("--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)")
     add("--prompt", default="a person", help="what the clip shows (default: %(default)r)")
     add("--steps", type=whole, help="training steps (default: the paper's, 100 for 8 frames)")
     rate = partial(number, kind=float, high=1)
     add("--lr", type=rate, help="learning rate (default: the model's; the paper states 0.003)")
     add("--size", type=whole, help="short side of the canvas (default: the model's; 512 for SD 1.5)")
-    add("--run", type=Path, help="the folder to make (default: runs/ and the clip's name)")
+    add("--run", type=path, help="the folder to make (default: runs/ and the clip's name)")
     return parser.parse_args(command)
 
 
@@ -95,12 +51,12 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     about = "Makes a video of the person of a run, following any poses."
     parser = parser_of_both("sample.py --poses POSES [options]", about)
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
-    add("--poses", type=Path, required=True, help="what to follow: JSON, drawn skeletons or footage")
+    add("--poses", type=path, required=True, help="what to follow: JSON, drawn skeletons or footage")
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that JSON in pixels is of")
     add("--smooth", action="store_true", help="take the jitter out of poses found in footage")
     build = "give the poses the proportions and the place on the ground of the run's person"
     add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")
-    add("--run", type=Path, help="run folder that train.py made (default: the newest)")
+    add("--run", type=path, help="run folder that train.py made (default: the newest)")
     add("--prompt", help="target prompt, such as 'a person, red hair' (default: the training prompt)")
     scale = partial(number, kind=float, low=-30, high=30)  # farther out, nothing is left of the person
     add("--guidance", type=scale, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
@@ -120,9 +76,9 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     fps = partial(number, kind=float)
     add("--fps", type=fps, help="frames per second (default: the driver's, or the clip's for JSON)")
     add("--no-audio", action="store_true", help="leave the driver's sound out")
-    add("--out", type=Path, help="the video to write (default: in the run's samples/)")
+    add("--out", type=path, help="the video to write (default: in the run's samples/)")
     told = "only print how this video or sheet was made, and whether it is as it was written"
-    add("--verify", type=Path, metavar="FILE", action=Verify, help=told)
+    add("--verify", type=path, metavar="FILE", action=Verify, help=told)
 
     add = parser.add_argument_group("the paper's ablations, one part of the method at a time").add_argument
     add("--no-insert", action="store_true", help="do not put the reference in front as key frame")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import parse_canvas, parse_range, run_command
 from device import compute_device
 from metrics import figures as metric
 from metrics.clip_images import ImageEncoder
@@ -20,7 +19,9 @@ from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, load_poses, place_pose, read_canvas
 from public.places import model_path
-from run import write_json
+from safe.arguments import parse_canvas, parse_range
+from safe.files import write_json
+from safe.process import run_command
 from video import cover, fit_frame, read_frames, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.

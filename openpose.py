@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from checkpoint import fill
-from command import keep_freed_memory, run_command
 from poses import maps
 from poses.people import fill_gaps, follow_people, smooth_poses
 from poses.pose import Pose, absences, draw_pose, is_seen, save_poses
 from public.configs import read_config
 from public.hub import public_files
 from public.places import model_path
+from safe.process import keep_freed_memory, run_command
 from video import IMAGES, read_frames, save_image, write_video
 
 # ---- The networks -------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The run folder that `train.py` leaves and `sample.py` reads."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,10 @@ from checkpoint import Model
 from pictures.sheets import contact_sheet
 from posecrafter import trainable_parameters
 from poses.pose import Pose, draw_pose, load_poses, save_poses
-from video import read_frames, replacing, save_image
+from safe.files import replacing, write_json
+from safe.settings import LAYOUT, check_inputs, made_by_whom, read_run_settings
+from safe.tensors import check_values
+from video import read_frames, save_image
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,8 @@ def load_run(folder: Path) -> Run:
     if not len(frames) == len(poses) == len(settings["frames"]):
         counts = f"{len(frames)} frames, {len(poses)} poses, and settings of {len(settings['frames'])}"
         raise ValueError(f"{folder}: a damaged run: {counts}; delete it and train again")
+    check_inputs(folder, settings, frames, folder / "frames.poses.json")
     return Run(folder, settings, frames, poses)
-
-
-def read_run_settings(folder: Path) -> dict:
-    """What a run was asked for. Raises ValueError, naming the file, when it is damaged."""
-    path, advice = folder / "settings.json", f"delete {folder} and train again"
-    try:
-        settings = {"learning_rate_from": "unknown"} | json.loads(path.read_text())
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); {advice}") from None
-    needed = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt", "learning_rate"}
-    if missing := sorted(needed - settings.keys()):
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; {advice}")
-    return settings
 
 
 def begin_run(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[Pose]) -> None:
@@ -61,9 +51,10 @@ def begin_run(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[
     Raises ValueError for a folder with an unfinished run of other settings.
     """
     if (folder / "settings.json").exists():
-        begun = read_run_settings(folder)
+        begun, advice = read_run_settings(folder), "choose another with --run, or delete it"
+        if begun.get("layout") != LAYOUT:
+            raise ValueError(f"{folder}: an unfinished run, {made_by_whom(begun)}; {advice}")
         if other := ", ".join(name for name in settings if settings[name] != begun.get(name)):
-            advice = "choose another with --run, or delete it"
             raise ValueError(f"{folder}: an unfinished run with other {other}; {advice}")
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)  # first: what follows is of these settings
@@ -83,9 +74,14 @@ def finish_run(folder: Path, trained: dict[str, Tensor], outcome: dict) -> None:
     (folder / "training_state.pt").unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict) -> None:
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+def refuse_finished(folder: Path) -> None:
+    """Raises ValueError for a folder with a finished run."""
+    if (folder / "trained.safetensors").exists():
+        (folder / "training_state.pt").unlink(
+            missing_ok=True
+        )  # a process was killed just before it did this
+        advice = "choose another with --run, or delete it"
+        raise ValueError(f"{folder}: there is a finished run already; {advice}")
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
@@ -102,6 +98,7 @@ def load_trained(model: Model, path: Path) -> None:
         trained = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); train again") from None
+    check_values(path, trained)
     parameters = trainable_parameters(model)
     found = {(name, tuple(tensor.shape)) for name, tensor in trained.items()}
     wanted = {(name, tuple(parameter.shape)) for name, parameter in parameters.items()}

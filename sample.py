@@ -4,9 +4,11 @@ Writes, side by side: the video, a contact sheet (target pose, result), the pose
 report: the settings, what happened, and the hashes of these files.
 """
 
-from command import keep_freed_memory, run_command, sampling_arguments
+from command import sampling_arguments
+from safe.process import keep_freed_memory, run_command, stop_in_one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    stop_in_one_line("sample.py")
     args = sampling_arguments()
     keep_freed_memory()
 
@@ -31,7 +33,7 @@ from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
 from public.places import PARTS, locate_parts, weight_file
 from run import Run, load_run, load_trained, name_of, newest_run
-from safe.files import replacing_set
+from safe.files import replacing_set, require_space
 from safe.provenance import comment, mark_video, png_marks
 from safe.results import BESIDE, check_out, report_of, write_report
 from safe.sound import add_sound, has_sound
@@ -204,6 +206,8 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     if args.plan:
         print_plan(run, method, len(targets), args.ddim_steps, args.guidance, args.slice, args.offload)
         return None
+    # At the most: the video, once more with its sound, and the sheet. All are compressed.
+    require_space(out.parent, 2 * len(targets) * run.frames[0].nbytes)
 
     model, weights = load_tuned(run)
     held = method.parts and method.editor is hold_to_pseudo_video

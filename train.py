@@ -4,14 +4,15 @@ Leaves a run folder that `sample.py` makes new videos from; docs/USAGE.md says w
 command goes on from an interrupted run's last checkpoint, at most two minutes back.
 """
 
-from command import keep_freed_memory, run_command, training_arguments
+from command import training_arguments
+from safe.process import keep_freed_memory, run_command, stop_in_one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    stop_in_one_line("train.py")
     args = training_arguments()
     keep_freed_memory()
 
 import argparse
-import hashlib
 import math
 import shlex
 import time
@@ -34,10 +35,15 @@ from posecrafter import (
     training_loss,
     training_steps,
 )
-from poses.pose import Pose, has_person, place_pose
+from poses.pose import Pose, has_person, place_pose, poses_text
 from poses.source import read_driver, uniform_frames
-from run import begin_run, finish_run, name_of
-from video import count_frames, fit, fit_frame, read_frames, replacing
+from run import begin_run, finish_run, name_of, refuse_finished
+from safe.files import alone_in, replacing
+from safe.provenance import VERSION
+from safe.room import require_memory_for_frames, require_space_for_training
+from safe.settings import LAYOUT, hash_inputs
+from safe.tensors import load_state, not_finite
+from video import count_frames, fit, fit_frame, read_frames
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
@@ -134,39 +140,43 @@ class Training:
     def note(self, log: Path, step: int, timestep: int | str, loss: float) -> None:
         """Logs a loss. Raises FloatingPointError for one that is not finite."""
         if not math.isfinite(loss):
-            lower = f"train again with a lower rate: --lr {self.optimizer.defaults['lr'] / 10:g}"
-            found, advice = f"the loss of step {step}", f"delete {log.parent} and {lower}"
             if step == 0:
-                found, advice = "the model's own loss", "give another --model"
-            raise FloatingPointError(f"{found} is not finite; {advice}")
+                raise FloatingPointError("the model's own loss is not finite; give another --model")
+            self.give_up(f"the loss of step {step}", log.parent)
         self.losses.append((step, timestep, loss))
         rows = [f"{step},{timestep},{loss:.6f}" for step, timestep, loss in self.losses]
-        log.write_text("\n".join(["step,timestep,loss", *rows]) + "\n")
+        with replacing(log) as unfinished:
+            unfinished.write_text("\n".join(["step,timestep,loss", *rows]) + "\n")
+
+    def check_weights(self, step: int, folder: Path) -> None:
+        """Raises FloatingPointError, naming it, for a trained weight that is not finite."""
+        if name := not_finite(self.parameters):
+            self.give_up(f"after step {step}, {name}", folder)
+
+    def give_up(self, found: str, folder: Path) -> None:
+        advice = f"train again with a lower rate: --lr {self.optimizer.defaults['lr'] / 10:g}"
+        raise FloatingPointError(f"{found} is not finite; delete {folder} and {advice}")
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Writes what `resume` goes on from, after `step` steps."""
+        """Writes what `resume` goes on from, after `step` steps; what is not finite replaces nothing."""
+        self.check_weights(step, checkpoint.parent)
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         with replacing(checkpoint) as unfinished:
             torch.save({"step": step, "parameters": parameters, "losses": self.losses} | parts, unfinished)
 
-    def resume(self, checkpoint: Path) -> int:
+    def resume(self, checkpoint: Path, steps: int) -> int:
         """Goes back to a checkpoint: the steps done. Raises ValueError for a damaged one."""
-        try:
-            # To the host: the optimizer takes its moments from there to the device. Its step counters stay: on the
-            # device each step would have to wait for them.
-            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-            for name, parameter in self.parameters.items():
-                parameter.data.copy_(state["parameters"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty unless it was a float16 model
-                self.scaler.load_state_dict(state["scaler"])
-            self.losses.extend(state["losses"])
-            return state["step"]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a damaged pickle can raise anything
-            raise ValueError(f"{checkpoint}: damaged; delete it to begin anew") from None
+        state = load_state(checkpoint, self.parameters, steps)
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        # The optimizer takes its moments from the host to the device. Its step counters stay: on the device each
+        # step would have to wait for them.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        if state["scaler"]:  # empty unless it was a float16 model
+            self.scaler.load_state_dict(state["scaler"])
+        self.losses.extend(state["losses"])
+        return state["step"]
 
 
 def train(
@@ -184,7 +194,7 @@ def train(
 
     latents: (N, C, h, w); hints: what `embed_hints` makes of the poses; context: (tokens, context_dim).
     Trained weights are float32. A step's noise depends on the seed and the step alone, so a resumed run is the
-    same. Raises ValueError for a damaged checkpoint, and FloatingPointError for a loss that is not finite.
+    same. Raises ValueError for a damaged checkpoint, and FloatingPointError for what is not finite.
     """
     parameters = trainable_parameters(model)
     for parameter in parameters.values():
@@ -196,7 +206,7 @@ def train(
     half = model.unet.conv_in.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(latents.device.type, enabled=half)
     training = Training(parameters, optimizer, scaler, [])
-    start = training.resume(checkpoint) if checkpoint.exists() else 0
+    start = training.resume(checkpoint, steps) if checkpoint.exists() else 0
     if not start:
         training.note(log, 0, "fixed", fixed_noise_loss(model, latents, hints, context))
     saved = time.monotonic()
@@ -216,6 +226,7 @@ def train(
         training.note(log, step + 1, timestep, loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if step + 1 in (FIRST_STEPS, steps):
+            training.check_weights(step + 1, log.parent)
             training.note(log, step + 1, "fixed", fixed_noise_loss(model, latents, hints, context))
         if time.monotonic() - saved > SAVE_EVERY:
             training.save(checkpoint, step + 1)
@@ -227,17 +238,19 @@ def settings_of(
     args: argparse.Namespace, model: Model, frames: np.ndarray, poses: list[Pose], clip: dict
 ) -> dict:
     """Everything that a run depends on, as `settings.json` has it; clip: see `read_training_frames`."""
-    keypoints = np.stack([np.concatenate(list(vars(pose).values())) for pose in poses])
+    height, width = frames.shape[1:3]
     paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
     options = {name: getattr(args, name) for name in ("poses_are", "person", "model", "prompt", "seed")}
     settings = {
-        "height": frames.shape[1],
-        "width": frames.shape[2],
+        "version": VERSION,
+        "layout": LAYOUT,
+        "height": height,
+        "width": width,
         "steps": args.steps or training_steps(len(frames)),
         "learning_rate": args.lr or model.learning_rate,
         "learning_rate_from": "--lr" if args.lr else "the model's default",
         # Other frames, or poses that were corrected, make another run.
-        "inputs": hashlib.sha256(frames.tobytes() + keypoints.tobytes()).hexdigest(),
+        "inputs": hash_inputs(frames, poses_text(poses, width, height).encode()),
     }
     return {name: path and str(path) for name, path in paths.items()} | options | clip | settings
 
@@ -246,27 +259,32 @@ def main(args: argparse.Namespace) -> None:
     folder = args.run or Path("runs") / name_of(args.clip)
     if args.poses_are and not args.poses:
         raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
-    if (folder / "trained.safetensors").exists():
-        advice = "choose another with --run, or delete it"
-        raise ValueError(f"{folder}: there is a finished run already; {advice}")
+    with alone_in(folder):
+        make_run(args, folder)
+
+
+def make_run(args: argparse.Namespace, folder: Path) -> None:
+    refuse_finished(folder)
     images, poses, clip = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype)
     # What the UNet's coarsest level can hold: for SD 1.5, multiples of 64 pixels.
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
     placing = fit(*images.shape[1:3], args.size or model.size, multiple)
+    height, width = placing.height, placing.width
+    require_memory_for_frames(model, device, dtype, (len(images), height, width))
     frames = np.stack([fit_frame(image, placing) for image in images])
     poses = [place_pose(pose, *placing.placement) for pose in poses]
-    height, width = placing.height, placing.width
     settings = settings_of(args, model, frames, poses, clip)
     steps, rate = settings["steps"], settings["learning_rate"]
+    checkpoint, log = folder / "training_state.pt", folder / "loss.csv"
+    require_space_for_training(checkpoint, trainable_parameters(model).values(), frames)
     print(f"learning rate {rate:g} ({settings['learning_rate_from']}), {steps} steps, on {describe(model)}")
 
     context = encode_prompt(model, args.prompt).clone()
     latents = encode_frames(model, frames).clone()
     hints = embed_hints(model, poses, height, width).to(device, copy=True)
     begin_run(folder, settings, frames, poses)
-    checkpoint, log = folder / "training_state.pt", folder / "loss.csv"
     training = train(model, latents, hints, context, steps, rate, args.seed, checkpoint, log)
     finish_run(folder, training.tensors, {"fixed_losses": training.fixed_losses, "worse": training.worse})
 

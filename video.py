@@ -210,8 +210,10 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, comm
                 even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 try:
                     writer.send(even)
-                except OSError as error:
-                    raise OSError(f"{path}: ffmpeg stopped: {str(error).splitlines()[0]}") from None
+                except OSError:
+                    raise OSError(
+                        f"{path}: could not be written: ffmpeg stopped; is the disk full?"
+                    ) from None
                 written += 1
         with suppress(OSError):  # ffmpeg says nothing when the disk fills up as it closes the file
             arrived = survey(unfinished).count

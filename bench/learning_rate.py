@@ -30,14 +30,14 @@ from bench.common import HINTS, ROOT, print_table
 from bench.equal import prepare_training, with_random_weights, without_weights
 from bench.widen import start_temporal_attention, widen
 from checkpoint import load_model
-from command import keep_freed_memory
 from demo.puppet import clip
 from device import compute_device
 from metrics.figures import psnr
 from poses.source import uniform_frames
+from safe.files import replacing
+from safe.process import keep_freed_memory
 from train import autocast_loss
 from unet import BasicTransformerBlock, UNetConfig
-from video import replacing
 
 WORK = ROOT / "runs" / "learning_rate"
 PUPPETS = (12, 13)  # that no other table uses

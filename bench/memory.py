@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import GIGA, HINTS, MEGA, print_table
 from bench.equal import without_weights
 from beyond.plan import blank_clip, sampling_peak, training_peak
-from command import keep_freed_memory
 from posecrafter import sample
+from safe.process import keep_freed_memory
 from unet import UNetConfig
 
 MEASURED, PREDICTED = (8, 16, 32, 64), (8, 100, 300, 1000)  # frames

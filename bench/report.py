@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.common import GIGA, ROOT, table
-from video import replacing
+from safe.files import replacing
 
 NOT_INSTALLED, DOES_NOT_FIT, CPU = "not installed", "does not fit", "CPU rehearsal"
 HEADER = """# GPUs, measured

@@ -5,8 +5,8 @@
                                                   environment that it runs in (diffusers 0.11.1)
 
 Each runs in processes of its own, turn by turn, with the same random weights at Stable Diffusion 1.5's sizes: the
-peers as they come, and on a CPU with memory kept as ours asks for it (`command.keep_freed_memory`). On one frame
-all compute the same, so their error there, against float32, says what their speed costs.
+peers as they come, and on a CPU with memory kept as ours asks for it (`keep_freed_memory`). On one frame all
+compute the same, so their error there, against float32, says what their speed costs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import HINTS, WIDTHS, print_table, random_weights, seconds
-from command import keep_freed_memory
+from safe.process import keep_freed_memory
 
 OURS, DIFFUSERS, CONTROLVIDEO, EXACT = "ours", "diffusers, 2-D", "ControlVideo", "exact"
 

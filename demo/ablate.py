@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from beyond.pseudo import METHODS
 from checkpoint import read_settings
-from command import keep_freed_memory, run_command
 from demo import cells
 from demo.cells import FIGURES, cell_path, load_figures, shown
 from demo.puppet import random_puppet
@@ -28,7 +27,9 @@ from demo.scene import REPAINTED, Trial, set_scene
 from pictures.sheets import contact_sheet
 from posecrafter import ddim_timesteps
 from public.places import locate
-from video import replacing, save_image
+from safe.files import replacing
+from safe.process import keep_freed_memory, run_command
+from video import save_image
 
 # ---- What is compared ---------------------------------------------------------------------------
 

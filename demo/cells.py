@@ -26,7 +26,7 @@ from posecrafter import Method, decode_latents, edit_latents, encode_frames, sam
 from poses.pose import Pose
 from public.places import DEMO
 from run import load_trained
-from video import replacing
+from safe.files import replacing
 
 # ---- Ways to make a clip ------------------------------------------------------------------------
 

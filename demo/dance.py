@@ -16,7 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import keep_freed_memory, run_command, sampling_arguments, training_arguments
+from command import sampling_arguments, training_arguments
+from safe.process import keep_freed_memory, run_command
 
 if __name__ == "__main__":  # before torch is imported
     keep_freed_memory()

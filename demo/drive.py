@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import keep_freed_memory, run_command
+from safe.process import keep_freed_memory, run_command
 
 if __name__ == "__main__":  # before torch is imported
     keep_freed_memory()

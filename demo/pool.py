@@ -12,7 +12,7 @@ from demo.motion import DANCES, motion
 from demo.puppet import Puppet, caption, random_puppet, render
 from demo.scenery import disguise
 from poses.pose import Pose, place_pose
-from video import replacing
+from safe.files import replacing
 
 FACTOR = 4  # pixels to a latent pixel
 POSES = 8  # per identity, drawn from ten seconds of motion

@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from beyond.body import body_parts
 from checkpoint import Model
 from clip import TextConfig, TextEncoder, Tokenizer
-from command import keep_freed_memory
 from controlnet import ControlNet
 from demo.pool import FACTOR, POSES, TWIN, as_found, pose_from, render_pool
 from demo.save import save_model
@@ -38,9 +37,10 @@ from device import compute_device, has_fast_bfloat16
 from posecrafter import ALPHAS_CUMPROD, TRAIN_STEPS, edit_latents, image_tensor
 from poses.parts import face_and_hands
 from poses.pose import draw_pose
+from safe.files import replacing
+from safe.process import keep_freed_memory
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from video import replacing
 
 HEIGHT, WIDTH = 192, 256  # pixels: the demo's frames, which show puppets from the knees up
 IDENTITIES = range(10_000, 15_000)  # seeds of the pool's puppets; those below are for the demo

@@ -20,7 +20,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openpose
-from command import keep_freed_memory
 from demo import pretrain
 from demo.motion import motion
 from demo.pool import pose_from, render_pool
@@ -30,6 +29,7 @@ from openpose import OpenPose
 from poses import maps
 from poses.maps import LIMB_MAPS, LIMBS, STRIDE
 from poses.pose import Pose, is_seen
+from safe.process import keep_freed_memory
 
 # A crop of a hand in a frame of 128 pixels has 20 to 25 of them, and one of a face 30: they need no enlarging to
 # 736 and 384, which would be nine tenths of the work. A second stage cannot say more than its 24 channels hold:

@@ -16,8 +16,8 @@ from device import compute_device
 from posecrafter import PAPER, Method, embed_hints, encode_frames, encode_prompt, training_steps
 from poses.pose import Pose, place_pose
 from poses.source import uniform_frames
+from safe.files import replacing
 from train import train
-from video import replacing
 
 PROMPT = "a person"
 REPAINTED = ("hair", "shirt", "lower")  # the fields of a puppet that a prompt can give another colour

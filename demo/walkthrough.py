@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import posecrafter
 from checkpoint import Model
-from command import keep_freed_memory
 from demo.drawing import captioned, crossed, false_colours, framed, heated, number, outlined, sheet, shrunk
 from demo.scene import PROMPT, Scene, Trial, fine_tune, from_the_knees_up, load_demo, set_scene
 from metrics.figures import frame_psnr
@@ -31,6 +30,7 @@ from poses.parts import convex_hull, face_and_hands, latent_points
 from poses.pose import Pose, draw_pose, is_seen, pose_distance
 from poses.source import uniform_frames
 from run import load_trained
+from safe.process import keep_freed_memory
 from unet import Attention, BasicTransformerBlock
 from video import save_image
 

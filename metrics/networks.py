@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from checkpoint import fill
 from metrics.clip_images import ImageEncoder
 from public.hub import PublicFile
-from video import replacing
+from safe.files import replacing
 
 Network = TypeVar("Network", bound=nn.Module)
 

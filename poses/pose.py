@@ -144,7 +144,13 @@ def read_canvas(path: str | Path) -> tuple[int, int] | None:
 
 
 def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int) -> None:
-    """Writes poses as a JSON list of OpenPose frames in pixels of a `width` x `height` canvas."""
+    """Writes `poses_text` whole or not at all."""
+    with replacing(Path(path)) as unfinished:
+        unfinished.write_text(poses_text(poses, width, height))
+
+
+def poses_text(poses: Sequence[Pose], width: int, height: int) -> str:
+    """Poses as a JSON list of OpenPose frames in pixels of a `width` x `height` canvas."""
 
     def person(pose: Pose) -> dict[str, list[float]]:
         pixels = {_KEYS[name][0]: part * (width, height, 1) for name, part in vars(pose).items()}
@@ -152,8 +158,7 @@ def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int)
 
     size = {"canvas_width": width, "canvas_height": height}
     frames = [{"people": [] if _is_empty(pose) else [person(pose)], **size} for pose in poses]
-    with replacing(Path(path)) as unfinished:
-        unfinished.write_text(json.dumps(frames, separators=(",", ":")))
+    return json.dumps(frames, separators=(",", ":"))
 
 
 def _is_size(sides: tuple) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import math
 from functools import partial
+from pathlib import Path
 
 
 def number(text: str, kind: type, low: float = 0, high: float = math.inf) -> float:
@@ -13,16 +14,23 @@ def number(text: str, kind: type, low: float = 0, high: float = math.inf) -> flo
     except ValueError:
         pass
     wanted = "a whole number" if kind is int else "a number"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} above {low:g} and below {high:g}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} above {low:,} and below {high:,}")
 
 
-whole = partial(number, kind=int)
+whole = partial(number, kind=int, high=10_000_000)
+
+
+def path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file or folder")
+    return Path(text)
 
 
 def parse_range(text: str) -> range:
     """ "0:36" -> range(0, 36)."""
     start, _, stop = text.partition(":")
-    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+    short = len(text) < 24  # numbers of thousands of digits are not read at all
+    if not (short and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 0:36")
     return range(int(start), int(stop))
 
@@ -30,6 +38,6 @@ def parse_range(text: str) -> range:
 def parse_canvas(text: str) -> tuple[int, int]:
     """ "1920x1080" -> (1080, 1920), height and width."""
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 6 and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1920x1080")
     return int(sides[1]), int(sides[0])

@@ -25,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield unfinished
             os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -33,16 +34,20 @@ def naming(path: Path) -> Iterator[None]:
     """Errors of the system while writing become one line that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # What cannot be written is a RuntimeError in PyTorch's files, and has no number in ffmpeg's.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+    except OSError as error:
+        elsewhere = error.filename and path.parent.absolute() not in Path(error.filename).absolute().parents
+        if error.errno is None or elsewhere:  # one line already, or about a file that is read
             raise
-        number = getattr(error, "errno", None)
-        if isinstance(error, OSError) and number is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full" if full else os.strerror(error.errno).lower()
+    except RuntimeError as error:  # of `torch.save`
+        if not re.search("PytorchStreamWriter|inline_container|Parent directory", str(error)):
             raise
-        full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full" if full else os.strerror(number).lower()
-        raise OSError(f"{path}: could not be written: {reason}") from None
+        known = re.search(r"strerror: (.+)|Parent directory .* (does not exist)", str(error))
+        reason = (known[1] or "its folder " + known[2]).lower() if known else "the disk is full"
+    else:
+        return
+    raise OSError(f"{path}: could not be written: {reason}")
 
 
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)(\.\w+)?")  # what `replacing` and `replacing_set` call theirs
@@ -55,7 +60,8 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.*"):
         match = LEFTOVER.fullmatch(path.name)
         if match and not is_alive(int(match[2])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # of somebody else, or on a read-only disk
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_alive(process: int) -> bool:
@@ -122,15 +128,18 @@ def require_space(folder: Path, needed: int) -> None:
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise OSError(f"{folder}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
+        unit, name = (1e9, "GB") if needed >= 1e8 else (1e6, "MB")
+        wanted = f"needs {needed / unit:.1f} {name}, but only {free / unit:.1f} {name} are free"
+        raise OSError(f"{folder}: {wanted}; make room, or choose another folder")
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a run folder. The lock ends with its process, however that ends.
 
-    Raises OSError where another process has it.
+    The folder is made, and removed again where nothing was put into it. Raises OSError where another works.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder if os.name != "nt" else folder / ".lock"  # Windows cannot lock a folder
@@ -144,14 +153,19 @@ def alone_in(folder: Path) -> Iterator[None]:
             import msvcrt
 
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        locked = True
-    except OSError:
-        locked = False
+        taken = False
+    except (
+        OSError
+    ) as error:  # there are network folders without locks, where work must be possible all the same
+        taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
     try:
-        if not locked:
+        if taken:
             raise OSError(f"{folder}: another process works there; wait for it, or choose another --run")
         yield
     finally:
+        with suppress(OSError):  # not empty
+            for each in made:
+                each.rmdir()
         os.close(handle)
 
 

@@ -538,8 +538,8 @@ def test_a_damaged_run_is_named(workplace, trained):
     line = refusal(workplace, *SAMPLE, "--run", "runs/damaged")
     assert "3 frames, 4 poses, and settings of 4" in line
     for broken, words in (
-        ("{", "damaged"),
-        ("", "damaged"),
+        ("{", "not readable as JSON"),
+        ("", "not readable as JSON"),
         ("[]", "damaged"),
         ("{}", "lacks clip, contr"),
         ("1", "dam"),

@@ -19,8 +19,8 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 )
 def test_large_buffers_of_the_commands_are_in_huge_pages():
     program = """
-import command
-command.keep_freed_memory()
+import safe.process
+safe.process.keep_freed_memory()
 import sample, torch
 x = torch.zeros(50_000_000)
 print(sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("AnonHugePages")))

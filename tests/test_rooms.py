@@ -53,6 +53,8 @@ def test_no_import_goes_round_in_a_circle():
         ("slicing", ("",)),
         ("attention", ("",)),
         ("safe.files", ("",)),
+        ("safe.process", ("",)),
+        ("safe.tensors", ("",)),
         ("safe.provenance", ("",)),
         ("unet", ("poses", "video", "checkpoint", "posecrafter")),
         ("controlnet", ("poses", "video", "checkpoint", "posecrafter")),
