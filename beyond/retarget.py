@@ -32,11 +32,22 @@ TREE: dict[int, tuple[int, str]] = {
 
 JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
 PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
-# The quantile of a bone's lengths that counts as its length: bones that point at the camera look short, detectors'
-# mistakes look long. Between parts of one real dance, where every ratio should be 1, arms and legs are 10 % off
-# with the median, 6 % with the upper quartile, 8 % with the maximum.
-LENGTH = 0.75
+# A bone that points at the camera looks short, so its largest lengths count. This quantile of them leaves out the
+# few that detectors' mistakes make too long.
+LENGTH = 0.95
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
+# How long an average person's bones are, neck to hip being 1, and how many times longer or shorter they may be.
+# Drillis and Contini (1966), as in Winter's "Biomechanics and Motor Control of Human Movement", with the hip joints
+# that detectors mark. Toddlers' legs and long-legged drawings are within a factor of 1.75, and so are puppets.
+# Heads differ more, as drawn people often have large ones.
+AVERAGE = {
+    **{"torso": 1.0, "neck": 0.45, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "hip": 0.2},
+    **{"thigh": 0.83, "shin": 0.83},
+}
+MOST, MOST_OF_HEADS = 1.75, 2.5
+# With so many frames or fewer that show a bone its ratio is the overall scale; it is its own from ENOUGH on.
+FEW, ENOUGH = 3, 8
+REACH = 2  # frames: what lasts no longer is taken for a mistake
 # The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
 GROUND = 0.75
 
@@ -99,29 +110,69 @@ def _centre(points: np.ndarray) -> np.ndarray:
 def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> dict[str, float]:
     """How many times longer the subject's bones are: by bone, with "head", "hand" and "scale".
 
-    "scale", the median over the bones, also stands for those that either clip does not show. Raises as `retarget`.
+    "scale", the median over the bones, also stands for those that either clip does not show, or shows in few frames
+    or too short or long to be true. No ratio is further from it than builds differ. Raises as `retarget`.
     """
     for whose, poses in {"driver": driver, "subject": subject}.items():
         if not any(map(has_person, poses)):
             raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
-    ours, theirs = (_lengths(_read(poses, aspect)) for poses in (subject, driver))
-    # Lengths of what is never seen are nan, and so is their minimum, which is no larger.
-    both = [name for name in ours if np.minimum(ours[name], theirs[name]) > SHORTEST]
-    measured = {name: float(ours[name] / theirs[name]) for name in both}
+    (ours, our_trust), (theirs, their_trust) = (
+        _measure(_read(poses, aspect)) for poses in (subject, driver)
+    )
+    bones = [*dict.fromkeys(bone for _, bone in TREE.values())]
+    measured = {name: ours[name] / theirs[name] for name in ours if name in theirs}
+    trust = {name: min(our_trust[name], their_trust[name]) for name in measured}
     for name, instead in {"neck": "neck to nose", "head": "between eyes"}.items():
         if instead in measured:
             measured.setdefault(name, measured[instead])
-    bones = {bone for _, bone in TREE.values()}
+            trust.setdefault(name, trust[instead])
     seen = [measured[bone] for bone in bones if bone in measured]
     if not seen:
         raise ValueError("retargeting: the poses of driver and subject share no bone")
     scale = float(np.median(seen))
-    ratios = {bone: measured.get(bone, scale) for bone in bones}
-    return ratios | {"hand": measured.get("hand", ratios["forearm"]), "scale": scale}
+
+    def bounded(name: str) -> float:
+        most = np.log(MOST_OF_HEADS if name == "head" else MOST)
+        apart = trust[name] * np.log(measured[name] / scale)
+        return float(scale * np.exp(np.clip(apart, -most, most)))
+
+    ratios = {name: bounded(name) if name in measured else scale for name in bones}
+    hand = bounded("hand") if "hand" in measured else ratios["forearm"]
+    return ratios | {"hand": hand, "scale": scale}
 
 
-def _lengths(points: dict[str, np.ndarray]) -> dict[str, float]:
-    """How long each bone is, and what else can be measured; nan if it is never seen."""
+def _measure(points: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
+    """How long each bone is, and what else can be measured; and how far to trust that, from 0 to 1.
+
+    What is never seen, or cannot be true beside the other bones, is left out.
+    """
+    lengths = _lengths(points)
+    size = _size(lengths)
+    sides = {}  # the lengths of left and right
+    for name, seen in lengths.items():
+        quantile = 0.5 if name == "hand" else LENGTH
+        usual = np.median(size) * np.array([_usual_length(side / size, quantile) for side in seen])
+        sides[name] = usual[usual > SHORTEST]
+    # The body's own size, as a torso: what most bones agree on, or more, as they may look short but hardly long.
+    torsos = [sides[name].max() / share for name, share in AVERAGE.items() if len(sides[name])]
+    torso = np.quantile(torsos, 0.6) if torsos else np.nan
+    found, trust = {}, {}
+    for name, both in sides.items():
+        if len(both) == 0:
+            continue
+        average = AVERAGE.get(name, np.nan) * torso
+        # Of left and right the longer, but no longer one than the average person's.
+        length = both.max() if np.isnan(average) else np.median([both.min(), both.max(), average])
+        length = both.max() if name == "hand" else length
+        if np.isnan(average) or average / MOST < length < average * MOST:
+            found[name] = float(length)
+            frames = np.count_nonzero(~np.isnan(lengths[name]).all(axis=0))
+            trust[name] = float(np.clip((frames - FEW) / (ENOUGH - FEW), 0, 1))
+    return found, trust
+
+
+def _lengths(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """How long each bone is, and what else can be measured: (sides, F), nan where it is not seen."""
     joints, jaw = points["body"], points["face"][:, JAW]
 
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,15 +191,32 @@ def _lengths(points: dict[str, np.ndarray]) -> dict[str, float]:
         "neck to nose": [distance(joints[:, NOSE], joints[:, NECK])],
         "head": [spread(jaw)],
         "between eyes": [distance(*joints[:, EYES].swapaxes(0, 1))],
+        "hand": [spread(points[hand][:, PALM]) for hand in WRISTS],
     }
-    # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
-    palm = _usual_length(*(spread(points[hand][:, PALM]) for hand in WRISTS), quantile=0.5)
-    return {name: _usual_length(*seen) for name, seen in lengths.items()} | {"hand": palm}
+    return {name: np.stack(sides) for name, sides in lengths.items()}
 
 
-def _usual_length(*lengths: np.ndarray, quantile: float = LENGTH) -> float:
-    seen = np.concatenate(lengths)
-    seen = seen[~np.isnan(seen)]
+def _size(lengths: dict[str, np.ndarray]) -> np.ndarray:
+    """How large the person is in each frame (F,), 1 being nearly the largest: the camera may come nearer.
+
+    A torso looks short in a bow and shoulders in profile, but not both, so the larger of them tells.
+    """
+    frames = lengths["torso"].shape[1]
+    size = np.full(frames, np.nan)
+    if np.isnan(lengths["torso"]).mean() > 0.5:
+        return np.ones(frames)
+    for name in ("torso", "shoulder", "neck"):
+        length = np.fmax.reduce(lengths[name])
+        size = np.fmax(size, length / max(_usual_length(length), SHORTEST))
+    around = np.pad(size, REACH, constant_values=np.nan)
+    around = np.lib.stride_tricks.sliding_window_view(around, 2 * REACH + 1)
+    size = np.array([np.nanmedian(near) if not np.isnan(near).all() else np.nan for near in around])
+    known = ~np.isnan(size)
+    return np.interp(np.arange(frames), np.flatnonzero(known), size[known])
+
+
+def _usual_length(lengths: np.ndarray, quantile: float = LENGTH) -> float:
+    seen = lengths[~np.isnan(lengths)]
     return float(np.quantile(seen, quantile)) if len(seen) else np.nan
 
 
@@ -179,9 +247,8 @@ def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale
     where the training frames show the subject. Upright, the lower foot is as high above the subject's ground as
     above the driver's, times `scale`; without feet, the neck comes as high as in the training frames.
     """
-    width = np.nan_to_num(
-        _usual_length(np.linalg.norm(np.subtract(*subject[:, SHOULDERS].swapaxes(0, 1)), axis=1))
-    )
+    shoulders = np.linalg.norm(np.subtract(*subject[:, SHOULDERS].swapaxes(0, 1)), axis=1)
+    width = np.nan_to_num(_usual_length(shoulders))
     shift = np.empty((len(driver), 2))
     for axis, slack in enumerate((width, 0)):
         before, after, goal = (_courses(joints, axis) for joints in (driver, moved, subject))
