@@ -6,6 +6,7 @@ feet stand where the subject's stand. Inside, points are (x, y) in canvas height
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,22 +33,25 @@ TREE: dict[int, tuple[int, str]] = {
 
 JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
 PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
-# A bone that points at the camera looks short, so its largest lengths count. This quantile of them leaves out the
-# few that detectors' mistakes make too long.
-LENGTH = 0.95
+# A bone that points at the camera looks short, so its largest lengths count; beyond this quantile are the few that
+# detectors' mistakes made too long.
+LENGTH = 0.9
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
-# How long an average person's bones are, neck to hip being 1, and how many times longer or shorter they may be.
-# Drillis and Contini (1966), as in Winter's "Biomechanics and Motor Control of Human Movement", with the hip joints
-# that detectors mark. Toddlers' legs and long-legged drawings are within a factor of 1.75, and so are puppets.
-# Heads differ more, as drawn people often have large ones.
+# How long an average person's bones are, neck to hip being 1: Drillis and Contini (1966), as in Winter's
+# "Biomechanics and Motor Control of Human Movement", but with the hip joints and the faces that detectors mark.
 AVERAGE = {
-    **{"torso": 1.0, "neck": 0.45, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "hip": 0.2},
+    **{"torso": 1, "neck": 0.33, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "hip": 0.2},
     **{"thigh": 0.83, "shin": 0.83},
 }
-MOST, MOST_OF_HEADS = 1.75, 2.5
-# With so many frames or fewer that show a bone its ratio is the overall scale; it is its own from ENOUGH on.
-FEW, ENOUGH = 3, 8
-REACH = 2  # frames: what lasts no longer is taken for a mistake
+# How many times longer or shorter than average a bone may be, and a ratio than the overall scale. Beside its torso
+# a toddler's leg is 1.5 times shorter than an adult's; the rest is for drawn people, whose heads differ most. Hands
+# and necks go with the body or with the head. (Half of a neck, as measured, is head; bent heads seem to have none.)
+MOST, MOST_OF_HEADS, MOST_BEYOND_BOTH = 1.75, 2.5, 1.1
+ALIKE = 1.1  # left and right: if they are further apart, one of them is short for the camera or wrong
+# A bone seen in FEW frames or less takes the overall scale, and one seen in ENOUGH has a ratio of its own. A driver's
+# frames follow each other and may show one posture, so they must also span so many.
+FEW, ENOUGH, ENOUGH_OF_DRIVER = 3, 8, 16
+REACH = 6  # frames to each side within which the camera hardly comes nearer
 # The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
 GROUND = 0.75
 
@@ -110,65 +114,83 @@ def _centre(points: np.ndarray) -> np.ndarray:
 def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> dict[str, float]:
     """How many times longer the subject's bones are: by bone, with "head", "hand" and "scale".
 
-    "scale", the median over the bones, also stands for those that either clip does not show, or shows in few frames
-    or too short or long to be true. No ratio is further from it than builds differ. Raises as `retarget`.
+    "scale", the median over the bones, also stands for those that either clip shows in few frames, or not at all,
+    or too short or too long to be true. No ratio is further from it than builds differ. Raises as `retarget`.
     """
     for whose, poses in {"driver": driver, "subject": subject}.items():
         if not any(map(has_person, poses)):
             raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
-    (ours, our_trust), (theirs, their_trust) = (
-        _measure(_read(poses, aspect)) for poses in (subject, driver)
-    )
-    bones = [*dict.fromkeys(bone for _, bone in TREE.values())]
-    measured = {name: ours[name] / theirs[name] for name in ours if name in theirs}
-    trust = {name: min(our_trust[name], their_trust[name]) for name in measured}
+    ours = _measure(_read(subject, aspect), ENOUGH)
+    theirs = _measure(_read(driver, aspect), ENOUGH_OF_DRIVER)
+    measured = {
+        name: Measure(
+            mine.length / other.length, mine.likely and other.likely, min(mine.trust, other.trust)
+        )
+        for name, mine in ours.items()
+        if (other := theirs.get(name))
+    }
     for name, instead in {"neck": "neck to nose", "head": "between eyes"}.items():
         if instead in measured:
             measured.setdefault(name, measured[instead])
-            trust.setdefault(name, trust[instead])
+    bones = [*dict.fromkeys(bone for _, bone in TREE.values())]
     seen = [measured[bone] for bone in bones if bone in measured]
     if not seen:
         raise ValueError("retargeting: the poses of driver and subject share no bone")
-    scale = float(np.median(seen))
+    scale = float(
+        np.median([ratio for ratio, likely, _ in seen if likely] or [ratio for ratio, *_ in seen])
+    )
 
-    def bounded(name: str) -> float:
-        most = np.log(MOST_OF_HEADS if name == "head" else MOST)
-        apart = trust[name] * np.log(measured[name] / scale)
-        return float(scale * np.exp(np.clip(apart, -most, most)))
+    def bounded(name: str, low: float, high: float) -> float:
+        """A bone's ratio, from `low` to `high`: the less it can be trusted, the nearer to the scale."""
+        ratio, likely, trust = measured.get(name, (scale, True, 0))
+        return float(np.clip(scale * (ratio / scale) ** (likely * trust), low, high))
 
-    ratios = {name: bounded(name) if name in measured else scale for name in bones}
-    hand = bounded("hand") if "hand" in measured else ratios["forearm"]
+    ratios = {bone: bounded(bone, scale / MOST, scale * MOST) for bone in bones}
+    ratios["head"] = bounded("head", scale / MOST_OF_HEADS, scale * MOST_OF_HEADS)
+    low, high = sorted((scale, ratios["head"]))
+    beyond = low / MOST_BEYOND_BOTH, high * MOST_BEYOND_BOTH
+    ratios["neck"] = bounded("neck", *beyond)
+    hand = bounded("hand", *beyond) if "hand" in measured else ratios["forearm"]
     return ratios | {"hand": hand, "scale": scale}
 
 
-def _measure(points: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
-    """How long each bone is, and what else can be measured; and how far to trust that, from 0 to 1.
+class Measure(NamedTuple):
+    """A length, or the ratio of two."""
 
-    What is never seen, or cannot be true beside the other bones, is left out.
-    """
+    length: float
+    likely: bool  # whether it can be true beside the other bones
+    trust: float  # from 0, when it is seen in few frames, to 1
+
+
+def _measure(points: dict[str, np.ndarray], enough: int) -> dict[str, Measure]:
+    """How long each bone is, and what else can be measured; without what is never seen."""
     lengths = _lengths(points)
     size = _size(lengths)
-    sides = {}  # the lengths of left and right
+    sides = {}  # the lengths of left and right when the person has the clip's usual size
     for name, seen in lengths.items():
-        quantile = 0.5 if name == "hand" else LENGTH
-        usual = np.median(size) * np.array([_usual_length(side / size, quantile) for side in seen])
-        sides[name] = usual[usual > SHORTEST]
-    # The body's own size, as a torso: what most bones agree on, or more, as they may look short but hardly long.
-    torsos = [sides[name].max() / share for name, share in AVERAGE.items() if len(sides[name])]
-    torso = np.quantile(torsos, 0.6) if torsos else np.nan
-    found, trust = {}, {}
-    for name, both in sides.items():
-        if len(both) == 0:
-            continue
-        average = AVERAGE.get(name, np.nan) * torso
-        # Of left and right the longer, but no longer one than the average person's.
-        length = both.max() if np.isnan(average) else np.median([both.min(), both.max(), average])
-        length = both.max() if name == "hand" else length
-        if np.isnan(average) or average / MOST < length < average * MOST:
-            found[name] = float(length)
-            frames = np.count_nonzero(~np.isnan(lengths[name]).all(axis=0))
-            trust[name] = float(np.clip((frames - FEW) / (ENOUGH - FEW), 0, 1))
-    return found, trust
+        usual = np.array([_usual_length(side / size) for side in seen]) * np.median(size)
+        if (usual > SHORTEST).any():
+            sides[name] = usual[usual > SHORTEST]
+    # The body's size, as the length of a torso: what most bones say, or more, as they look short but hardly long.
+    torsos = [sides[bone].max() / share for bone, share in AVERAGE.items() if bone in sides]
+    torso = np.quantile(torsos, 0.6, method="higher") if torsos else np.nan
+    measures = {}
+    for name, each in sides.items():
+        average = AVERAGE.get(name, np.inf) * torso
+        length, likely = each.mean(), True
+        if name == "hand":
+            # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
+            length = np.nanmedian(lengths[name] / size) * np.median(size)
+        elif each.max() > ALIKE * each.min():
+            # The longer one is right if the other is short for the camera, but not if it is longer than average.
+            length = np.median([*each, average])
+        if name in AVERAGE:
+            likely = average / MOST <= length <= average * MOST
+        frames = np.flatnonzero(~np.isnan(lengths[name]).all(axis=0))
+        span = frames[-1] - frames[0] + 1
+        trust = min((len(frames) - FEW) / (ENOUGH - FEW), (span - FEW) / (enough - FEW))
+        measures[name] = Measure(float(length), bool(likely), float(np.clip(trust, 0, 1)))
+    return measures
 
 
 def _lengths(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -199,25 +221,25 @@ def _lengths(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _size(lengths: dict[str, np.ndarray]) -> np.ndarray:
     """How large the person is in each frame (F,), 1 being nearly the largest: the camera may come nearer.
 
-    A torso looks short in a bow and shoulders in profile, but not both, so the larger of them tells.
+    A torso looks short in a bow and shoulders in profile, but not both at once: the larger of them tells.
     """
     frames = lengths["torso"].shape[1]
-    size = np.full(frames, np.nan)
     if np.isnan(lengths["torso"]).mean() > 0.5:
-        return np.ones(frames)
-    for name in ("torso", "shoulder", "neck"):
-        length = np.fmax.reduce(lengths[name])
-        size = np.fmax(size, length / max(_usual_length(length), SHORTEST))
-    around = np.pad(size, REACH, constant_values=np.nan)
-    around = np.lib.stride_tricks.sliding_window_view(around, 2 * REACH + 1)
-    size = np.array([np.nanmedian(near) if not np.isnan(near).all() else np.nan for near in around])
-    known = ~np.isnan(size)
-    return np.interp(np.arange(frames), np.flatnonzero(known), size[known])
+        return np.ones(frames)  # shoulders alone would take a turn for a walk away
+    size = np.full(frames, np.nan)
+    for bone in ("torso", "shoulder"):
+        length = np.fmax.reduce(lengths[bone])
+        length = np.pad(length / _usual_length(length), REACH, constant_values=np.nan)
+        near = np.lib.stride_tricks.sliding_window_view(length, 2 * REACH + 1)  # (F, 2 REACH + 1)
+        seen = ~np.isnan(near).all(axis=1)
+        size[seen] = np.fmax(size[seen], np.nanmedian(near[seen], axis=1))
+    known = np.flatnonzero(size > 0)
+    return np.interp(np.arange(frames), known, size[known])
 
 
-def _usual_length(lengths: np.ndarray, quantile: float = LENGTH) -> float:
+def _usual_length(lengths: np.ndarray) -> float:
     seen = lengths[~np.isnan(lengths)]
-    return float(np.quantile(seen, quantile)) if len(seen) else np.nan
+    return float(np.quantile(seen, LENGTH)) if len(seen) else np.nan
 
 
 # ---- Motion -------------------------------------------------------------------------------------
