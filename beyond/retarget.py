@@ -43,15 +43,16 @@ AVERAGE = {
     **{"torso": 1, "neck": 0.33, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "hip": 0.2},
     **{"thigh": 0.83, "shin": 0.83},
 }
-# How many times longer or shorter than average a bone may be, and a ratio than the overall scale. Beside its torso
-# a toddler's leg is 1.5 times shorter than an adult's; the rest is for drawn people, whose heads differ most. Hands
-# and necks go with the body or with the head. (Half of a neck, as measured, is head; bent heads seem to have none.)
+# How many times longer or shorter than average a bone may be, and a ratio than the overall scale. A toddler's legs
+# are 1.5 times shorter beside its torso than an adult's; the rest is for drawn people, whose heads differ most.
+# Hands and necks go with the body or the head: half of a neck, as measured, is head, and bent heads hide it.
 MOST, MOST_OF_HEADS, MOST_BEYOND_BOTH = 1.75, 2.5, 1.1
 ALIKE = 1.1  # left and right: if they are further apart, one of them is short for the camera or wrong
-# A bone seen in FEW frames or less takes the overall scale, and one seen in ENOUGH has a ratio of its own. A driver's
-# frames follow each other and may show one posture, so they must also span so many.
+# A bone seen in FEW frames or less takes the overall scale, and one seen in ENOUGH has a ratio of its own. A
+# driver's frames follow each other and may show one posture, so they must also span so many.
 FEW, ENOUGH, ENOUGH_OF_DRIVER = 3, 8, 16
 REACH = 6  # frames to each side within which the camera hardly comes nearer
+SMALLEST = 0.1  # of the largest size: what seems farther away is measured wrongly
 # The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
 GROUND = 0.75
 
@@ -123,11 +124,9 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
     ours = _measure(_read(subject, aspect), ENOUGH)
     theirs = _measure(_read(driver, aspect), ENOUGH_OF_DRIVER)
     measured = {
-        name: Measure(
-            mine.length / other.length, mine.likely and other.likely, min(mine.trust, other.trust)
-        )
-        for name, mine in ours.items()
-        if (other := theirs.get(name))
+        name: Measure(a.length / b.length, a.likely and b.likely, min(a.trust, b.trust))
+        for name, a in ours.items()
+        if (b := theirs.get(name))
     }
     for name, instead in {"neck": "neck to nose", "head": "between eyes"}.items():
         if instead in measured:
@@ -136,9 +135,7 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
     seen = [measured[bone] for bone in bones if bone in measured]
     if not seen:
         raise ValueError("retargeting: the poses of driver and subject share no bone")
-    scale = float(
-        np.median([ratio for ratio, likely, _ in seen if likely] or [ratio for ratio, *_ in seen])
-    )
+    scale = float(np.median([m.length for m in seen if m.likely] or [m.length for m in seen]))
 
     def bounded(name: str, low: float, high: float) -> float:
         """A bone's ratio, from `low` to `high`: the less it can be trusted, the nearer to the scale."""
@@ -169,26 +166,24 @@ def _measure(points: dict[str, np.ndarray], enough: int) -> dict[str, Measure]:
     sides = {}  # the lengths of left and right when the person has the clip's usual size
     for name, seen in lengths.items():
         usual = np.array([_usual_length(side / size) for side in seen]) * np.median(size)
-        if (usual > SHORTEST).any():
-            sides[name] = usual[usual > SHORTEST]
+        if len(usual := usual[usual > SHORTEST]):
+            sides[name] = usual
     # The body's size, as the length of a torso: what most bones say, or more, as they look short but hardly long.
     torsos = [sides[bone].max() / share for bone, share in AVERAGE.items() if bone in sides]
     torso = np.quantile(torsos, 0.6, method="higher") if torsos else np.nan
     measures = {}
     for name, each in sides.items():
         average = AVERAGE.get(name, np.inf) * torso
-        length, likely = each.mean(), True
+        length = each.mean()
         if name == "hand":
             # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
-            length = np.nanmedian(lengths[name] / size) * np.median(size)
+            length = max(np.nanmedian(lengths[name] / size) * np.median(size), SHORTEST)
         elif each.max() > ALIKE * each.min():
             # The longer one is right if the other is short for the camera, but not if it is longer than average.
             length = np.median([*each, average])
-        if name in AVERAGE:
-            likely = average / MOST <= length <= average * MOST
+        likely = name not in AVERAGE or average / MOST <= length <= average * MOST
         frames = np.flatnonzero(~np.isnan(lengths[name]).all(axis=0))
-        span = frames[-1] - frames[0] + 1
-        trust = min((len(frames) - FEW) / (ENOUGH - FEW), (span - FEW) / (enough - FEW))
+        trust = min((len(frames) - FEW) / (ENOUGH - FEW), (np.ptp(frames) + 1 - FEW) / (enough - FEW))
         measures[name] = Measure(float(length), bool(likely), float(np.clip(trust, 0, 1)))
     return measures
 
@@ -223,18 +218,18 @@ def _size(lengths: dict[str, np.ndarray]) -> np.ndarray:
 
     A torso looks short in a bow and shoulders in profile, but not both at once: the larger of them tells.
     """
-    frames = lengths["torso"].shape[1]
+    sizes = np.full((2, lengths["torso"].shape[1]), np.nan)
     if np.isnan(lengths["torso"]).mean() > 0.5:
-        return np.ones(frames)  # shoulders alone would take a turn for a walk away
-    size = np.full(frames, np.nan)
-    for bone in ("torso", "shoulder"):
+        return np.ones(sizes.shape[1])  # shoulders alone would take a turn for a walk away
+    for size, bone in zip(sizes, ("torso", "shoulder")):
         length = np.fmax.reduce(lengths[bone])
-        length = np.pad(length / _usual_length(length), REACH, constant_values=np.nan)
+        length = np.pad(length / max(_usual_length(length), SHORTEST), REACH, constant_values=np.nan)
         near = np.lib.stride_tricks.sliding_window_view(length, 2 * REACH + 1)  # (F, 2 REACH + 1)
         seen = ~np.isnan(near).all(axis=1)
-        size[seen] = np.fmax(size[seen], np.nanmedian(near[seen], axis=1))
-    known = np.flatnonzero(size > 0)
-    return np.interp(np.arange(frames), known, size[known])
+        size[seen] = np.nanmedian(near[seen], axis=1)
+    size = np.fmax(*sizes).clip(SMALLEST)
+    known = np.flatnonzero(~np.isnan(size))
+    return np.interp(np.arange(len(size)), known, size[known])
 
 
 def _usual_length(lengths: np.ndarray) -> float:
