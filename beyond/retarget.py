@@ -39,10 +39,8 @@ LENGTH = 0.9
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
 # How long an average person's bones are, neck to hip being 1: Drillis and Contini (1966), as in Winter's
 # "Biomechanics and Motor Control of Human Movement", but with the hip joints and the faces that detectors mark.
-AVERAGE = {
-    **{"torso": 1, "neck": 0.33, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "hip": 0.2},
-    **{"thigh": 0.83, "shin": 0.83},
-}
+AVERAGE = {"neck": 0.33, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "torso": 1, "hip": 0.2}
+AVERAGE |= {"thigh": 0.83, "shin": 0.83}
 # How many times longer or shorter than average a bone may be, and a ratio than the overall scale. A toddler's legs
 # are 1.5 times shorter beside its torso than an adult's; the rest is for drawn people, whose heads differ most.
 # Hands and necks go with the body or the head: half of a neck, as measured, is head, and bent heads hide it.
@@ -52,7 +50,6 @@ ALIKE = 1.1  # left and right: if they are further apart, one of them is short f
 # driver's frames follow each other and may show one posture, so they must also span so many.
 FEW, ENOUGH, ENOUGH_OF_DRIVER = 3, 8, 16
 REACH = 6  # frames to each side within which the camera hardly comes nearer
-SMALLEST = 0.1  # of the largest size: what seems farther away is measured wrongly
 # The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
 GROUND = 0.75
 
@@ -144,17 +141,14 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
 
     ratios = {bone: bounded(bone, scale / MOST, scale * MOST) for bone in bones}
     ratios["head"] = bounded("head", scale / MOST_OF_HEADS, scale * MOST_OF_HEADS)
-    low, high = sorted((scale, ratios["head"]))
-    beyond = low / MOST_BEYOND_BOTH, high * MOST_BEYOND_BOTH
+    beyond = min(scale, ratios["head"]) / MOST_BEYOND_BOTH, max(scale, ratios["head"]) * MOST_BEYOND_BOTH
     ratios["neck"] = bounded("neck", *beyond)
     hand = bounded("hand", *beyond) if "hand" in measured else ratios["forearm"]
     return ratios | {"hand": hand, "scale": scale}
 
 
 class Measure(NamedTuple):
-    """A length, or the ratio of two."""
-
-    length: float
+    length: float  # or the ratio of two lengths
     likely: bool  # whether it can be true beside the other bones
     trust: float  # from 0, when it is seen in few frames, to 1
 
@@ -164,8 +158,8 @@ def _measure(points: dict[str, np.ndarray], enough: int) -> dict[str, Measure]:
     lengths = _lengths(points)
     size = _size(lengths)
     sides = {}  # the lengths of left and right when the person has the clip's usual size
-    for name, seen in lengths.items():
-        usual = np.array([_usual_length(side / size) for side in seen]) * np.median(size)
+    for name, both in lengths.items():
+        usual = np.array([_usual_length(side / size) for side in both]) * np.median(size)
         if len(usual := usual[usual > SHORTEST]):
             sides[name] = usual
     # The body's size, as the length of a torso: what most bones say, or more, as they look short but hardly long.
@@ -173,8 +167,7 @@ def _measure(points: dict[str, np.ndarray], enough: int) -> dict[str, Measure]:
     torso = np.quantile(torsos, 0.6, method="higher") if torsos else np.nan
     measures = {}
     for name, each in sides.items():
-        average = AVERAGE.get(name, np.inf) * torso
-        length = each.mean()
+        length, average = each.mean(), AVERAGE.get(name, np.inf) * torso
         if name == "hand":
             # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
             length = max(np.nanmedian(lengths[name] / size) * np.median(size), SHORTEST)
@@ -227,14 +220,13 @@ def _size(lengths: dict[str, np.ndarray]) -> np.ndarray:
         near = np.lib.stride_tricks.sliding_window_view(length, 2 * REACH + 1)  # (F, 2 REACH + 1)
         seen = ~np.isnan(near).all(axis=1)
         size[seen] = np.nanmedian(near[seen], axis=1)
-    size = np.fmax(*sizes).clip(SMALLEST)
+    size = np.fmax(*sizes).clip(0.1)  # what seems farther away is measured wrongly
     known = np.flatnonzero(~np.isnan(size))
     return np.interp(np.arange(len(size)), known, size[known])
 
 
 def _usual_length(lengths: np.ndarray) -> float:
-    seen = lengths[~np.isnan(lengths)]
-    return float(np.quantile(seen, LENGTH)) if len(seen) else np.nan
+    return float(np.nanquantile(lengths, LENGTH)) if not np.isnan(lengths).all() else np.nan
 
 
 # ---- Motion -------------------------------------------------------------------------------------
