@@ -33,14 +33,13 @@ TREE: dict[int, tuple[int, str]] = {
 
 JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
 PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
-# A bone that points at the camera looks short, so its largest lengths count; beyond this quantile are the few that
-# detectors' mistakes made too long.
+# The quantile of lengths that counts: bones that point at the camera look short, and few mistakes look longer.
 LENGTH = 0.9
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
-# How long an average person's bones are, neck to hip being 1: Drillis and Contini (1966), as in Winter's
-# "Biomechanics and Motor Control of Human Movement", but with the hip joints and the faces that detectors mark.
-AVERAGE = {"neck": 0.33, "shoulder": 0.42, "upper arm": 0.62, "forearm": 0.52, "torso": 1, "hip": 0.2}
-AVERAGE |= {"thigh": 0.83, "shin": 0.83}
+# How long an average person's bones are, neck to hip being 1: limbs by Drillis and Contini (1966), as in Winter's
+# "Biomechanics and Motor Control of Human Movement"; neck, shoulders and hips as detectors mark them.
+AVERAGE = {"neck": 0.33, "shoulder": 0.42, "upper arm": 0.65, "forearm": 0.51, "torso": 1, "hip": 0.2}
+AVERAGE |= {"thigh": 0.85, "shin": 0.85}
 # How many times longer or shorter than average a bone may be, and a ratio than the overall scale. A toddler's legs
 # are 1.5 times shorter beside its torso than an adult's; the rest is for drawn people, whose heads differ most.
 # Hands and necks go with the body or the head: half of a neck, as measured, is head, and bent heads hide it.
@@ -112,8 +111,8 @@ def _centre(points: np.ndarray) -> np.ndarray:
 def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> dict[str, float]:
     """How many times longer the subject's bones are: by bone, with "head", "hand" and "scale".
 
-    "scale", the median over the bones, also stands for those that either clip shows in few frames, or not at all,
-    or too short or too long to be true. No ratio is further from it than builds differ. Raises as `retarget`.
+    "scale", the median over the bones, also stands for those that either clip shows in few frames, not at all, or
+    too short or too long to be true. No ratio is further from it than builds differ. Raises as `retarget`.
     """
     for whose, poses in {"driver": driver, "subject": subject}.items():
         if not any(map(has_person, poses)):
@@ -150,18 +149,17 @@ def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) 
 class Measure(NamedTuple):
     length: float  # or the ratio of two lengths
     likely: bool  # whether it can be true beside the other bones
-    trust: float  # from 0, when it is seen in few frames, to 1
+    trust: float  # from 0, for what few frames show, to 1
 
 
 def _measure(points: dict[str, np.ndarray], enough: int) -> dict[str, Measure]:
     """How long each bone is, and what else can be measured; without what is never seen."""
-    lengths = _lengths(points)
-    size = _size(lengths)
+    size = _size(lengths := _lengths(points))
     sides = {}  # the lengths of left and right when the person has the clip's usual size
     for name, both in lengths.items():
-        usual = np.array([_usual_length(side / size) for side in both]) * np.median(size)
-        if len(usual := usual[usual > SHORTEST]):
-            sides[name] = usual
+        usual = np.median(size) * np.array([_usual_length(side / size) for side in both])
+        if (usual > SHORTEST).any():
+            sides[name] = usual[usual > SHORTEST]
     # The body's size, as the length of a torso: what most bones say, or more, as they look short but hardly long.
     torsos = [sides[bone].max() / share for bone, share in AVERAGE.items() if bone in sides]
     torso = np.quantile(torsos, 0.6, method="higher") if torsos else np.nan
@@ -207,9 +205,9 @@ def _lengths(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _size(lengths: dict[str, np.ndarray]) -> np.ndarray:
-    """How large the person is in each frame (F,), 1 being nearly the largest: the camera may come nearer.
+    """How large the person is in each frame (F,), 1 being nearly the largest: people come nearer to the camera.
 
-    A torso looks short in a bow and shoulders in profile, but not both at once: the larger of them tells.
+    A torso looks short in a bow and shoulders in profile, but not both at once, so the larger of them tells.
     """
     sizes = np.full((2, lengths["torso"].shape[1]), np.nan)
     if np.isnan(lengths["torso"]).mean() > 0.5:
