@@ -6,6 +6,7 @@ feet stand where the subject's stand. Inside, points are (x, y) in canvas height
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,11 +33,22 @@ TREE: dict[int, tuple[int, str]] = {
 
 JAW = slice(0, 17)  # the head's outline: nodding and turning move it less than the features
 PALM = [0, 1, 2, 5, 9, 13, 17]  # the same in a fist and in an open hand
-# The quantile of a bone's lengths that counts as its length: bones that point at the camera look short, detectors'
-# mistakes look long. Between parts of one real dance, where every ratio should be 1, arms and legs are 10 % off
-# with the median, 6 % with the upper quartile, 8 % with the maximum.
-LENGTH = 0.75
+# The quantile of lengths that counts: bones that point at the camera look short, and few mistakes look longer.
+LENGTH = 0.9
 SHORTEST = 1e-3  # what is shorter, half a pixel of 512, cannot be measured
+# How long an average person's bones are, neck to hip being 1: limbs by Drillis and Contini (1966), as in Winter's
+# "Biomechanics and Motor Control of Human Movement"; neck, shoulders and hips as detectors mark them.
+AVERAGE = {"neck": 0.33, "shoulder": 0.42, "upper arm": 0.65, "forearm": 0.51, "torso": 1, "hip": 0.2}
+AVERAGE |= {"thigh": 0.85, "shin": 0.85}
+# How many times longer or shorter than average a bone may be, and a ratio than the overall scale. A toddler's legs
+# are 1.5 times shorter beside its torso than an adult's; the rest is for drawn people, whose heads differ most.
+# Hands and necks go with the body or the head: half of a neck, as measured, is head, and bent heads hide it.
+MOST, MOST_OF_HEADS, MOST_BEYOND_BOTH = 1.75, 2.5, 1.1
+ALIKE = 1.1  # left and right: if they are further apart, one of them is short for the camera or wrong
+# A bone seen in FEW frames or less takes the overall scale, and one seen in ENOUGH has a ratio of its own. A
+# driver's frames follow each other and may show one posture, so they must also span so many.
+FEW, ENOUGH, ENOUGH_OF_DRIVER = 3, 8, 16
+REACH = 6  # frames to each side within which the camera hardly comes nearer
 # The quantile of the lower foot's heights (y points down) that is the ground's: feet are on it for most of a clip.
 GROUND = 0.75
 
@@ -99,29 +111,76 @@ def _centre(points: np.ndarray) -> np.ndarray:
 def proportions(driver: Sequence[Pose], subject: Sequence[Pose], aspect: float) -> dict[str, float]:
     """How many times longer the subject's bones are: by bone, with "head", "hand" and "scale".
 
-    "scale", the median over the bones, also stands for those that either clip does not show. Raises as `retarget`.
+    "scale", the median over the bones, also stands for those that either clip shows in few frames, not at all, or
+    too short or too long to be true. No ratio is further from it than builds differ. Raises as `retarget`.
     """
     for whose, poses in {"driver": driver, "subject": subject}.items():
         if not any(map(has_person, poses)):
             raise ValueError(f"retargeting: nobody is seen in the {whose}'s poses")
-    ours, theirs = (_lengths(_read(poses, aspect)) for poses in (subject, driver))
-    # Lengths of what is never seen are nan, and so is their minimum, which is no larger.
-    both = [name for name in ours if np.minimum(ours[name], theirs[name]) > SHORTEST]
-    measured = {name: float(ours[name] / theirs[name]) for name in both}
+    ours = _measure(_read(subject, aspect), ENOUGH)
+    theirs = _measure(_read(driver, aspect), ENOUGH_OF_DRIVER)
+    measured = {
+        name: Measure(a.length / b.length, a.likely and b.likely, min(a.trust, b.trust))
+        for name, a in ours.items()
+        if (b := theirs.get(name))
+    }
     for name, instead in {"neck": "neck to nose", "head": "between eyes"}.items():
         if instead in measured:
             measured.setdefault(name, measured[instead])
-    bones = {bone for _, bone in TREE.values()}
+    bones = [*dict.fromkeys(bone for _, bone in TREE.values())]
     seen = [measured[bone] for bone in bones if bone in measured]
     if not seen:
         raise ValueError("retargeting: the poses of driver and subject share no bone")
-    scale = float(np.median(seen))
-    ratios = {bone: measured.get(bone, scale) for bone in bones}
-    return ratios | {"hand": measured.get("hand", ratios["forearm"]), "scale": scale}
+    scale = float(np.median([m.length for m in seen if m.likely] or [m.length for m in seen]))
+
+    def bounded(name: str, low: float, high: float) -> float:
+        """A bone's ratio, from `low` to `high`: the less it can be trusted, the nearer to the scale."""
+        ratio, likely, trust = measured.get(name, (scale, True, 0))
+        return float(np.clip(scale * (ratio / scale) ** (likely * trust), low, high))
+
+    ratios = {bone: bounded(bone, scale / MOST, scale * MOST) for bone in bones}
+    ratios["head"] = bounded("head", scale / MOST_OF_HEADS, scale * MOST_OF_HEADS)
+    beyond = min(scale, ratios["head"]) / MOST_BEYOND_BOTH, max(scale, ratios["head"]) * MOST_BEYOND_BOTH
+    ratios["neck"] = bounded("neck", *beyond)
+    hand = bounded("hand", *beyond) if "hand" in measured else ratios["forearm"]
+    return ratios | {"hand": hand, "scale": scale}
 
 
-def _lengths(points: dict[str, np.ndarray]) -> dict[str, float]:
-    """How long each bone is, and what else can be measured; nan if it is never seen."""
+class Measure(NamedTuple):
+    length: float  # or the ratio of two lengths
+    likely: bool  # whether it can be true beside the other bones
+    trust: float  # from 0, for what few frames show, to 1
+
+
+def _measure(points: dict[str, np.ndarray], enough: int) -> dict[str, Measure]:
+    """How long each bone is, and what else can be measured; without what is never seen."""
+    size = _size(lengths := _lengths(points))
+    sides = {}  # the lengths of left and right when the person has the clip's usual size
+    for name, both in lengths.items():
+        usual = np.median(size) * np.array([_usual_length(side / size) for side in both])
+        if (usual > SHORTEST).any():
+            sides[name] = usual[usual > SHORTEST]
+    # The body's size, as the length of a torso: what most bones say, or more, as they look short but hardly long.
+    torsos = [sides[bone].max() / share for bone, share in AVERAGE.items() if bone in sides]
+    torso = np.quantile(torsos, 0.6, method="higher") if torsos else np.nan
+    measures = {}
+    for name, each in sides.items():
+        length, average = each.mean(), AVERAGE.get(name, np.inf) * torso
+        if name == "hand":
+            # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
+            length = max(np.nanmedian(lengths[name] / size) * np.median(size), SHORTEST)
+        elif each.max() > ALIKE * each.min():
+            # The longer one is right if the other is short for the camera, but not if it is longer than average.
+            length = np.median([*each, average])
+        likely = name not in AVERAGE or average / MOST <= length <= average * MOST
+        frames = np.flatnonzero(~np.isnan(lengths[name]).all(axis=0))
+        trust = min((len(frames) - FEW) / (ENOUGH - FEW), (np.ptp(frames) + 1 - FEW) / (enough - FEW))
+        measures[name] = Measure(float(length), bool(likely), float(np.clip(trust, 0, 1)))
+    return measures
+
+
+def _lengths(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """How long each bone is, and what else can be measured: (sides, F), nan where it is not seen."""
     joints, jaw = points["body"], points["face"][:, JAW]
 
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,16 +199,32 @@ def _lengths(points: dict[str, np.ndarray]) -> dict[str, float]:
         "neck to nose": [distance(joints[:, NOSE], joints[:, NECK])],
         "head": [spread(jaw)],
         "between eyes": [distance(*joints[:, EYES].swapaxes(0, 1))],
+        "hand": [spread(points[hand][:, PALM]) for hand in WRISTS],
     }
-    # the median, as small hands are found too large as easily as too small: 9 % off, not 13 %
-    palm = _usual_length(*(spread(points[hand][:, PALM]) for hand in WRISTS), quantile=0.5)
-    return {name: _usual_length(*seen) for name, seen in lengths.items()} | {"hand": palm}
+    return {name: np.stack(sides) for name, sides in lengths.items()}
 
 
-def _usual_length(*lengths: np.ndarray, quantile: float = LENGTH) -> float:
-    seen = np.concatenate(lengths)
-    seen = seen[~np.isnan(seen)]
-    return float(np.quantile(seen, quantile)) if len(seen) else np.nan
+def _size(lengths: dict[str, np.ndarray]) -> np.ndarray:
+    """How large the person is in each frame (F,), 1 being nearly the largest: people come nearer to the camera.
+
+    A torso looks short in a bow and shoulders in profile, but not both at once, so the larger of them tells.
+    """
+    sizes = np.full((2, lengths["torso"].shape[1]), np.nan)
+    if np.isnan(lengths["torso"]).mean() > 0.5:
+        return np.ones(sizes.shape[1])  # shoulders alone would take a turn for a walk away
+    for size, bone in zip(sizes, ("torso", "shoulder")):
+        length = np.fmax.reduce(lengths[bone])
+        length = np.pad(length / max(_usual_length(length), SHORTEST), REACH, constant_values=np.nan)
+        near = np.lib.stride_tricks.sliding_window_view(length, 2 * REACH + 1)  # (F, 2 REACH + 1)
+        seen = ~np.isnan(near).all(axis=1)
+        size[seen] = np.nanmedian(near[seen], axis=1)
+    size = np.fmax(*sizes).clip(0.1)  # what seems farther away is measured wrongly
+    known = np.flatnonzero(~np.isnan(size))
+    return np.interp(np.arange(len(size)), known, size[known])
+
+
+def _usual_length(lengths: np.ndarray) -> float:
+    return float(np.nanquantile(lengths, LENGTH)) if not np.isnan(lengths).all() else np.nan
 
 
 # ---- Motion -------------------------------------------------------------------------------------
@@ -179,9 +254,8 @@ def _placement(driver: np.ndarray, moved: np.ndarray, subject: np.ndarray, scale
     where the training frames show the subject. Upright, the lower foot is as high above the subject's ground as
     above the driver's, times `scale`; without feet, the neck comes as high as in the training frames.
     """
-    width = np.nan_to_num(
-        _usual_length(np.linalg.norm(np.subtract(*subject[:, SHOULDERS].swapaxes(0, 1)), axis=1))
-    )
+    shoulders = np.linalg.norm(np.subtract(*subject[:, SHOULDERS].swapaxes(0, 1)), axis=1)
+    width = np.nan_to_num(_usual_length(shoulders))
     shift = np.empty((len(driver), 2))
     for axis, slack in enumerate((width, 0)):
         before, after, goal = (_courses(joints, axis) for joints in (driver, moved, subject))

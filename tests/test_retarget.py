@@ -1,13 +1,15 @@
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from beyond.retarget import proportions, retarget
+from beyond.retarget import MOST, MOST_OF_HEADS, proportions, retarget
 from demo.motion import State, motion
-from demo.puppet import Puppet, random_puppet, render
-from poses.pose import Pose, has_person, is_seen, place_pose
+from demo.puppet import Puppet, pose_of, random_puppet, render
+from poses.pose import Pose, has_person, is_seen, load_poses, place_pose
+from poses.source import uniform_frames
 from sample import inputs_of
 
 FRAMES, TRAINING = 16, 8
@@ -141,6 +143,119 @@ def test_lengths_are_measured_alike_along_x_and_y():
     wide = retarget(widened(followed), widened(training), 2.0)
     for part in ("body", "face", "left_hand"):
         assert distance(wide, widened(square), part) < 1e-6
+
+
+# ---------------------------------------------------------------------------- what cannot be stretched
+
+SHARED = Path(__file__).parents[2] / "shared"
+FOREARMS, ARMS = [(3, [4]), (6, [7])], [(2, [3, 4]), (5, [6, 7]), (3, [4]), (6, [7])]
+PROFILE = [(1, [2, 3, 4]), (1, [5, 6, 7])]  # joints, and what hangs on them and moves along
+
+
+def shortened(poses: list[Pose], bones: list, frames: range, factor: float = 0.3) -> list[Pose]:
+    """The poses with bones as short as the camera may see them in some frames."""
+    result = list(poses)
+    for frame in frames:
+        body = poses[frame].body.copy()
+        for start, (end, *hanging) in bones:
+            body[[end, *hanging], :2] -= (1 - factor) * (body[end] - body[start])[:2]
+        result[frame] = replace(poses[frame], body=body)
+    return result
+
+
+def dancing(puppet: Puppet, number: int, frames: int = 48) -> list[Pose]:
+    return [pose_of(puppet, state) for state in motion(number, frames)]
+
+
+def trained_on(puppet: Puppet, number: int) -> list[Pose]:
+    """Eight poses out of a clip of 36, as `train.py` takes them."""
+    poses = dancing(puppet, number, 36)
+    return [poses[frame] for frame in uniform_frames(range(36), 8)]
+
+
+@pytest.mark.parametrize("bones", [FOREARMS, ARMS, PROFILE], ids=["forearms", "arms", "profile"])
+@pytest.mark.parametrize("share", [0.8, 1.0])
+@pytest.mark.parametrize("driver", [0, 28, 66])
+def test_bones_that_look_short_for_most_or_all_of_the_clip_are_not_stretched(bones, share, driver):
+    subject, other = random_puppet(0), random_puppet(driver)
+    followed = shortened(dancing(other, 1), bones, range(int(share * 48)))
+    ratios = proportions(followed, trained_on(subject, 0), 1.0)
+    assert ratios["shoulder"] == pytest.approx(subject.shoulders / other.shoulders, rel=0.15)
+    for bone in ("upper_arm", "forearm", "torso", "thigh", "shin"):
+        true = getattr(subject, bone) / getattr(other, bone)
+        assert ratios[bone.replace("_", " ")] == pytest.approx(true, rel=0.15), bone
+
+
+def test_a_subject_trained_in_profile_is_not_narrowed():
+    training = shortened(trained_on(adult(), 0), PROFILE, range(6))
+    ratios = proportions(dancing(adult(), 1), training, 1.0)
+    assert ratios["shoulder"] == pytest.approx(1, rel=0.15)
+    assert ratios["forearm"] == pytest.approx(1, rel=0.15)
+
+
+def test_a_false_detection_on_one_side_does_not_lengthen_a_bone():
+    followed = shortened(dancing(adult(), 1), [(6, [7])], range(0, 48, 3), factor=2.5)
+    assert proportions(followed, trained_on(adult(), 0), 1.0)["forearm"] == pytest.approx(1, rel=0.15)
+
+
+@pytest.mark.parametrize("at_camera", [range(0), range(24), range(24, 48)])
+def test_arms_at_the_camera_while_it_is_near_or_far_have_the_ratio_of_the_body(at_camera):
+    followed = shortened(dancing(adult(), 1), ARMS, at_camera)
+    sizes = np.linspace(1, 1.6, 48)
+    followed = [place_pose(pose, size, size, 0, 0) for pose, size in zip(followed, sizes)]
+    ratios = proportions(followed, trained_on(adult(), 0), 1.0)
+    assert ratios["torso"] == pytest.approx(1 / np.median(sizes), rel=0.05)
+    for bone in ("upper arm", "forearm", "shoulder", "thigh"):
+        assert ratios[bone] == pytest.approx(ratios["torso"], rel=0.05), bone
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_single_poses_and_very_few_frames_have_one_scale(frames):
+    for driver, subject in ((frames, 8), (48, frames)):
+        followed = shortened(dancing(child(), 1), ARMS, range(48))[:driver]
+        ratios = proportions(followed, trained_on(adult(), 0)[:subject], 1.0)
+        assert set(ratios.values()) == {ratios["scale"]}
+        # a child's bones are 0.5 to 0.9 times as long as the adult's
+        assert 1 / 0.9 < ratios["scale"] < 1 / 0.5
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.3, 0.6, 1.7, 4, 20])
+def test_every_ratio_is_bounded_whatever_is_measured(factor):
+    for bones in (FOREARMS, ARMS, PROFILE, [(1, [0, 14, 15, 16, 17])], [(8, [9, 10]), (11, [12, 13])]):
+        odd, usual = shortened(dancing(adult(), 1), bones, range(48), factor), trained_on(child(), 0)
+        for ratios in (proportions(odd, usual, 1.0), proportions(usual, odd, 1.0)):
+            for bone, ratio in ratios.items():
+                most = MOST_OF_HEADS if bone == "head" else MOST
+                if bone not in ("neck", "hand"):  # which may go with the head
+                    assert 1 / most - 1e-9 <= ratio / ratios["scale"] <= most + 1e-9, bone
+
+
+def test_bodies_without_any_size_are_no_error():
+    flat = [Pose(body=pose.body * (1, 0, 1), face=pose.face * (0, 0, 1)) for pose in dancing(adult(), 1)]
+    for driver, subject in ((flat, dancing(adult(), 1)), (dancing(adult(), 1), flat)):
+        assert all(0 < ratio < np.inf for ratio in proportions(driver, subject, 1.0).values())
+
+
+def test_the_shared_driver_with_its_forearms_at_the_camera_is_not_stretched():
+    """The same puppet as its subject, so every ratio is 1; forearms were 3.5."""
+    case = SHARED / "cases/users/json_driver_forearms_at_camera_then_stretched.json"
+    if not case.exists():
+        pytest.skip("needs the shared cases")
+    training = [place_pose(pose, 1, 4 / 3, 0, 0) for pose in trained_on(adult(), 0)]
+    for bone, ratio in proportions(load_poses(case), training, 4 / 3).items():
+        assert ratio == pytest.approx(1, rel=0.15), bone
+
+
+def test_any_second_of_a_real_dance_gives_nearly_the_ratios_of_the_whole():
+    clip = SHARED / "clips/dance.poses.json"
+    if not clip.exists():
+        pytest.skip("needs the shared clips")
+    dance = load_poses(clip)
+    whole = proportions(dance, dance, 288 / 512)
+    assert all(ratio == pytest.approx(1) for ratio in whole.values())
+    for start in range(0, len(dance) - 11, 4):
+        for bone, ratio in proportions(dance[start : start + 12], dance, 288 / 512).items():
+            assert 1 / 1.25 < ratio < 1.25, (bone, start)
 
 
 # ------------------------------------------------------------------------------------------- placing
