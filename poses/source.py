@@ -64,7 +64,10 @@ def read_driver(
 
         if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
             refuse_choice(path, "drawn", person)
-            return Driver(read_drawn(frames), within, total, canvas, fps)
+            try:
+                return Driver(read_drawn(frames), within, total, canvas, fps)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
