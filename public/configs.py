@@ -94,7 +94,7 @@ def read_sizes(part: str, config: dict) -> UNetConfig | VAEConfig | TextConfig |
         required = {"in_channels": config["out_channels"], "down_block_types": levels} | required
     for key, value in required.items():
         if config.get(key, value) != value:
-            told = f"{key} is {config[key]!r:.80}, expected {value!r}"
+            told = f"{key} is {config[key]!r:.80}, expected {value!r:.200}"
             raise ValueError(f"{told}; a Stable Diffusion 1.5 model is needed")
     config = {"scaling_factor": VAEConfig.scale} | config  # which older configs do not say
     names = {field: NAMES[part].get(field.name, field.name) for field in fields(CONFIGS[part])}
@@ -110,3 +110,18 @@ def level_types(levels: int) -> tuple[list[str], list[str]]:
     """diffusers' names for a UNet's levels, going down and up: the coarsest has no attention."""
     down = ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
     return down, ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1)
+
+
+MOST_OPENPOSE = {"width": (0, 4), "stages": (1, 12), "hand_sizes": (8, 2048), "face_size": (8, 2048)}
+
+
+def read_openpose_sizes(config: dict) -> dict:
+    """What an `openpose.OpenPose` is made of. Raises ValueError for what none has."""
+    for name, value in config.items():
+        low, high = MOST_OPENPOSE.get(name, (1, 0))
+        several, kinds = name in ("stages", "hand_sizes"), (int, float) if name == "width" else (int,)
+        numbers = value if several and isinstance(value, list) and len(value) <= 8 else [value]
+        right = all(type(number) in kinds and low <= number <= high for number in numbers)
+        if not right or several != isinstance(value, list) or (name == "stages" and len(value) != 3):
+            raise ValueError(f"{value!r:.80} given as {name!r:.80}")
+    return config

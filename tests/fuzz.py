@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from clip import Tokenizer
+from beyond.retarget import retarget
+from clip import TextEncoder, Tokenizer
+from controlnet import ControlNet
+from openpose import OpenPose
 from poses.drawn import read_drawn
 from poses.pose import Pose, draw_pose, load_poses, save_poses
+from public.configs import read_config, read_openpose_sizes, read_sizes
 from public.formats import TensorFile
 from public.places import DEMO
 from run import read_run_settings
+from unet import UNet
+from vae import VAE
 from video import read_frames, write_video
 
 SLOW = 10  # seconds
@@ -109,6 +116,39 @@ def drawing(numbers: tuple[int, int, int, bool]) -> np.ndarray:
     return np.where(random.random((2, height, width, 1)) < random.random() ** 4, noise, picture)
 
 
+def configs() -> dict[str, dict]:
+    """The demo model's sizes, by part."""
+    parts = "unet", "controlnet", "vae", "text_encoder", "openpose"
+    return {part: json.loads((DEMO / part / "config.json").read_text()) for part in parts}
+
+
+def read_part_config(part: str, path: Path) -> None:
+    """Reads a part's sizes, and builds the part without weights."""
+    made = {
+        "unet": UNet,
+        "vae": VAE,
+        "text_encoder": TextEncoder,
+        "openpose": lambda sizes: OpenPose(**sizes),
+    }
+    read = read_openpose_sizes if part == "openpose" else partial(read_sizes, part)
+    sizes = read_config(path.parent, read)
+    with torch.device("meta"):
+        ControlNet(*sizes) if part == "controlnet" else made[part](sizes)
+
+
+def wild_poses() -> SearchStrategy[list[Pose]]:
+    """Up to four poses with keypoints missing, far away, and at one place."""
+    number = st.sampled_from([0.0, 0.5, 1.0, -1.5, 2.5, 1e-30]) | st.floats(-1.5, 2.5, width=32)
+    body = st.lists(number, min_size=54, max_size=54).map(
+        lambda flat: np.reshape(np.float32(flat), (18, 3))
+    )
+    seen = body.map(lambda part: np.where(part[:, 2:] > 0, part.clip((-2, -2, 0), (3, 3, 1)), 0))
+    pose = st.builds(
+        lambda part, rest: replace(a_pose() if rest else Pose(), body=part), seen, st.booleans()
+    )
+    return st.lists(pose, min_size=1, max_size=4)
+
+
 def targets() -> dict[str, tuple[SearchStrategy, Callable]]:
     """For each reader its inputs and what is called with them."""
     valid = valid_files()
@@ -131,6 +171,18 @@ def targets() -> dict[str, tuple[SearchStrategy, Callable]]:
         "settings": (
             anything | with_field_replaced(run),
             in_file("settings.json", lambda path: read_run_settings(path.parent)),
+        ),
+        **{
+            part: (with_field_replaced(config), in_file("config.json", partial(read_part_config, part)))
+            for part, config in configs().items()
+        },
+        "vocabulary": (
+            mutated((DEMO / "tokenizer" / "vocab.json").read_bytes()) | anything,
+            in_file("vocab.json", lambda path: Tokenizer.load(path.parent)),
+        ),
+        "retargeting": (
+            st.tuples(wild_poses(), wild_poses(), st.floats(0.1, 10)),
+            lambda given_input: retarget(*given_input),
         ),
         "tokenizer": (st.text(), lambda text: tokenizer()(text)),
         "drawings": (
