@@ -6,6 +6,7 @@ dots, a hand 21 blue ones and bones in 20 colours: a springy template is moved o
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -516,6 +517,14 @@ def read_drawn(frames: np.ndarray) -> list[Pose]:
         return [read_pose(frame, body, radius) for frame, body in zip(frames, bodies)]
     except Crowded as error:
         raise ValueError(f"{error}; give --poses-are video for footage") from None
+
+
+def read_drawn_clip(path: Path, frames: np.ndarray) -> list[Pose]:
+    """`read_drawn`. Errors name the clip's `path`."""
+    try:
+        return read_drawn(frames)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_pose(frame: np.ndarray, body: np.ndarray, radius: float) -> Pose:

@@ -7,6 +7,7 @@ and so is an input that takes longer than SLOW seconds.
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -44,7 +45,8 @@ from video import read_frames, write_video
 
 SLOW = 10  # seconds
 REFUSED = (ValueError, OSError)
-WORK = Path(tempfile.mkdtemp(prefix="fuzz"))
+FOLDER = tempfile.TemporaryDirectory(prefix="fuzz")
+WORK = Path(FOLDER.name)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -97,6 +99,7 @@ def a_pose() -> Pose:
 
 def valid_files() -> dict[str, bytes]:
     """One small valid file of each kind."""
+    shutil.copy(DEMO / "tokenizer" / "merges.txt", WORK)
     save_poses(WORK / "poses.json", [a_pose()] * 2, 96, 64)
     frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     write_video(WORK / "clip.mp4", frames, 8)
