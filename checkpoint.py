@@ -116,9 +116,8 @@ def read_settings(sources: dict[str, Path]) -> dict:
         raise ValueError(f"{sources['settings']}: unknown setting {min(unknown)!r:.80}")
     for name, value in settings.items():
         kinds = (int, type(getattr(Model, name)))
-        if type(value) not in kinds or (
-            value not in METHOD_NAMES if name == "method" else not 0 <= value <= 1e6
-        ):
+        right = type(value) in kinds and (value in METHOD_NAMES if name == "method" else 0 <= value <= 1e6)
+        if not right:
             raise ValueError(f"{sources['settings']}: {value!r:.80} given as {name}")
     return settings
 
