@@ -120,11 +120,12 @@ def read_settings(sources: dict[str, Path]) -> dict:
         return {}
     settings = read_json(sources["settings"])
     if unknown := settings.keys() - set(SETTINGS):
-        raise ValueError(f"{sources['settings']}: unknown setting {min(unknown)}")
+        raise ValueError(f"{sources['settings']}: unknown setting {min(unknown)!r:.80}")
     for name, value in settings.items():
         kinds = (int, type(getattr(Model, name)))
-        if type(value) not in kinds or (value not in METHOD_NAMES if name == "method" else value < 0):
-            raise ValueError(f"{sources['settings']}: {value!r} given as {name}")
+        right = type(value) in kinds and (value in METHOD_NAMES if name == "method" else 0 <= value <= 1e6)
+        if not right:
+            raise ValueError(f"{sources['settings']}: {value!r:.80} given as {name}")
     return settings
 
 
@@ -150,6 +151,8 @@ def fill(network: nn.Module, part: str, path: Path, device: str | torch.device, 
             if not source.is_floating_point():
                 raise ValueError(f"{path}: {names[name]} is {source.dtype}, floats are needed")
             tensors[name].copy_(source.reshape(shape))
+            if not tensors[name].sum(dtype=torch.float32).isfinite():  # one pass, which is cheap
+                raise ValueError(f"{path}: {names[name]} has numbers that are not finite; fetch it again")
     for name in shapes.keys() - names.keys():
         block, layer, rest = TEMPORAL.match(name).groups()
         if layer == "attn_temp":

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safe.files import read_json, read_text
+
 # ---------------------------------------------------------------- prompt -> tokens
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -34,6 +36,8 @@ _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(_HIDDEN)}
 SYMBOL_BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
 WORD_END = "</w>"
+LARGEST_FILE = 20_000_000  # bytes: CLIP's own have 4 MB
+LONGEST_PROMPT = 2000  # characters: five times what fits, and merging takes the square of it
 
 
 def split_words(text: str) -> list[str]:
@@ -87,7 +91,9 @@ class Tokenizer:
         needed = [*alphabet, *map("".join, merges), START, END]
         if missing := [token for token in needed if token not in vocab]:
             count = f"{len(missing)} of the {len(needed)} tokens needed"
-            raise ValueError(f"the vocabulary lacks {count}, such as {missing[0]!r}")
+            raise ValueError(f"the vocabulary lacks {count}, such as {missing[0]!r:.80}")
+        if any(type(index) is not int or not 0 <= index < 2**31 for index in vocab.values()):
+            raise ValueError("the vocabulary has ids that are no whole numbers")
         self.vocab, self.merges, self.length = vocab, merges, length
         self.tokens = {index: token for token, index in vocab.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -95,8 +101,11 @@ class Tokenizer:
     def __call__(self, prompt: str) -> Tensor:
         """Start token, the prompt's tokens, then end tokens up to the length: (length,) int64.
 
-        A prompt that is too long loses its end, with a warning that names what was dropped.
+        A prompt that is too long loses its end, with a warning that names what was dropped. Raises ValueError
+        for one of more than `LONGEST_PROMPT` characters.
         """
+        if len(prompt) > LONGEST_PROMPT:
+            raise ValueError(f"a prompt of {len(prompt)} characters: at most {LONGEST_PROMPT} are read")
         ids, room = self.encode(prompt), self.length - 2
         if excess := ids[room:]:
             message = f"prompt is {len(excess)} tokens too long, dropped: {self.decode(excess)}"
@@ -134,11 +143,11 @@ class Tokenizer:
         """
         try:
             if Path(folder, "vocab.json").is_file():
-                vocab = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
-                lines = Path(folder, "merges.txt").read_text("utf-8").split("\n")
+                vocab = read_json(Path(folder, "vocab.json"), LARGEST_FILE)
+                lines = read_text(Path(folder, "merges.txt"), LARGEST_FILE).split("\n")
                 merges = [line for line in lines if line and not line.startswith("#version")]
             else:
-                content = json.loads(Path(folder, "tokenizer.json").read_text("utf-8"))
+                content = read_json(Path(folder, "tokenizer.json"), LARGEST_FILE)
                 added = {token["content"]: token["id"] for token in content["added_tokens"]}
                 vocab, merges = content["model"]["vocab"] | added, content["model"]["merges"]
             pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]

@@ -22,7 +22,7 @@ from checkpoint import fill
 from poses import maps
 from poses.people import fill_gaps, follow_people, smooth_poses
 from poses.pose import Pose, absences, draw_pose, is_seen, save_poses
-from public.configs import read_config
+from public.configs import read_config, read_openpose_sizes
 from public.hub import public_files
 from public.places import model_path
 from safe.process import keep_freed_memory, run_command
@@ -146,7 +146,7 @@ def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu")
     """The networks in float32: a model's own if it has any, else the public ones. Raises as `load_model` does."""
     folder = model_path(name) / "openpose"
     with torch.device("meta"):
-        openpose = read_config(folder, lambda config: OpenPose(**config)) or OpenPose()
+        openpose = read_config(folder, lambda config: OpenPose(**read_openpose_sizes(config))) or OpenPose()
     own = {part: folder / f"{part}.safetensors" for part in OPENPOSE_PARTS}
     files = own if folder.is_dir() else public_files(OPENPOSE_PARTS, half=False)
     for part, path in files.items():

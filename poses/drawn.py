@@ -4,16 +4,31 @@ Colours say which joint a disc is and which limb an ellipse; bodies are put toge
 dots, a hand 21 blue ones and bones in 20 colours: a springy template is moved onto them.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from poses.people import extent
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen, place_pose
 
+BLACK = 48  # the brightest level of what counts as black
 INFERRED = 0.5  # score of keypoints whose own mark is covered, where the marks around tell where
 NECK, EARS = 1, (16, 17)
 LEFT_KNEE = 12  # its disc is as blue as the joints of hands
+
+# Pictures that are no drawings could keep the search busy for ever. Twenty people have less of everything.
+MOST_COVERED = 0.5  # of the frame, by something else than black
+MOST_LOOKUPS = 100_000_000  # of pixels around those of one colour, which are seconds
+MOST_MARKS, MOST_GROUPS, MOST_PEOPLE = 1000, 200, 50
+
+
+class Crowded(ValueError):
+    """More marks than a drawing has."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what} in one frame, more than drawn skeletons have")
 
 
 # ---- Colours ------------------------------------------------------------------------------------
@@ -42,7 +57,7 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
     hue = np.where(
         high == red, from_red % 6, np.where(high == green, from_green + 2, from_blue + 4)
     )  # 0 to 6
-    coloured, bright = (high > 48) & (chroma > 0.5 * high), high > 0.75 * 255
+    coloured, bright = (high > BLACK) & (chroma > 0.5 * high), high > 0.75 * 255
     body_hue, bone_hue = np.rint(hue * 3).astype(int) % 18, np.rint(hue / 0.3).astype(int) % 20
     return Ink(
         radius,
@@ -51,7 +66,7 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
         limb=np.where(coloured & ~bright & (body_hue < 17), body_hue, -1),
         bone=np.where(coloured & bright, bone_hue, -1),
         white=(low > 130) & ~coloured,
-        black=high <= 48,
+        black=high <= BLACK,
     )
 
 
@@ -79,21 +94,33 @@ def disc_shares(classes: np.ndarray, pixels: np.ndarray, radius: float) -> np.nd
     """Which share of the disc around each of the pixels (N, 2) has the pixel's class: (N,)."""
     reach = np.arange(-int(radius), int(radius) + 1)
     offsets = reach[np.argwhere(np.hypot(reach, reach[:, None]) <= radius)]
-    x, y = pixels.T
-    return sum(classes[y + dy, x + dx] == classes[y, x] for dy, dx in offsets) / len(offsets)
+    flat, width = classes.ravel(), classes.shape[1]
+    if len(pixels) * len(offsets) > MOST_LOOKUPS:
+        raise Crowded(f"{len(pixels)} pixels of one colour")
+    at = pixels @ (1, width)
+    own = flat[at]
+    return sum(flat[at + dy * width + dx] == own for dy, dx in offsets) / len(offsets)
 
 
 def pick_spots(pixels: np.ndarray, shares: np.ndarray, least: float, near: float, gap: float) -> np.ndarray:
     """Rows (x, y, share): centres of the pixels (N, 2) near those of the highest shares, which lie apart."""
     candidates, shares = pixels[shares >= least], shares[shares >= least]
     spots = []
-    while len(candidates):
-        best = shares.argmax()
-        centre = pixels[np.linalg.norm(pixels - candidates[best], axis=1) <= near].mean(axis=0)
+
+    def around(points: np.ndarray, centre: np.ndarray, reach: float) -> tuple[slice, np.ndarray]:
+        """Which points lie around a centre: a range of rows, as they come row by row, and distances in there."""
+        rows = slice(*np.searchsorted(points[:, 1], (centre[1] - reach - 1, centre[1] + reach + 1)))
+        return rows, np.linalg.norm(points[rows] - centre, axis=1)
+
+    while len(candidates) and shares[best := shares.argmax()] >= 0:
+        if len(spots) == MOST_MARKS:
+            raise Crowded(f"over {MOST_MARKS} discs of one colour")
+        rows, distance = around(pixels, candidates[best], near)
+        centre = pixels[rows][distance <= near].mean(axis=0)
         spots.append((*centre, shares[best]))
-        left = np.linalg.norm(candidates - centre, axis=1) > gap
-        left[best] = False
-        candidates, shares = candidates[left], shares[left]
+        rows, distance = around(candidates, centre, gap)
+        shares[rows][distance <= gap] = -1
+        shares[best] = -1
     return np.array(spots).reshape(-1, 3)
 
 
@@ -112,9 +139,14 @@ def find_discs(ink: Ink) -> list[np.ndarray]:
 def find_limbs(ink: Ink) -> list[tuple[int, np.ndarray]]:
     """What is seen of limbs, the longest first: which limb, and its ends (2, 2), in either order."""
     pixels, labels = label_components(ink.limb)
+    order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
+    pieces = np.flatnonzero(counts >= max(4, 0.5 * ink.radius**2))
+    if len(pieces) > MOST_MARKS:
+        raise Crowded(f"{len(pieces)} pieces of limbs")
     limbs = []
-    for label in np.flatnonzero(np.bincount(labels) >= max(4, 0.5 * ink.radius**2)):
-        piece = pixels[labels == label]
+    for end in counts.cumsum()[pieces]:
+        label = labels[order[end - 1]]
+        piece = pixels[order[end - counts[label] : end]]
         centre = piece.mean(axis=0)
         axis = np.linalg.eigh((piece - centre).T @ (piece - centre))[1][:, 1]
         along = (piece - centre) @ axis
@@ -209,6 +241,9 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
         clear = np.flatnonzero(discs[joint][:, 2] > (0.4 if joint in EARS else 0.75))
         groups += [{(joint, i)} for i in clear.tolist() if (joint, i) not in linked]
 
+    if len(groups) > MOST_GROUPS:
+        raise Crowded(f"{len(groups)} parts of skeletons that do not touch")
+
     bodies: list[np.ndarray] = []
     for group in sorted(groups, key=len, reverse=True):
         piece = np.zeros((18, 3))
@@ -221,7 +256,10 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
                 break
         else:
             bodies.append(piece)
-    return [body for body in bodies if is_seen(body).sum() >= 3]
+    bodies = [body for body in bodies if is_seen(body).sum() >= 3]
+    if len(bodies) > MOST_PEOPLE:
+        raise Crowded(f"{len(bodies)} people")
+    return bodies
 
 
 def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
@@ -230,9 +268,10 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
     if (is_seen(piece) & is_seen(body)).any() or not (piece[:, 2] == 1).any():
         return False
     distance = np.linalg.norm(piece[is_seen(piece), None, :2] - body[is_seen(body), :2], axis=2).min()
+    if distance > 0.5 * extent(body) + 2 * ink.radius:
+        return False
     joined = [(piece[a], body[b]) for a, b in (*LIMBS, *LIMBS[:, ::-1]) if piece[a, 2] and body[b, 2]]
-    near = distance <= 0.5 * extent(body) + 2 * ink.radius
-    return near and all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
+    return all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
 
 
 def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:
@@ -247,8 +286,9 @@ def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:
 
     paths: list[tuple] = [(0.0, [])]  # the best sequence that ends in each of the last frame's bodies
     for bodies in people:
-        ways = [[(value + worth(body, path), [*path, body]) for value, path in paths] for body in bodies]
+        ways = [[(value + worth(body, path), path) for value, path in paths] for body in bodies]
         best = [max(way, key=lambda path: path[0]) for way in ways]
+        best = [(value, [*path, body]) for (value, path), body in zip(best, bodies)]
         paths = best or [(value, [*path, np.zeros((18, 3))]) for value, path in paths]
     return max(paths, key=lambda path: path[0])[1]
 
@@ -436,14 +476,15 @@ def is_drawn(frames: np.ndarray) -> bool:
     """
     drawn = inked = 0
     for frame in frames[:: max(1, len(frames) // 8)]:
-        bright = (frame.max(axis=2) > 48).sum()
+        bright = (frame.max(axis=2) > BLACK).sum()
         inked += bright > 0
         if 0 < bright <= 0.35 * frame[..., 0].size:
             inks = [read_ink(frame, radius) for radius in drawing_radii(*frame.shape[:2])]
             limbs = inks[0].limb >= 0
             in_colour = (inks[0].joint >= 0) | limbs | inks[0].white
             if in_colour.sum() >= 0.75 * bright and limbs.sum() >= 0.2 * bright:
-                drawn += any((body[:, 2] == 1).sum() >= 4 for ink in inks for body in read_bodies(ink))
+                with suppress(Crowded):
+                    drawn += any((body[:, 2] == 1).sum() >= 4 for ink in inks for body in read_bodies(ink))
     return drawn > 0.5 * inked
 
 
@@ -452,16 +493,38 @@ def read_drawn(frames: np.ndarray) -> list[Pose]:
 
     Of several people the one who is large throughout is followed. Keypoints whose mark is seen have the score 1,
     those that only what is around them tells `INFERRED`. Fewer than three keypoints of a body are an empty Pose.
+    Raises ValueError for what is no drawing on black.
     """
+    for index, frame in enumerate(frames):
+        covered = (frame.max(axis=2) > BLACK).mean()
+        if covered > MOST_COVERED:
+            what = f"{covered:.0%} of frame {index} are not black, and drawn skeletons lie on black"
+            raise ValueError(f"{what}; make the background black, or give --poses-are video for footage")
 
     def follow(frames: np.ndarray, radius: float) -> list[np.ndarray]:
         return choose_person([read_bodies(read_ink(frame, radius)) for frame in frames])
 
     def keypoints(radius: float) -> int:
-        return sum(is_seen(body).sum() for body in follow(frames[:: max(1, len(frames) // 8)], radius))
+        try:
+            return sum(is_seen(body).sum() for body in follow(frames[:: max(1, len(frames) // 8)], radius))
+        except Crowded:  # by parts of larger marks; if by anything else, it is so with the other radius
+            return -1
 
-    radius = max(drawing_radii(*frames.shape[1:3]), key=keypoints)
-    return [read_pose(frame, body, radius) for frame, body in zip(frames, follow(frames, radius))]
+    radii = drawing_radii(*frames.shape[1:3])
+    radius = max(radii, key=keypoints) if len(radii) > 1 else radii[0]
+    try:
+        bodies = follow(frames, radius)
+        return [read_pose(frame, body, radius) for frame, body in zip(frames, bodies)]
+    except Crowded as error:
+        raise ValueError(f"{error}; give --poses-are video for footage") from None
+
+
+def read_drawn_clip(path: Path, frames: np.ndarray) -> list[Pose]:
+    """`read_drawn`. Errors name the clip's `path`."""
+    try:
+        return read_drawn(frames)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_pose(frame: np.ndarray, body: np.ndarray, radius: float) -> Pose:

@@ -43,8 +43,10 @@ def blurring(size: int, sigma: float, radius: int, border: str) -> np.ndarray:
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     padded = np.pad(np.eye(size), ((radius, radius), (0, 0)), mode=border)
-    shifted = [weight * padded[i : i + size] for i, weight in enumerate(weights / weights.sum())]
-    return np.sum(shifted, axis=0)
+    blurred = np.zeros((size, size))
+    for i, weight in enumerate(weights / weights.sum()):  # one by one: for 4K, all would take 3 GB
+        blurred += weight * padded[i : i + size]
+    return blurred
 
 
 def smoothing(size: int) -> np.ndarray:
@@ -87,6 +89,7 @@ def network_input(levels: Tensor, height: int, width: int) -> Tensor:
 
 LIMB_MAPS, BODY_MAPS = 2 * 19, 18 + 1  # x and y of 19 limbs' fields; 18 keypoints and background
 STRIDE = 8  # pixels per cell of the networks' maps
+MOST_ELONGATED = 10  # times as long as wide
 BODY_HEIGHT = 0.5 * 368  # pixels: the port's only scale, 0.5, of its box
 LEAST_SCORE = 0.05  # the least that the port takes for a keypoint, in any of the networks
 
@@ -102,7 +105,13 @@ FOUNDING_LIMBS = 17  # the last two, from shoulder to ear, only ever join a pers
 
 
 def body_size(height: int, width: int) -> tuple[int, int]:
-    """The size, in pixels, at which the body network sees a frame, before it is padded."""
+    """The size, in pixels, at which the body network sees a frame, before it is padded.
+
+    Raises ValueError for a strip, which would become as wide as it is narrow, or far larger than it is for hands.
+    """
+    if max(height, width) > MOST_ELONGATED * min(height, width):
+        told = f"frames of {width}x{height} pixels are too long and narrow to look for people in"
+        raise ValueError(f"{told}; cut out where the person is")
     scale = BODY_HEIGHT / height
     return max(1, int(height * scale)), max(1, int(width * scale))
 

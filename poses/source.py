@@ -60,11 +60,11 @@ def read_driver(
     canvas = frames.shape[1:3]
     if kind != "video":
         # Not at the top: whoever follows JSON, the shortest road, needs neither this nor torch and `openpose`.
-        from poses.drawn import is_drawn, read_drawn
+        from poses.drawn import is_drawn, read_drawn_clip
 
         if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
             refuse_choice(path, "drawn", person)
-            return Driver(read_drawn(frames), within, total, canvas, fps)
+            return Driver(read_drawn_clip(path, frames), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

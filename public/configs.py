@@ -1,12 +1,12 @@
 """The sizes of public models, as the `config.json` beside their weights says them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
 from clip import TextConfig
+from safe import files
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -42,11 +42,14 @@ REQUIRED = {
 # fmt: on
 
 
+# No model that is read here has larger settings. What is built is checked against the tensors of the file, but
+# even to build a network without weights may take too long.
+LARGEST, MOST_LAYERS, MOST_LEVELS = 2**20, {"layers_per_block": 16, "num_hidden_layers": 100}, 8
+LARGEST_CONFIG = 10_000_000  # bytes
+
+
 def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    content = files.read_json(path, LARGEST_CONFIG)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {content!r:.40}, an object with settings is needed")
     return content
@@ -67,10 +70,12 @@ def read_config(source: Path, read: Callable[[dict], Config]) -> Config | None:
 
 def read_size(config: dict, key: str, kind: type) -> int | float | tuple[int, ...]:
     """A setting as a number above 0, or as a tuple of them. Raises ValueError if it is anything else."""
-    value = tuple(config[key]) if kind == tuple[int, ...] else config[key]
-    numbers = value if isinstance(value, tuple) else (value,)
-    if not numbers or not all(type(number) in (int, kind) and number > 0 for number in numbers):
-        raise ValueError(f"{config[key]!r} given as {key}")
+    several = kind == tuple[int, ...]
+    value = tuple(config[key]) if several else config[key]
+    numbers, most = value if several else (value,), MOST_LAYERS.get(key, LARGEST)
+    right = all(type(number) in (int, kind) and 0 < number <= most for number in numbers)
+    if not right or not 0 < len(numbers) <= MOST_LEVELS:
+        raise ValueError(f"{config[key]!r:.80} given as {key}")
     return value
 
 
@@ -89,7 +94,7 @@ def read_sizes(part: str, config: dict) -> UNetConfig | VAEConfig | TextConfig |
         required = {"in_channels": config["out_channels"], "down_block_types": levels} | required
     for key, value in required.items():
         if config.get(key, value) != value:
-            told = f"{key} is {config[key]!r}, expected {value!r}"
+            told = f"{key} is {config[key]!r:.80}, expected {value!r:.200}"
             raise ValueError(f"{told}; a Stable Diffusion 1.5 model is needed")
     config = {"scaling_factor": VAEConfig.scale} | config  # which older configs do not say
     names = {field: NAMES[part].get(field.name, field.name) for field in fields(CONFIGS[part])}
@@ -105,3 +110,18 @@ def level_types(levels: int) -> tuple[list[str], list[str]]:
     """diffusers' names for a UNet's levels, going down and up: the coarsest has no attention."""
     down = ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
     return down, ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1)
+
+
+MOST_OPENPOSE = {"width": (0, 4), "stages": (1, 12), "hand_sizes": (8, 2048), "face_size": (8, 2048)}
+
+
+def read_openpose_sizes(config: dict) -> dict:
+    """What an `openpose.OpenPose` is made of. Raises ValueError for what none has."""
+    for name, value in config.items():
+        low, high = MOST_OPENPOSE.get(name, (1, 0))
+        several, kinds = name in ("stages", "hand_sizes"), (int, float) if name == "width" else (int,)
+        numbers = value if several and isinstance(value, list) and len(value) <= 8 else [value]
+        right = all(type(number) in kinds and low <= number <= high for number in numbers)
+        if not right or several != isinstance(value, list) or (name == "stages" and len(value) != 3):
+            raise ValueError(f"{value!r:.80} given as {name!r:.80}")
+    return config

@@ -1,11 +1,14 @@
 """Files of tensors, safetensors or PyTorch's own, read without running code that they bring along."""
 
+import pickletools
 import re
+import zipfile
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 BROKEN = "truncated, corrupt or no file of weights; fetch it again"
 # What weights are mistaken for, by how the file begins.
@@ -13,6 +16,14 @@ NOT_WEIGHTS = {
     (b"version https://git-lfs",): "a Git LFS pointer: get the file itself with `git lfs pull`",
     (b"<!doctype html", b"<html"): "a web page: download the file itself",
 }
+# What a pickle may name. PyTorch allows more, some of which takes any time and memory that a file asks for.
+HARMLESS = re.compile(
+    r"collections OrderedDict|builtins set|torch(\.storage)? \w+Storage"
+    r"|torch (Size|device|Tensor|b?float\d+|u?int\d+)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter"
+)
+MOST_OPERATIONS = 1_000_000  # of a pickle, which are seconds; Stable Diffusion with its averages has 60,000
+LARGEST_PICKLE = 64_000_000  # bytes, without the numbers of its tensors
 
 
 class TensorFile:
@@ -33,12 +44,15 @@ class TensorFile:
         if head.startswith((b"PK", b"\x80")) and head[8:9] != b"{":
             self.tensors = unpickle(path, zipped=head.startswith(b"PK"))
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {BROKEN} ({error})") from None
+        else:
+            try:
+                with safe_open(path, "pt") as file:
+                    self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            except SafetensorError as error:
+                raise ValueError(f"{path}: {BROKEN} ({str(error)!r:.200})") from None
+        for name in self.shapes:  # some are shown to the user
+            if len(name) > 250 or not name.isprintable():
+                raise ValueError(f"{path}: {name!r:.60} is no name of a tensor; use another file")
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file where its format allows, so valid while that stays."""
@@ -58,15 +72,88 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
     # PyTorch would not believe that a file called .safetensors is one of its own.
     mapped = zipped and path.suffix != ".safetensors"
     try:
+        sizes = check_archive(path) if zipped else check_old_pickles(path)
         with path.open("rb") as file:
             source = path if mapped else file
             contents = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except Refused as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
         wanted = re.search(r"GLOBAL ([\w.]+) ", str(error))
-        why = "on being read, which is refused because it could run any code; use a .safetensors file of the model"
-        raise ValueError(f"{path}: {f'wants to call {wanted[1]} {why}' if wanted else BROKEN}") from None
-    while isinstance(contents, dict) and "state_dict" in contents:
-        contents = contents["state_dict"]
+        raise ValueError(f"{path}: {would_call(wanted[1]) if wanted else BROKEN}") from None
+    for _ in range(3):  # not for ever: a dictionary may hold itself
+        if isinstance(contents, dict) and "state_dict" in contents:
+            contents = contents["state_dict"]
     if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents):
-        raise ValueError(f"{path}: holds no tensors by name")
-    return {name: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+        raise ValueError(f"{path}: holds no tensors by name; use another file")
+    tensors = {name: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors by name; use another file")
+    check_tensors(path, tensors, sizes)
+    return tensors
+
+
+class Refused(ValueError):
+    """What a file would do on being read."""
+
+
+def would_call(name: str) -> str:
+    why = "on being read, which is refused because it could run any code; use a .safetensors file of the model"
+    return f"wants to call {name:.100} {why}"
+
+
+def check_archive(path: Path) -> set[int]:
+    """The sizes of an archive's members. Raises Refused for one that would unfold to more than the file."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            advice = "PyTorch compresses nothing: save the tensors anew, or use a .safetensors file"
+            raise Refused(f"a compressed archive of {size / 1e9:.2f} GB, which is not unfolded; {advice}")
+        if size > path.stat().st_size:
+            raise Refused(BROKEN)
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                with archive.open(member) as file:
+                    check_pickle(file, member.file_size)
+    return {member.file_size for member in members}
+
+
+def check_old_pickles(path: Path) -> None:
+    """Checks the five pickles that a file from before PyTorch 1.6 begins with."""
+    with path.open("rb") as file:
+        for _ in range(5):
+            check_pickle(file, 0)
+
+
+def check_pickle(file: IO[bytes], size: int) -> None:
+    """Reads one pickle without doing what it says. Raises Refused for what should not be done."""
+    far_more = "holds far more than the names of a model's tensors; use a .safetensors file"
+    if size > LARGEST_PICKLE:
+        raise Refused(far_more)
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if count == MOST_OPERATIONS:
+            raise Refused(far_more)
+        if operation.name == "GLOBAL" and not HARMLESS.fullmatch(argument):
+            raise Refused(would_call(argument.replace(" ", ".")))
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor], sizes: set[int] | None) -> None:
+    """Raises ValueError, naming it, for a tensor that is not whole in the file.
+
+    sizes: of what is stored, in bytes; None where PyTorch checks them
+    """
+    claimed = 0
+    for name, tensor in tensors.items():
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {name!r:.100} is no plain tensor; use another file of the model")
+        needed, stored = tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()
+        claimed += needed
+        # Twice: two names may mean the same numbers, and do so for tied weights.
+        if (
+            needed > stored
+            or (sizes and stored and stored not in sizes)
+            or claimed > 2 * path.stat().st_size
+        ):
+            raise ValueError(f"{path}: {name!r:.100} claims more numbers than are stored; fetch it again")

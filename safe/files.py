@@ -174,9 +174,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 LARGEST_JSON = 250_000_000  # bytes: an hour of poses
 
 
-def read_json(path: Path) -> object:
-    """What a JSON file holds. Raises OSError, and ValueError for what is no JSON, or too large."""
-    if (size := path.stat().st_size) > LARGEST_JSON:
+def read_json(path: Path, largest: int = LARGEST_JSON) -> object:
+    """What a JSON file holds. Raises OSError, and ValueError for what is no JSON, or above `largest` bytes."""
+    if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a JSON file that is read here")
     try:
         return json.loads(path.read_bytes())
@@ -184,3 +184,10 @@ def read_json(path: Path) -> object:
         raise ValueError(f"{path}: not readable as JSON (nested too deep)") from None
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_text(path: Path, largest: int) -> str:
+    """What a text file holds. Raises OSError, and ValueError for what is no text, or above `largest` bytes."""
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a file of this kind")
+    return path.read_text("utf-8")

@@ -13,10 +13,12 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,12 +37,23 @@ import checkpoint
 from checkpoint import Model, load_model
 from clip import BYTE_SYMBOLS, END, START, WORD_END, TextConfig, TextEncoder, Tokenizer
 from controlnet import ControlNet
+from demo.puppet import clip as puppet_clip
 from demo.save import save_model, save_openpose
 from openpose import OpenPose, load_openpose
+from poses.pose import save_poses
 from public import layouts
+from public.configs import read_openpose_sizes, read_sizes
 from public.hub import OPENPOSE_CONTROL, PUBLIC_FILES, SD15, public_files
+from public.places import DEMO
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
+from video import save_image
+
+ROOT = Path(__file__).parents[1]
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+needs_cases = pytest.mark.skipif(
+    not CASES.is_dir(), reason="the cases, which are not in this repository, are not here"
+)
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -757,6 +770,150 @@ def test_a_pickle_that_would_run_code_is_refused_and_did_not_run(tmp_path, form)
         assert "wants to call posix.system on being read, which is refused" in error
     pickle.loads(pickle.dumps(Malicious(harm)))
     assert harm.exists()  # so the test would have seen it
+
+
+# ---- Files that would keep a reader busy ----
+
+
+def cyclic(path: Path) -> None:
+    content = {}
+    content["state_dict"] = content
+    torch.save(content, path)
+
+
+def claiming(path: Path) -> None:
+    torch.save({"a": torch.ones(1).as_strided((10**6, 10**6), (0, 0))}, path)
+
+
+def aliasing(path: Path) -> None:
+    one = torch.ones(10**5)
+    torch.save({str(index): one.view(100, 1000) for index in range(50)}, path)
+
+
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("vae/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("vae/version", "3")
+        archive.writestr("vae/data/0", bytes(10**8))
+
+
+def filling_memory(path: Path) -> None:
+    """Makes 100 GB of zeros when it is read as weights."""
+    call = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85R."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vae/data.pkl", call)
+        archive.writestr("vae/version", "3")
+
+
+def endless(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vae/data.pkl", b"\x80\x02" + b"]0" * 2 * 10**6 + b"}.")
+        archive.writestr("vae/version", "3")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (cyclic, "holds no tensors by name"),
+        (claiming, "'a' claims more numbers than are stored"),
+        (aliasing, "'1' claims more numbers than are stored"),
+        (compressed, "a compressed archive of 0.10 GB, which is not unfolded"),
+        (filling_memory, "wants to call builtins.bytearray on being read, which is refused"),
+        (endless, "holds far more than the names of a model's tensors"),
+        (
+            lambda path: torch.save({"a": torch.ones(2, device="meta")}, path),
+            "_rebuild_meta_tensor_no_storage",
+        ),
+        (lambda path: torch.save({"a": torch.ones(2).to_sparse()}, path), "_rebuild_sparse_tensor"),
+        (lambda path: torch.save({"a\033[2J": torch.ones(2)}, path), "'a\\x1b[2J' is no name of a tensor"),
+    ],
+)
+def test_a_file_that_claims_more_than_it_holds_is_refused_at_once(tmp_path, make, told):
+    path = tmp_path / "vae.pth"
+    make(path)
+    start = time.monotonic()
+    error = error_of(load_vae, path)
+    told = told.replace("'1'", "'2'") if make is aliasing else told  # the file may hold two of them
+    assert error.startswith(f"{path}: ") and told in error
+    assert time.monotonic() - start < 10
+
+
+@needs_cases
+@pytest.mark.parametrize("name", ["cyclic.pth", "stride.pth"])
+def test_a_case_of_weights_is_refused(name):
+    assert error_of(load_vae, CASES / name).startswith(f"{CASES / name}: ")
+
+
+def test_a_tensor_that_is_not_finite_is_named(tmp_path):
+    tensors = public_tensors("vae")
+    tensors["decoder.conv_in.bias"][0] = float("nan")
+    error = error_of(load_vae, write(tmp_path / "vae.safetensors", tensors))
+    assert "decoder.conv_in.bias has numbers that are not finite" in error
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("unet", {"block_out_channels": [2**30, 2**30]}),
+        ("unet", {"block_out_channels": [32] * 10**5, "down_block_types": None}),
+        ("vae", {"layers_per_block": 10**7}),
+        ("vae", {"scaling_factor": float("inf")}),
+        ("text_encoder", {"num_hidden_layers": 10**7}),
+        ("text_encoder", {"vocab_size": 10**400}),
+        ("openpose", {"stages": [10**7, 1, 1]}),
+        ("openpose", {"stages": []}),
+        ("openpose", {"face_size": 10**6}),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(part, change):
+    if part == "openpose":
+        read, config = read_openpose_sizes, {}
+    else:
+        read, config = partial(read_sizes, part), json.loads((DEMO / part / "config.json").read_text())
+    start = time.monotonic()
+    error = error_of(read, config | change)
+    assert len(error) < 500 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unet/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json", "posecrafter.json"],
+)
+def test_a_json_file_that_is_nested_too_deep_is_named(saved, tmp_path, name):
+    subprocess.run(["cp", "-r", saved, tmp_path / "model"], check=True)
+    path = tmp_path / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[" * 10**5 + "]" * 10**5)
+    assert f"{path}: not readable as JSON (nested too deep)" in error_of(load_model, tmp_path / "model")
+
+
+def test_a_vocabulary_with_ids_that_are_no_numbers_is_refused(saved, tmp_path):
+    subprocess.run(["cp", "-r", saved / "tokenizer", tmp_path], check=True)
+    path = tmp_path / "tokenizer" / "vocab.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), "1")))
+    assert "ids that are no whole numbers" in error_of(Tokenizer.load, path.parent)
+
+
+def test_the_command_line_refuses_weights_that_hold_themselves(tmp_path):
+    """In one line, with exit code 2, and makes no folder for the run."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    for file in (tmp_path / "model" / "vae").glob("*.safetensors"):
+        file.unlink()
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.bin"
+    cyclic(weights)
+    frames, poses, _ = puppet_clip(3, 5, 8, 64)
+    (tmp_path / "frames").mkdir()
+    for index, frame in enumerate(frames):
+        save_image(tmp_path / "frames" / f"{index}.png", frame)
+    save_poses(tmp_path / "poses.json", poses, 64, 64)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["train.py", "frames", "--poses", "poses.json", "--model", "model", "--run", "run"]
+    done = subprocess.run(
+        [sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True
+    )
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "holds no tensors by name" in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr and sorted(tmp_path.rglob("*")) == before
 
 
 # ---- Memory -------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
 import io
+import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +12,13 @@ from PIL import Image
 from demo.puppet import clip
 from poses.drawn import is_drawn, read_drawn
 from poses.pose import Pose, draw_pose, has_person, is_seen, load_poses, place_pose
-from video import read_frames, write_video
+from video import read_frames, save_image, write_video
 
-CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
+CLIPS, CASES = SHARED / "clips", SHARED / "cases"
+needs_cases = pytest.mark.skipif(
+    not CASES.is_dir(), reason="the cases, which are not in this repository, are not here"
+)
 needs_clips = pytest.mark.skipif(
     not CLIPS.is_dir(), reason="the clips, which are not in this repository, are not here"
 )
@@ -168,3 +176,70 @@ def is_limb(image: np.ndarray) -> np.ndarray:
     """Saturated pixels at about 60 % brightness."""
     high, low = image.max(axis=2).astype(int), image.min(axis=2).astype(int)
     return (high > 100) & (high < 190) & (high - low > 0.5 * high)
+
+
+# ---- What is no drawing -------------------------------------------------------------------------
+
+
+def sparse_noise(height: int, width: int, share: float, size: int = 1) -> np.ndarray:
+    """Squares of random colours on black: (1, H, W, 3)."""
+    random, shape = np.random.default_rng(0), (1, height // size, width // size)
+    colours = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    return (colours * (random.random((*shape, 1)) < share)).repeat(size, 1).repeat(size, 2)
+
+
+def half_of_one_colour(colour: tuple[int, ...]) -> np.ndarray:
+    frame = np.zeros((1, 1024, 1024, 3), np.uint8)
+    frame[:, :, :500] = colour
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("frames", "told"),
+    [
+        (255 - drawing(puppets(1), 256, 256), "are not black"),
+        (sparse_noise(64, 96, 0.4), "parts of skeletons that do not touch"),
+        (sparse_noise(512, 512, 0.4, 8), "parts of skeletons that do not touch"),
+        (sparse_noise(512, 512, 0.4, 3), "pieces of limbs"),
+        (half_of_one_colour((255, 0, 0)), "of one colour"),
+    ],
+)
+def test_what_is_no_drawing_is_refused_soon_with_what_to_do(frames, told):
+    start = time.monotonic()
+    assert not is_drawn(frames)
+    with pytest.raises(ValueError, match=told) as error:
+        read_drawn(frames)
+    assert "give --poses-are video" in str(error.value) and "\n" not in str(error.value)
+    assert time.monotonic() - start < 30  # on a busy machine; 3 on an idle one
+
+
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
+
+
+def assert_refused_as_driver(drawn: Path, folder: Path, told: str) -> None:
+    """By the command line, with 2 GB of memory, within 10 s more than it takes to start."""
+    (folder / "frames").mkdir()
+    for index, pose in enumerate(puppets(8)):
+        save_image(folder / "frames" / f"{index}.png", draw_pose(pose, 64, 64))
+    before = sorted(folder.rglob("*"))
+    options = ["--poses", drawn, "--poses-are", "drawn", "--model", "demo", "--run", "run"]
+    command = [sys.executable, ROOT / "train.py", "frames", *options]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, preexec_fn=limit_memory)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and f"{drawn}: " in lines[-1] and told in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr and sorted(folder.rglob("*")) == before
+    assert time.monotonic() - start < 40  # most of it PyTorch's start, on a busy machine
+
+
+def test_the_command_line_refuses_noise_as_a_drawing(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "noise.mp4", noise, 8)
+    assert_refused_as_driver(tmp_path / "noise.mp4", tmp_path, "are not black, and drawn skeletons lie on")
+
+
+@needs_cases
+@pytest.mark.parametrize("name", ["noise_64x96.mp4", "users/drawn_on_white.png"])
+def test_the_command_line_refuses_a_case_of_no_drawing(tmp_path, name):
+    assert_refused_as_driver(CASES / name, tmp_path, "make the background black, or give --poses-are video")

@@ -618,3 +618,12 @@ def test_a_landscape_is_refused_with_its_name_and_leaves_nothing(run, tmp_path):
     with pytest.raises(ValueError, match=r"hills\.png: no person in any of the 1 frames"):
         run([[]], 96, 128, tmp_path / "hills.png")
     assert [path.name for path in tmp_path.iterdir()] == ["hills.png"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 2000), (2000, 4)])
+def test_strips_are_refused_before_anything_is_looked_for(height, width):
+    with torch.device("meta"):
+        nets = OpenPose()
+    frames = np.zeros((1, height, width, 3), np.uint8)
+    with pytest.raises(ValueError, match=f"frames of {width}x{height} pixels are too long and narrow"):
+        find_poses(nets, frames)
