@@ -5,7 +5,6 @@ Stable Diffusion 1.5 uses the text encoder of ViT-L/14, frozen, up to its last l
 same model, which only metrics use, is in `metrics/clip_images.py`.
 """
 
-import json
 import re
 import unicodedata
 import warnings
