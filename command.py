@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from public.adapters import parse_lora
+
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
 KINDS = ("json", "drawn", "video")  # what poses come from; see `poses.source`
 
@@ -108,6 +110,8 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)")
     add("--controlnet", type=Path, help="take the ControlNet from this file or folder")
     add("--vae", type=Path, help="take the VAE from this file or folder")
+    lora = {"type": parse_lora, "action": "append", "default": [], "metavar": "FILE[:WEIGHT]"}
+    add("--lora", **lora, help="merge this LoRA into the model; several are added up (default weight: 1)")
     add("--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)")
     add("--prompt", default="a person", help="what the clip shows (default: %(default)r)")
     add("--steps", type=whole, help="training steps (default: the paper's, 100 for 8 frames)")

@@ -28,6 +28,7 @@ from pictures.sheets import contact_sheet
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
+from public.adapters import recall_loras
 from public.places import locate_parts
 from run import Run, load_run, load_trained, name_of, newest_run, write_json
 from video import VIDEOS_WRITTEN, add_sound, cover, has_sound, save_image, write_video
@@ -133,7 +134,8 @@ def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
 
 def load_tuned(run: Run) -> Model:
     """The model with the run's weights, on the device that is there."""
-    model = load_model(*(run.settings[part] for part in ("model", "controlnet", "vae")), *compute_device())
+    parts = [run.settings[part] for part in ("model", "controlnet", "vae")]
+    model = load_model(*parts, *compute_device(), recall_loras(run.settings))
     load_trained(model, run.folder / "trained.safetensors")
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
@@ -216,6 +218,7 @@ def report_of(
 def main(args: argparse.Namespace) -> np.ndarray | None:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
+    recall_loras(run.settings)  # here, before poses are looked for, one that has changed is told
     prompt = run.settings["prompt"] if args.prompt is None else args.prompt
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"

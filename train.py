@@ -36,6 +36,7 @@ from posecrafter import (
 )
 from poses.pose import Pose, has_person, place_pose
 from poses.source import read_driver, uniform_frames
+from public.adapters import remember_loras
 from run import begin_run, finish_run, name_of
 from video import count_frames, fit, fit_frame, read_frames, replacing
 
@@ -231,6 +232,7 @@ def settings_of(
     paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
     options = {name: getattr(args, name) for name in ("poses_are", "person", "model", "prompt", "seed")}
     settings = {
+        "loras": remember_loras(args.lora),
         "height": frames.shape[1],
         "width": frames.shape[2],
         "steps": args.steps or training_steps(len(frames)),
@@ -249,9 +251,10 @@ def main(args: argparse.Namespace) -> None:
     if (folder / "trained.safetensors").exists():
         advice = "choose another with --run, or delete it"
         raise ValueError(f"{folder}: there is a finished run already; {advice}")
+    remember_loras(args.lora)  # here, before poses are looked for, a missing file is told
     images, poses, clip = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(training=True)
-    model = load_model(args.model, args.controlnet, args.vae, device, dtype)
+    model = load_model(args.model, args.controlnet, args.vae, device, dtype, args.lora)
     # What the UNet's coarsest level can hold: for SD 1.5, multiples of 64 pixels.
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
     placing = fit(*images.shape[1:3], args.size or model.size, multiple)
