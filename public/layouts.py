@@ -106,7 +106,7 @@ OTHER_MODELS = {
     "Stable Diffusion 2": r"cond_stage_model\.model\.",
     "Stable Diffusion 3 or FLUX": r"joint_blocks\.|double_blocks\.",
     "a ControlNet stored as its difference from a model": r"^difference$",
-    "a LoRA or another adapter, which changes a model but is none": (
+    "a LoRA or another adapter, which changes a model but is none (a LoRA is given with --lora)": (
         r"(^|[._])(lora|hada|lokr|b?oft|glora|ia3)(_|[AB]?\.)|\.dora_scale$|\.diff(_b)?$|^(image_proj|ip_adapter)\."
     ),
     "a textual inversion, which adds a word to a model but is none": "^(emb_params|clip_[lg])$",
