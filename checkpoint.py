@@ -11,9 +11,11 @@ that does not fit is an error that names it. How public files are fetched and re
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -21,10 +23,12 @@ from torch import nn
 from clip import TextConfig, TextEncoder, Tokenizer
 from command import METHOD_NAMES
 from controlnet import ControlNet
+from public.adapters import LoRA
 from public.configs import read_config, read_json, read_sizes
 from public.formats import TensorFile
 from public.hub import list_public_files, public_files, size_of
 from public.layouts import stored_names
+from public.lora import Change, merged, read_loras
 from public.places import PARTS, locate_parts, weight_file
 from safe.process import run_command
 from unet import UNet, UNetConfig
@@ -52,12 +56,14 @@ def load_model(
     vae: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    loras: Sequence[LoRA] = (),
 ) -> Model:
     """Loads all parts of a model, frozen.
 
     name: `sd15` (the public files, downloaded at first use), `demo`, a folder in the diffusers layout, or a
         single-file Stable Diffusion 1.5 checkpoint
     controlnet, vae: a file or folder to take that part from. A model without a ControlNet takes the public one.
+    loras: are merged into the UNet and the text encoder
     Raises ValueError or OSError with one line that says which file, which tensor and what to do.
     """
     half = dtype != torch.float32
@@ -68,8 +74,9 @@ def load_model(
     if (tokens := 1 + max(tokenizer.vocab.values())) > text.vocab_size:
         raise ValueError(f"{folder}: {tokens} tokens, the text encoder knows {text.vocab_size}")
     check_that_parts_fit(**networks)
+    changes = read_loras(loras, networks)
     for part, network in networks.items():
-        fill(network, part, weight_file(sources[part], half), device, dtype)
+        fill(network, part, weight_file(sources[part], half), device, dtype, changes[part])
     return Model(**networks, tokenizer=tokenizer, **read_settings(sources))
 
 
@@ -132,10 +139,18 @@ def read_settings(sources: dict[str, Path]) -> dict:
 TEMPORAL = re.compile(r"(.*)\.(attn_temp|conv_temp)\.(.*)")  # what inflation adds to a public UNet
 
 
-def fill(network: nn.Module, part: str, path: Path, device: str | torch.device, dtype: torch.dtype) -> None:
+def fill(
+    network: nn.Module,
+    part: str,
+    path: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    changes: Mapping[str, Sequence[Change]] = MappingProxyType({}),
+) -> None:
     """Fills a network that was built on the meta device, one tensor at a time, and freezes it.
 
-    Temporal attention starts as a copy of the key-frame attention beside it, the convolution behind it at zero.
+    Temporal attention starts as a copy of the key-frame attention beside it, the convolution behind it at zero;
+    what LoRAs change in the one (`changes`, by our names) is therefore in the other too.
     All other tensors must be in the file, and nothing else but what is known to be of no use. Convolutions come
     out in channels_last memory.
     """
@@ -150,7 +165,7 @@ def fill(network: nn.Module, part: str, path: Path, device: str | torch.device, 
             source = file.read(names[name])
             if not source.is_floating_point():
                 raise ValueError(f"{path}: {names[name]} is {source.dtype}, floats are needed")
-            tensors[name].copy_(source.reshape(shape))
+            tensors[name].copy_(merged(source.reshape(shape), changes.get(name, ())))
             if not tensors[name].sum(dtype=torch.float32).isfinite():  # one pass, which is cheap
                 raise ValueError(f"{path}: {names[name]} has numbers that are not finite; fetch it again")
     for name in shapes.keys() - names.keys():

@@ -6,6 +6,7 @@ Nothing in this file imports torch, which takes seconds, so that `--help` and a 
 import argparse
 from functools import partial
 
+from public.adapters import parse_lora
 from safe.arguments import number, parse_canvas, parse_range, path, whole
 from safe.results import Verify
 
@@ -36,6 +37,8 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="sd15", help="sd15, demo, or a folder or file of weights (default: sd15)")
     add("--controlnet", type=path, help="take the ControlNet from this file or folder")
     add("--vae", type=path, help="take the VAE from this file or folder")
+    lora = {"type": parse_lora, "action": "append", "default": [], "metavar": "FILE[:WEIGHT]"}
+    add("--lora", **lora, help="merge this LoRA into the model; several are added up (default weight: 1)")
     add("--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)")
     add("--prompt", default="a person", help="what the clip shows (default: %(default)r)")
     add("--steps", type=whole, help="training steps (default: the paper's, 100 for 8 frames)")

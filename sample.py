@@ -31,6 +31,7 @@ from pictures.sheets import contact_sheet
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
 from poses.source import Driver, read_driver
+from public.adapters import recall_loras
 from public.places import PARTS, locate_parts, weight_file
 from run import Run, load_run, load_trained, name_of, newest_run
 from safe.files import replacing_set, require_space
@@ -124,7 +125,8 @@ def load_tuned(run: Run) -> tuple[Model, dict[str, Path]]:
     """The model with the run's weights, on the device that is there, and the files that they came from."""
     (device, dtype), trained = compute_device(), run.folder / "trained.safetensors"
     names, half = [run.settings[part] for part in ("model", "controlnet", "vae")], dtype != torch.float32
-    model, sources = load_model(*names, device, dtype), find_parts(*names, half)
+    loras = recall_loras(run.settings)
+    model, sources = load_model(*names, device, dtype, loras), find_parts(*names, half)
     load_trained(model, trained)
     for used_now_and_then in (model.vae, model.text_encoder):
         used_now_and_then.to("cpu")  # and on the device only while it is used
@@ -197,6 +199,7 @@ def write_result(
 def main(args: argparse.Namespace) -> np.ndarray | None:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
+    recall_loras(run.settings)  # here, before poses are looked for, one that has changed is told
     prompt = run.settings["prompt"] if args.prompt is None else args.prompt
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"

@@ -37,6 +37,7 @@ from posecrafter import (
 )
 from poses.pose import Pose, has_person, place_pose, poses_text
 from poses.source import read_driver, uniform_frames
+from public.adapters import remember_loras
 from run import begin_run, finish_run, name_of, refuse_finished
 from safe.files import alone_in, replacing
 from safe.provenance import VERSION
@@ -244,6 +245,7 @@ def settings_of(
     settings = {
         "version": VERSION,
         "layout": LAYOUT,
+        "loras": remember_loras(args.lora),
         "height": height,
         "width": width,
         "steps": args.steps or training_steps(len(frames)),
@@ -265,9 +267,10 @@ def main(args: argparse.Namespace) -> None:
 
 def make_run(args: argparse.Namespace, folder: Path) -> None:
     refuse_finished(folder)
+    remember_loras(args.lora)  # here, before poses are looked for, a missing file is told
     images, poses, clip = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(training=True)
-    model = load_model(args.model, args.controlnet, args.vae, device, dtype)
+    model = load_model(args.model, args.controlnet, args.vae, device, dtype, args.lora)
     # What the UNet's coarsest level can hold: for SD 1.5, multiples of 64 pixels.
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
     placing = fit(*images.shape[1:3], args.size or model.size, multiple)

@@ -10,17 +10,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from safe.files import read_json
+
 BROKEN = "truncated, corrupt or no file of weights; fetch it again"
 # What weights are mistaken for, by how the file begins.
 NOT_WEIGHTS = {
     (b"version https://git-lfs",): "a Git LFS pointer: get the file itself with `git lfs pull`",
     (b"<!doctype html", b"<html"): "a web page: download the file itself",
 }
+LIGHTNING = "pytorch_lightning", "lightning.pytorch"
 # What a pickle may name. PyTorch allows more, some of which takes any time and memory that a file asks for.
 HARMLESS = re.compile(
     r"collections OrderedDict|builtins set|torch(\.storage)? \w+Storage"
     r"|torch (Size|device|Tensor|b?float\d+|u?int\d+)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter"
+    rf"|({'|'.join(LIGHTNING)})\.callbacks\.model_checkpoint ModelCheckpoint"
 )
 MOST_OPERATIONS = 1_000_000  # of a pickle, which are seconds; Stable Diffusion with its averages has 60,000
 LARGEST_PICKLE = 64_000_000  # bytes, without the numbers of its tensors
@@ -39,7 +43,11 @@ class TensorFile:
         for starts, what in NOT_WEIGHTS.items():
             if head.lower().startswith(starts):
                 raise ValueError(f"{path}: {what}")
-        self.path, self.tensors = path, None
+        self.path, self.tensors, self.shards = path, None, None
+        if path.name.endswith(".json") and ".index." in path.name:
+            self.shards = read_shards(path)
+            self.shapes = {name: file.shapes[name] for name, file in self.shards.items()}
+            return
         # A zip archive, or a pickle as before PyTorch 1.6. Safetensors has the length of its header, then a brace.
         if head.startswith((b"PK", b"\x80")) and head[8:9] != b"{":
             self.tensors = unpickle(path, zipped=head.startswith(b"PK"))
@@ -56,12 +64,45 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file where its format allows, so valid while that stays."""
+        if self.shards is not None:
+            return self.shards[name].read(name)
         if self.tensors is not None:
             return self.tensors[name]
         # Opened anew for every tensor, because what has been read of a mapping counts as this program's memory
         # until the mapping is closed.
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
+
+
+def read_shards(index: Path) -> dict[str, TensorFile]:
+    """The files beside an index that hold its tensors: {name of a tensor: file}.
+
+    Raises FileNotFoundError for a missing one, ValueError where index and files do not agree.
+    """
+    places = read_json(index)
+    places = places.get("weight_map") if isinstance(places, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{index}: does not say which file holds which tensor; fetch it again")
+    files = {}
+    for place in sorted(set(places.values())):
+        path = index.parent / place
+        if Path(place).name != place or not path.is_file():
+            raise FileNotFoundError(f"{path}: is missing, but {index.name} lists it; fetch it again")
+        files[place] = TensorFile(path)
+    shards = {name: files[place] for name, place in places.items()}
+    unlisted = {name for file in files.values() for name in file.shapes} ^ shards.keys()
+    unlisted |= {name for name, file in shards.items() if name not in file.shapes}
+    if unlisted:
+        raise ValueError(f"{index}: {min(unlisted)} is not where the index says; fetch the model again")
+    return shards
+
+
+# What Lightning writes beside the tensors, as in the public v1-5-pruned.ckpt: read as a name, never called.
+UNREAD = [f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint" for lightning in LIGHTNING]
+
+
+class Unread:
+    """Stands for a class that a pickle names and nobody here needs."""
 
 
 def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
@@ -75,7 +116,8 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
         sizes = check_archive(path) if zipped else check_old_pickles(path)
         with path.open("rb") as file:
             source = path if mapped else file
-            contents = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals([(Unread, name) for name in UNREAD]):
+                contents = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise anything

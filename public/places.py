@@ -1,8 +1,10 @@
 """Where the parts of a model lie on this machine."""
 
+import re
 from pathlib import Path
 
 from public.configs import read_json
+from public.layouts import LATENT_SCALE, check_latent_scale
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "weights"
 PARTS = ("unet", "controlnet", "vae", "text_encoder")
@@ -17,8 +19,18 @@ def locate_parts(
         if path:
             if not Path(path).exists():
                 raise FileNotFoundError(f"{path}: no such file or folder, given as {part}")
+            if part == "vae" and Path(path).is_dir():
+                expected = latent_scale(sources["vae"]) if part in sources else LATENT_SCALE
+                check_latent_scale(f"{path}/config.json", latent_scale(Path(path)), expected)
             sources[part] = Path(path)
     return sources
+
+
+def latent_scale(vae: Path) -> float:
+    """What a VAE's latents are multiplied by. Older configs do not say it, and files cannot."""
+    config = read_json(vae / "config.json") if vae.is_dir() else {}
+    scale = config.get("scaling_factor", LATENT_SCALE)
+    return scale if type(scale) is float else LATENT_SCALE  # what cannot be one is told when sizes are read
 
 
 def locate(name: str | Path) -> dict[str, Path]:
@@ -63,12 +75,21 @@ def variants(name: str) -> tuple[str, str]:
     return f"{stem}.fp16.{extension}", name
 
 
+def index_of(name: str) -> str:
+    """What the list of the files is called that hold these weights in shards."""
+    stem, variant, extension = re.fullmatch(r"([^.]+)(\.fp16)?\.(\w+)", name).groups()
+    return f"{stem}.{extension}.index{variant or ''}.json"
+
+
 def weight_file(source: Path, half: bool) -> Path:
-    """The file with the tensors: the source itself, or the one in that folder that suits best."""
+    """The file with the tensors, or the index of their shards: the source itself, or what suits best in it."""
     if not source.is_dir():
         return source
     for name in WEIGHT_FILES:
         for each in variants(name) if half else reversed(variants(name)):
-            if (source / each).is_file():
-                return source / each
-    raise FileNotFoundError(f"{source}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
+            for file in (source / each, source / index_of(each)):
+                if file.is_file():
+                    return file
+    others = [path.name for kind in ("safetensors", "bin") for path in sorted(source.glob(f"*.{kind}"))]
+    told = f"holds {others[0]}, which is not read" if others else "holds no weights"
+    raise FileNotFoundError(f"{source}: {told}; looked for {', '.join(WEIGHT_FILES)}")
