@@ -195,7 +195,7 @@ def trainable_parameters(model) -> dict[str, nn.Parameter]:
 LARGE = 2**22  # numbers in a clip's feature map: above this, train with gradient checkpointing
 
 
-def recompute_activations(model, latents: Tensor) -> None:
+def use_gradient_checkpointing(model, latents: Tensor) -> None:
     """Turns on gradient checkpointing (Chen et al. 2016) for training on large frames, latents (F, C, h, w).
 
     Only the inputs of the blocks are kept. A third more is computed, for a fraction of the memory.
@@ -480,7 +480,7 @@ class Method:
     replay: bool = False
     fixed_point: int = 0  # further iterations of each inversion step; see `invert`
 
-    def edits_before(self, steps: int) -> int:
+    def step_of_edit(self, steps: int) -> int:
         """The number of the step, of `steps`, that editing comes before."""
         return 1 + steps // 5 if self.edit_step is None else self.edit_step
 
@@ -562,7 +562,7 @@ def generate_once(
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
     hints = embed_hints(model, poses, height, width)
     noise = starting_noise(method, trajectory, len(poses), seed)
-    inputs = EditInputs(model, run, k, targets, trajectory, method.parts, method.edits_before(steps), seed)
+    inputs = EditInputs(model, run, k, targets, trajectory, method.parts, method.step_of_edit(steps), seed)
     edits = method.editor(inputs) if method.parts else NO_EDITS
     replayed = method.replay and method.insert
 

@@ -68,7 +68,7 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
     changes |= {name: value for name, value in asked.items() if value is not None}
     method = replace(METHODS[name], **changes)
 
-    step = method.edits_before(args.ddim_steps)
+    step = method.step_of_edit(args.ddim_steps)
     if not 1 <= step <= args.ddim_steps:
         raise ValueError(f"--edit-step {args.edit_step}: there are steps 1 to {args.ddim_steps}")
     if from_noise and method.parts and step == 1:
@@ -133,23 +133,24 @@ def load_tuned(run: Run) -> tuple[Model, dict[str, Path]]:
     return model, {part: weight_file(sources[part], half) for part in PARTS} | {"trained": trained}
 
 
-def generate_or_explain(model: Model, run: Run, targets: list[Pose], method: Method, *options) -> Generated:
+def generate_or_explain(
+    model: Model, run: Run, targets: list[Pose], method: Method, **options
+) -> Generated:
     """`generate`. Raises MemoryError with how much memory would do, and FloatingPointError with what may help."""
     try:
-        return generate(model, run, targets, method, *options)
+        return generate(model, run, targets, method, **options)
     except FloatingPointError as error:
         advice = "give a --guidance nearer to 1, or train again with a lower --lr"
         raise FloatingPointError(f"{run.folder}: {error}; {advice}") from None
     except MemoryError as error:
-        *_, guidance, _, frames_per_slice, offload = options
-        least = frames_per_slice or 1, "never" if offload == "never" else "always"
+        least = options["frames_per_slice"] or 1, "never" if options["offload"] == "never" else "always"
         frames, dtype = len(targets) + method.insert, model.unet.conv_in.weight.dtype
         size = (side // model.vae.config.factor for side in run.frames.shape[1:3])
-        peak = sampling_peak(model, frames, *size, dtype, guidance, *least)
+        peak = sampling_peak(model, frames, *size, dtype, options["guidance"], *least)
         raise MemoryError(f"{error}; {frames} frames need about {peak / 1e9:.1f} GB") from None
 
 
-def faithfulness(model: Model, made: Generated, reference: np.ndarray) -> float | None:
+def reference_psnr(model: Model, made: Generated, reference: np.ndarray) -> float | None:
     """PSNR in dB of the reference as sampling gives it back; None where it was not inserted."""
     if made.reconstruction is None:
         return None
@@ -219,16 +220,22 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         method = replace(method, **MOVED_ONCE)
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
-    prompts = run.settings["prompt"], prompt
-    options = args.guidance, args.seed, args.slice, args.offload
-    made = generate_or_explain(model, run, targets, method, k, args.ddim_steps, *prompts, *options)
+    options = {"guidance": args.guidance, "seed": args.seed}
+    options |= {"frames_per_slice": args.slice, "offload": args.offload}
+    options |= {
+        "reference": k,
+        "steps": args.ddim_steps,
+        "source": run.settings["prompt"],
+        "prompt": prompt,
+    }
+    made = generate_or_explain(model, run, targets, method, **options)
     report = report_of(args, run, prompt, method, k, model.guidance_until, weights)
     report |= {
         "method_from": method_from,
         "retargeted": bool(ratios),
         "proportions": ratios,
         # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
-        "reference_psnr": faithfulness(model, made, run.frames[k]),
+        "reference_psnr": reference_psnr(model, made, run.frames[k]),
         "edited_regions": made.regions,
     }
     decoded = decode_latents(model, made.latents)

@@ -30,10 +30,10 @@ from posecrafter import (
     embed_hints,
     encode_frames,
     encode_prompt,
-    recompute_activations,
     trainable_parameters,
     training_loss,
     training_steps,
+    use_gradient_checkpointing,
 )
 from poses.pose import Pose, has_person, place_pose, poses_text
 from poses.source import read_driver, uniform_frames
@@ -201,7 +201,7 @@ def train(
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    recompute_activations(model, latents[:BATCH])
+    use_gradient_checkpointing(model, latents[:BATCH])
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     # float16 gradients are scaled, so that small ones do not vanish.
     half = model.unet.conv_in.weight.dtype == torch.float16

@@ -32,10 +32,10 @@ from posecrafter import (
     Method,
     ddim_timesteps,
     predict_noise,
-    recompute_activations,
     sample,
     trainable_parameters,
     training_loss,
+    use_gradient_checkpointing,
 )
 from public.places import locate_parts
 from run import Run
@@ -223,7 +223,7 @@ def training_peak(model, frames: int, height: int, width: int, dtype: torch.dtyp
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         latents, hints, context = blank_clip(model, frames, height, width, device, dtype)
-        recompute_activations(networks, latents)
+        use_gradient_checkpointing(networks, latents)
         # AdamW: two moments of each trained tensor, and as much again while it steps.
         optimizer = [torch.empty_like(parameter) for parameter in parameters for _ in range(3)]
         with torch.autocast(device.type, dtype):

@@ -73,7 +73,7 @@ def report_of(
         "guidance_until": guidance_until,
         "method": method.name,
         "edit": method.parts and method.parts.__name__,
-        "edit_step": method.edits_before(args.ddim_steps) if method.parts else None,
+        "edit_step": method.step_of_edit(args.ddim_steps) if method.parts else None,
         "inserted": method.insert,
         "reference": run.settings["frames"][k],
     }

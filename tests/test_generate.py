@@ -83,8 +83,8 @@ def test_what_is_reported_of_the_reference_owes_nothing_to_replay(model, run, ta
 
 def test_methods_are_what_their_names_say():
     assert METHODS == {"paper": PAPER, "body": BODY, "held": HELD}
-    assert [method.edits_before(50) for method in METHODS.values()] == [1, 11, 11]
-    assert [BODY.edits_before(steps) for steps in (1, 4, 5, 10)] == [1, 1, 2, 3]
+    assert [method.step_of_edit(50) for method in METHODS.values()] == [1, 11, 11]
+    assert [BODY.step_of_edit(steps) for steps in (1, 4, 5, 10)] == [1, 1, 2, 3]
     assert not replace(PAPER, start="noise", parts=None).needs_inversion
     assert replace(PAPER, start="noise").needs_inversion
 
