@@ -117,9 +117,14 @@ def body_batch(frames: Tensor, keypoints: np.ndarray) -> Batch:
     return images, (fields_at(points, height, width), heatmaps_at(points, height, width))
 
 
+def face_input(crops: Sequence[Tensor], side: int) -> Tensor:
+    """Crops uint8 (h, w, 3), of any sizes -> (N, 3, side, side), as decoding shows faces to their network."""
+    return torch.stack([maps.network_input(maps.grey_levels(crop), side, side) for crop in crops])
+
+
 def crops_batch(part: str, rng: np.random.Generator, frames: Tensor, keypoints: np.ndarray) -> Batch:
     """Inputs that show hands or faces as decoding crops them, and the target of every stage."""
-    boxes_of, to_input = getattr(maps, f"{part}_boxes"), getattr(maps, f"{part}_input")
+    boxes_of, to_input = getattr(maps, f"{part}_boxes"), maps.hand_input if part == "hand" else face_input
     side = SIZES["face_size"] if part == "face" else SIZES["hand_sizes"][0]
     cells, crops, points = side // STRIDE, [], []
     for frame, pose in zip(frames, map(pose_from, keypoints)):

@@ -51,6 +51,15 @@ def rising(value: object) -> bool:
     return bool(frames) and value == sorted(value) and value[-1] < 2**53
 
 
+def loras(value: object) -> bool:
+    """Whether these are the files of LoRAs with their weights and hashes; null for none."""
+    kinds = {"file": str, "weight": float, "sha256": str}
+    given = value if isinstance(value, list) and value else [] if value is None else [None]
+    return all(
+        isinstance(each, dict) and {name: type(each[name]) for name in each} == kinds for each in given
+    )
+
+
 TEXT: Field = "text", text
 SIDE = whole(1, 100_000)
 
@@ -68,6 +77,7 @@ FIELDS: dict[str, Field] = {
     "model": TEXT,
     "controlnet": or_null(TEXT),
     "vae": or_null(TEXT),
+    "loras": ("a list of LoRAs or null", loras),
     "prompt": TEXT,
     "steps": whole(1, 10_000_000),
     "learning_rate": number(1),

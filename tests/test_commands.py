@@ -167,6 +167,7 @@ def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     assert (report["learning_rate"], report["learning_rate_from"]) == (1e-3, "the model's default")
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_video_and_every_option_another(workplace, trained):
     def sampled(name: str, *options: object) -> np.ndarray:
         main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)
@@ -311,6 +312,7 @@ def test_neither_slices_nor_offloading_change_the_video(workplace, trained, monk
     assert difference.max() <= 1
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsys):
     before = sorted(workplace.rglob("*"))
     main(workplace, *SAMPLE, "--run", "runs/first", "--plan")

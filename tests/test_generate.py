@@ -122,6 +122,7 @@ def overflowing(*dtypes: torch.dtype):
     return predict
 
 
+@pytest.mark.slow
 def test_sampling_that_overflows_in_float16_starts_again_in_a_wider_precision(
     run, targets, monkeypatch, capsys
 ):

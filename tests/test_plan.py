@@ -127,6 +127,7 @@ def test_what_is_around_sampling_runs_on_a_card_too(full_size):
     assert memory.peak < 6 * GB
 
 
+@pytest.mark.slow
 def test_guidance_takes_hardly_more_memory(full_size):
     plain, guided = (sampling_peak(full_size, 8, 64, 64, guidance=g) for g in (1.0, 3.0))
     assert guided - plain < 0.05 * GB
@@ -163,6 +164,7 @@ def test_a_long_clip_is_predicted_in_its_own_way(full_size, monkeypatch):
     assert ways and all(way.offload for way in ways)
 
 
+@pytest.mark.slow
 def test_training_on_small_frames_keeps_what_it_computed(full_size, monkeypatch):
     kept = training_peak(full_size, 2, 16, 16)
     monkeypatch.setattr(posecrafter, "LARGE", 0)

@@ -140,6 +140,7 @@ def test_the_networks_are_made_from_whole_puppets_and_the_demos(monkeypatch, tmp
     assert (work / "openpose_hand.pt").stat().st_mtime == written
 
 
+@pytest.mark.slow
 def test_the_shipped_networks_are_small_and_find_unseen_puppets():
     assert sum(file.stat().st_size for file in (DEMO / "openpose").iterdir()) < 4.5e6
     figures = evaluate(load_openpose("demo"), range(20))
