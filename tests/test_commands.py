@@ -324,7 +324,7 @@ def test_a_plan_says_how_much_it_is_and_writes_nothing(workplace, trained, capsy
 
 
 def test_out_of_memory_says_how_much_would_do(workplace, trained, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise MemoryError("out of graphics memory")
 
     monkeypatch.setattr(sample, "generate", refuse)
