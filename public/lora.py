@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from public.adapters import LoRA
@@ -163,8 +163,12 @@ def adapter_alphas(path: Path) -> dict[str, float]:
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except Exception:  # no safetensors, or what they say is none of ours
+        if not isinstance(settings, dict):
+            raise ValueError("no settings by name")
+    except SafetensorError:  # a pickle, which says nothing of the kind
         return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its adapter's settings are damaged ({error}); fetch it again") from None
     for name in settings:
         if name.endswith((".alpha_pattern", ".use_rslora", ".use_dora")) and settings[name]:
             raise ValueError(f"{path}: is written with {name}, which is not read; give a plain LoRA")
