@@ -17,7 +17,8 @@ from metrics.clip_images import ImageEncoder
 from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
-from poses.pose import Pose, load_poses, place_pose, read_canvas
+from poses.pose import Pose, place_pose
+from poses.source import read_driver
 from public.places import model_path
 from safe.arguments import parse_canvas, parse_range
 from safe.files import write_json
@@ -74,11 +75,9 @@ def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[
 
     def placed(path: Path, within: range | None, canvas: tuple[int, int] | None) -> list[Pose]:
         """canvas: the (height, width) of the video that they were found in, for a file that does not say."""
-        poses = load_poses(path, *(canvas or (None, None))[::-1])
-        if within and within.stop > len(poses):
-            raise ValueError(f"{path}: {len(poses)} poses, none for --range {within.start}:{within.stop}")
-        placing = cover(*(read_canvas(path) or canvas or size), *size).placement
-        return [place_pose(poses[i], *placing) for i in within or range(len(poses))]
+        driver = read_driver(path, "json", within, canvas=canvas)
+        placing = cover(*driver.canvas, *size).placement
+        return [place_pose(pose, *placing) for pose in driver.poses]
 
     asked = trained = []
     if args.poses:

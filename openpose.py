@@ -20,8 +20,8 @@ from tqdm import tqdm, trange
 
 from checkpoint import fill
 from poses import maps
-from poses.people import fill_gaps, follow_people, smooth_poses
-from poses.pose import Pose, absences, draw_pose, is_seen, save_poses
+from poses.people import fill_gaps, follow_one, smooth_poses
+from poses.pose import Pose, absences, draw_pose, has_person, is_seen, save_poses
 from public.configs import read_config, read_openpose_sizes
 from public.hub import public_files
 from public.places import model_path
@@ -208,14 +208,11 @@ def find_poses(
     looked for too, in all frames or in those that `whole_bodies` names; small frames are `enlarged` for that.
     Raises ValueError when nobody is found, or fewer people than `person`.
     """
-    tracks = follow_people(detect_bodies(nets, frames, progress), frames.shape[2] / frames.shape[1])
-    if not tracks:
+    people = detect_bodies(nets, frames, progress)
+    if not any(has_person(pose) for in_frame in people for pose in in_frame):
         few = "it takes at least four joints of somebody who is not too small"
         raise ValueError(f"no person in any of the {len(frames)} frames; {few}")
-    if not 1 <= person <= len(tracks):
-        raise ValueError(f"no person {person}: {len(tracks)} found, 1 being the most prominent")
-    seen = dict(zip(tracks[person - 1].frames, tracks[person - 1].people))
-    poses = fill_gaps([seen.get(index, Pose()) for index in range(len(frames))])
+    poses = fill_gaps(follow_one(people, frames.shape[2] / frames.shape[1], person))
     whole = range(len(frames)) if whole_bodies is None else whole_bodies
     for index in tqdm(whole, desc="hands and faces", unit="frame", disable=not progress):
         poses[index] = add_parts(nets, maps.enlarged(frames[index]), poses[index])

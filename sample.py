@@ -95,10 +95,10 @@ def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose]
     if args.canvas and driver.fps:
         raise ValueError(f"{args.poses}: --canvas is for JSON; footage has a size of its own")
     if missing := absences(driver.poses, driver.within.start):
-        advice = "leave them out with --range, or fill them in"
+        advice = "leave them out with --range, fill them in, or try --person 2"
         raise ValueError(f"{args.poses}: no person in frames {missing}; {advice}")
     height, width = run.frames.shape[1:3]
-    placing = cover(*(driver.canvas or (height, width)), height, width)
+    placing = cover(*driver.canvas, height, width)
     targets = [place_pose(pose, *placing.placement) for pose in driver.poses]
     own = args.poses.resolve() in inputs_of(run.settings)
     if args.retarget is False or (own and not args.retarget):

@@ -73,10 +73,8 @@ def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndar
     first = choose_frames(args, count)[:1]  # before poses are looked for, which takes long
     height, width = read_frames(clip, first)[0].shape[1:3]
     kind, whole = (args.poses_are, None) if args.poses else ("video", args.frames)
-    looking = args.model, cache, args.person
-    driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=(height, width))
-    if abs(count - driver.total) > 2:  # decoders do not always agree on a video's last frames
-        raise ValueError(f"{source}: has {driver.total} poses, but {clip} has {count} frames")
+    looking, size = (args.model, cache, args.person), (height, width)
+    driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=size, length=count)
     tall, wide = driver.canvas
     if abs(tall / wide / (height / width) - 1) > 0.02:
         sizes = f"poses on a canvas of {wide:g}x{tall:g}, but {clip} has frames of {width}x{height}"

@@ -76,6 +76,32 @@ def follow_people(people: Sequence[Sequence[Pose]], aspect: float) -> list[Track
     return sorted(tracks, key=prominence, reverse=True)
 
 
+def follow_one(people: Sequence[Sequence[Pose]], aspect: float, person: int = 1) -> list[Pose]:
+    """One person's pose in every frame, empty where they are not: the `person`-th of `follow_people`.
+
+    Raises ValueError where there are fewer people.
+    """
+    tracks = follow_people(people, aspect)
+    if not 1 <= person <= len(tracks):
+        raise ValueError(f"no person {person}: {len(tracks)} found, 1 being the most prominent")
+    seen = dict(zip(tracks[person - 1].frames, tracks[person - 1].people))
+    return [seen.get(frame, Pose()) for frame in range(len(people))]
+
+
+def follow_given(people: Sequence[Sequence[Pose]], aspect: float, person: int = 1) -> list[Pose]:
+    """`follow_one` for poses that somebody gave. Short gaps are bridged, what is there stays as it is.
+
+    Where nobody else is there, all are the same person's, however far they leap, as over a cut. Keypoints that are
+    missing in a frame with the person stay missing: they may have been taken out on purpose.
+    """
+    real = [[pose for pose in in_frame if has_person(pose)] for in_frame in people]
+    if person == 1 and all(len(in_frame) < 2 for in_frame in real):
+        poses = [(known or list(given) or [Pose()])[0] for known, given in zip(real, people)]
+    else:
+        poses = follow_one(real, aspect, person)
+    return [pose if has_person(pose) else between for pose, between in zip(poses, fill_gaps(poses))]
+
+
 def stacked_parts(poses: Sequence[Pose]) -> list[np.ndarray]:
     """Body, face and hands of all frames, (F, K, 3) each."""
     return [np.stack(parts) for parts in zip(*(vars(pose).values() for pose in poses))]

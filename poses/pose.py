@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from safe.files import read_json, replacing
-from video import by_number
+from safe.files import replacing
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ def absences(poses: Sequence[Pose], first: int = 0) -> str:
 
 def name_frames(frames: Sequence[int]) -> str:
     """Numbers in rising order, such as "0-3, 112-140"."""
-    starts = [frame for frame in frames if frame - 1 not in frames]
-    ends = [frame for frame in frames if frame + 1 not in frames]
+    there = set(frames)
+    starts = [frame for frame in frames if frame - 1 not in there]
+    ends = [frame for frame in frames if frame + 1 not in there]
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends))
 
 
@@ -79,7 +79,7 @@ def pose_distance(a: Pose, b: Pose) -> float:
 
 # ---- Files --------------------------------------------------------------------------------------
 
-_KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints they may have there
+KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints they may have there
     "body": ("pose_keypoints_2d", (18, 25)),
     "face": ("face_keypoints_2d", (70, 68)),  # 68: without the pupils
     "left_hand": ("hand_left_keypoints_2d", (21,)),
@@ -87,60 +87,15 @@ _KEYS = {  # Pose's fields as OpenPose's JSON calls them, and how many keypoints
 }
 
 
-FARTHEST = 1e5  # pixels: no canvas reaches so far, and what is farther off, or no number, is put there
-STRAY = 2.0  # canvases from the middle, beyond which a keypoint counts as not seen
+def load_poses(path: str | Path) -> list[Pose]:
+    """Reads what `save_poses` wrote as it is: one pose per frame, in canvas-normalised coordinates.
 
-
-def load_poses(path: str | Path, width: int | None = None, height: int | None = None) -> list[Pose]:
-    """Reads one pose per frame, in canvas-normalised coordinates: the largest person, or an empty Pose for nobody.
-
-    `path`: a JSON list of OpenPose frames (or one frame), or a folder of OpenPose's own files, in the order of the
-    numbers in their names. Coordinates: normalised already, or pixels of the frame's own canvas, else of `width`
-    and `height`. A keypoint far outside the canvas counts as not seen, and a line says so.
+    Files of other programs, with several people and frames without anybody, are for `source.read_driver`.
     Raises FileNotFoundError, and ValueError naming the file and the frame that is malformed.
     """
-    frames = _read_frames(Path(path))
-    poses = [_largest_person(frame, where) for where, frame in frames]
-    # Keypoints in pixels never all lie within 2 pixels of the corner; normalised ones never lie two canvases away.
-    points = np.abs([part for pose in poses for part in np.concatenate([*vars(pose).values()])[:, :2]])
-    if not (points[points < FARTHEST] > 2).any():
-        return _without_strays(poses, path)
-    for index, (where, frame) in enumerate(frames):
-        if _is_empty(poses[index]):
-            continue
-        canvas = frame.get("canvas_width") or width, frame.get("canvas_height") or height
-        if None in canvas:
-            raise ValueError(
-                f"{where}: pixel coordinates, but no canvas_width and canvas_height: "
-                "give the size of the video they were found in, such as --canvas 1920x1080"
-            )
-        if not _is_size(canvas):
-            raise ValueError(f"{where}: canvas_width and canvas_height must be numbers of pixels")
-        poses[index] = place_pose(poses[index], 1 / canvas[0], 1 / canvas[1], 0, 0)
-    return _without_strays(poses, path)
+    from poses.openpose_json import read_people  # which needs this module, and reads far more than this
 
-
-def _without_strays(poses: list[Pose], path: str | Path) -> list[Pose]:
-    """Normalised poses; keypoints that cannot be right are not seen, which is said."""
-    kept, strays = [], {}
-    for frame, pose in enumerate(poses):
-        parts = {name: part.copy() for name, part in vars(pose).items()}
-        for part in parts.values():
-            stray = is_seen(part) & (np.abs(part[:, :2] - 0.5) > STRAY).any(axis=1)
-            part[stray] = 0
-            strays[frame] = strays.get(frame, 0) + int(stray.sum())
-        kept.append(Pose(**parts))
-    if frames := [frame for frame, count in strays.items() if count]:
-        lie = f"{sum(strays.values())} keypoints lie far off the canvas and count as not seen"
-        print(f"{path}: {lie}: in frames {name_frames(frames)}")
-    return kept
-
-
-def read_canvas(path: str | Path) -> tuple[int, int] | None:
-    """The (height, width) of the canvas that a pose file's first frame names, if it names one."""
-    _, frame = _read_frames(Path(path))[0]
-    size = frame.get("canvas_height"), frame.get("canvas_width")
-    return size if _is_size(size) else None
+    return [in_frame[0] if in_frame else Pose() for in_frame in read_people(path)[0]]
 
 
 def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int) -> None:
@@ -153,7 +108,7 @@ def poses_text(poses: Sequence[Pose], width: int, height: int) -> str:
     """Poses as a JSON list of OpenPose frames in pixels of a `width` x `height` canvas."""
 
     def person(pose: Pose) -> dict[str, list[float]]:
-        pixels = {_KEYS[name][0]: part * (width, height, 1) for name, part in vars(pose).items()}
+        pixels = {KEYS[name][0]: part * (width, height, 1) for name, part in vars(pose).items()}
         return {key: part.round(3).ravel().tolist() for key, part in pixels.items()}
 
     size = {"canvas_width": width, "canvas_height": height}
@@ -161,65 +116,8 @@ def poses_text(poses: Sequence[Pose], width: int, height: int) -> str:
     return json.dumps(frames, separators=(",", ":"))
 
 
-def _is_size(sides: tuple) -> bool:
-    return all(type(side) in (int, float) and 0 < side <= FARTHEST for side in sides)
-
-
 def _is_empty(pose: Pose) -> bool:
     return not any(is_seen(part).any() for part in vars(pose).values())
-
-
-def _read_frames(path: Path) -> list[tuple[str, dict]]:
-    """The frames of a file or folder, each with the name that errors give it."""
-    if path.is_dir():
-        files = sorted(path.glob("*.json"), key=by_number)
-        if not files:
-            raise FileNotFoundError(f"{path}: no .json files of poses in this folder")
-        return [frame for file in files for frame in _read_frames(file)]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder of poses")
-    frames = read_json(path)
-    frames = frames if isinstance(frames, list) else [frames]
-    if not frames:
-        raise ValueError(f"{path}: holds no frames")
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, dict) or "people" not in frame:
-            raise ValueError(f'{path}: frame {index}: not an OpenPose frame, which has "people"')
-    return [(f"{path}: frame {index}", frame) for index, frame in enumerate(frames)]
-
-
-def _largest_person(frame: dict, where: str) -> Pose:
-    """The person with the largest box of body keypoints times mean score, in the file's units."""
-    people = frame["people"] or []
-    if not isinstance(people, list) or not all(isinstance(person, dict) for person in people):
-        raise ValueError(f'{where}: "people" is not a list of objects with keypoints')
-    poses = [Pose(**{name: _read_part(person, name, where) for name in _KEYS}) for person in people]
-
-    def size(pose: Pose) -> float:
-        body = pose.body[is_seen(pose.body) & (np.abs(pose.body[:, :2]) < FARTHEST).all(axis=1)]
-        return np.ptp(body[:, :2], axis=0).prod() * body[:, 2].mean() if len(body) else 0.0
-
-    return max(poses, key=size, default=Pose())
-
-
-def _read_part(person: dict, name: str, where: str) -> np.ndarray:
-    """One part as float32 (K, 3) in the file's units, zeros where it is null, absent or empty."""
-    key, counts = _KEYS[name]
-    try:
-        flat = np.array(person.get(key) or [], np.float32)  # null among the numbers becomes nan
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where}: {key} is not a list of numbers") from None
-    if flat.size not in (0, *(3 * count for count in counts)):
-        allowed = " or ".join(str(3 * count) for count in counts)
-        raise ValueError(f"{where}: {key} has {flat.size} numbers instead of {allowed} (x, y, score, ...)")
-    points = flat.reshape(-1, 3)
-    if len(points) == 25:  # BODY_25 has a mid hip at 8 and feet from 19 on
-        points = points[[*range(8), *range(9, 19)]]
-    part = np.pad(points, ((0, counts[0] - len(points)), (0, 0)))
-    part[:, 2] = part[:, 2].clip(0, 1)  # some detectors score beyond 1
-    part[~is_seen(part)] = 0  # also where the score is no number
-    far = {"nan": FARTHEST, "posinf": FARTHEST, "neginf": -FARTHEST}
-    return np.nan_to_num(part, **far).clip(-FARTHEST, FARTHEST)
 
 
 # ---- Drawing ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from poses.pose import Pose, load_poses, read_canvas, save_poses
+from poses.pose import Pose, load_poses, save_poses
 from video import count_frames, read_frames
 
 
@@ -18,7 +18,7 @@ class Driver:
     poses: list[Pose]  # of the frames `within`
     within: range
     total: int  # frames in the whole source
-    canvas: tuple[int, int] | None  # (height, width); a JSON file may not say
+    canvas: tuple[int, int]  # (height, width)
     fps: float | None  # frames per second; a JSON file does not say
 
 
@@ -32,39 +32,43 @@ def read_driver(
     smooth: bool = False,
     whole_bodies: int | None = None,
     canvas: tuple[int, int] | None = None,
+    length: int | None = None,
 ) -> Driver:
-    """Reads the poses of the frames `within` (default: all) of a JSON file, or of a video or images.
+    """Reads one person's poses in the frames `within` (default: all) of a JSON file, or of a video or images.
 
     kind: one of `command.KINDS`; None finds out
-    model, person, smooth: for footage, as `load_openpose` and `find_poses` take them
+    person: who of several people is followed; 1 is the most prominent
+    model, smooth: for footage, as `load_openpose` and `find_poses` take them
     cache: the folder that keeps what was found in footage
     whole_bodies: hands and face, which take most of the time, are found in so many frames of footage, uniformly
     canvas: (height, width) in pixels of the video that a JSON file without a canvas of its own was found in
+    length: how many frames the source must have, give or take two
 
     Raises FileNotFoundError, OSError and ValueError, naming the file and what is wrong with it.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; poses are JSON, a video or images")
-    if kind is None and (path.suffix.lower() == ".json" or (path.is_dir() and any(path.glob("*.json")))):
-        kind = "json"
-    poses = load_poses(path, *(canvas or (None, None))[::-1]) if kind == "json" else None
-    total = count_frames(path) if poses is None else len(poses)
-    within = within or range(total)
-    if within.stop > total:
-        raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
-    if poses is not None:
-        refuse_choice(path, kind, person)
-        return Driver(poses[within.start : within.stop], within, total, read_canvas(path) or canvas, None)
+    from poses.openpose_json import (
+        is_json,
+        read_people,
+    )  # not at the top: what is read decides what is needed
 
+    if kind == "json" or (kind is None and is_json(path)):
+        people, canvas = read_people(path, canvas)
+        within = check_range(path, within, len(people), length)
+        poses = follow(path, people, canvas, person)[within.start : within.stop]
+        return Driver(poses, within, len(people), canvas, None)
+
+    total = count_frames(path)
+    within = check_range(path, within, total, length)
     frames, fps = read_frames(path, within)
     canvas = frames.shape[1:3]
     if kind != "video":
-        # Not at the top: whoever follows JSON, the shortest road, needs neither this nor torch and `openpose`.
         from poses.drawn import is_drawn, read_drawn_clip
 
         if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
-            refuse_choice(path, "drawn", person)
-            return Driver(read_drawn_clip(path, frames), within, total, canvas, fps)
+            people = [[pose] for pose in read_drawn_clip(path, frames)]
+            return Driver(follow(path, people, canvas, person), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
@@ -82,10 +86,26 @@ def read_driver(
     return Driver(poses, within, total, canvas, fps)
 
 
-def refuse_choice(path: Path, kind: str, person: int) -> None:
-    if person != 1:
-        taken = f"of {kind} poses the most prominent person is taken, so leave only those you mean"
-        raise ValueError(f"{path}: --person {person} chooses between people in footage; {taken}")
+def check_range(path: Path, within: range | None, total: int, length: int | None) -> range:
+    """The frames `within` (default: all) a source of `total` frames, of which there should be `length`, if given.
+
+    Raises ValueError where it does not have them.
+    """
+    if length and abs(total - length) > 2:  # decoders do not always agree on a video's last frames
+        raise ValueError(f"{path}: has {total} frames of poses, but the clip has {length} frames")
+    if within and within.stop > total:
+        raise ValueError(f"{path}: has {total} frames, so no frames {within.start}:{within.stop}")
+    return within or range(total)
+
+
+def follow(path: Path, people: list[list[Pose]], canvas: tuple[int, int], person: int) -> list[Pose]:
+    """`follow_given`. Errors name the `path`."""
+    from poses.people import follow_given
+
+    try:
+        return follow_given(people, canvas[1] / canvas[0], person)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def uniform_frames(within: range, number: int) -> list[int]:
