@@ -20,7 +20,7 @@ def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
     add(
-        "--person", type=whole, default=1, help="whom to follow in footage (default: 1, the most prominent)"
+        "--person", type=whole, default=1, help="whom of several people to follow (default: 1, the largest)"
     )
     add("--range", type=parse_range, metavar="A:B", help="only these frames (default: all)")
     seed = partial(number, kind=int, low=-(10**12), high=10**12)  # training makes millions of seeds of it
@@ -55,7 +55,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of_both("sample.py --poses POSES [options]", about)
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--poses", type=path, required=True, help="what to follow: JSON, drawn skeletons or footage")
-    add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that JSON in pixels is of")
+    add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that JSON was found in")
     add("--smooth", action="store_true", help="take the jitter out of poses found in footage")
     build = "give the poses the proportions and the place on the ground of the run's person"
     add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")

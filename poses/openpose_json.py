@@ -244,28 +244,29 @@ def units_of(
     unit in which they lie at the head and the wrists. A part that has none is left out, which is said.
     """
     placed = [(pose, size) for in_frame, size in zip(people, canvases) for pose in in_frame]
-    units = {"body": unit_of_range([pose.body for pose, _ in placed])}
-    if units["body"] == "-1 to 1":
+    bodys = unit_of_range([pose.body for pose, _ in placed])
+    units = {"body": bodys or "fractions"}
+    if bodys == "-1 to 1":
         print(f"{path}: its coordinates are taken to run from -1 to 1, as with OpenPose's keypoint_scale 4")
     for name in BESIDE:
         seen = [(pose, size) for pose, size in placed if is_seen(getattr(pose, name)).any()]
         seen = seen[:: max(1, len(seen) // MOST_COMPARED)]
-        units[name] = unit_of_range([getattr(pose, name) for pose, _ in seen])
-        if units[name] == units["body"]:
+        units[name] = unit_of_range([getattr(pose, name) for pose, _ in seen]) or "fractions"
+        if units[name] == bodys or bodys is None:
             continue
-        likely = ["pixels"] if units[name] == "pixels" else [units["body"], *UNITS]
-        units[name] = next((unit for unit in likely if distance(seen, name, unit, units["body"]) < 1), None)
+        likely = ["pixels"] if units[name] == "pixels" else [bodys, *UNITS]
+        units[name] = next((unit for unit in likely if distance(seen, name, unit, bodys) < 1), None)
         if units[name] is None:
             print(f"{path}: {KEYS[name][0]} lie far from the body in any unit, and are left out")
     return units
 
 
-def unit_of_range(parts: Sequence[np.ndarray]) -> str:
-    """The unit that the coordinates of one part (K, 3) over many frames suggest."""
+def unit_of_range(parts: Sequence[np.ndarray]) -> str | None:
+    """The unit that the coordinates of one part (K, 3) over many frames suggest; None where nothing is seen."""
     points = np.concatenate([np.zeros((0, 2)), *(part[is_seen(part), :2] for part in parts)])
     points = points[(np.abs(points) < FARTHEST).all(axis=1)]
     if not len(points):
-        return "fractions"
+        return None
     # In pixels few lie within 2 of the corner. In fractions few lie left of the canvas or above it.
     if (np.abs(points) > 2).any(axis=1).mean() >= 0.5:
         return "pixels"

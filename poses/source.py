@@ -37,8 +37,7 @@ def read_driver(
     """Reads one person's poses in the frames `within` (default: all) of a JSON file, or of a video or images.
 
     kind: one of `command.KINDS`; None finds out
-    person: who of several people is followed; 1 is the most prominent
-    model, smooth: for footage, as `load_openpose` and `find_poses` take them
+    person: who is followed, 1 being the most prominent; model, smooth: for footage, as `openpose` takes them
     cache: the folder that keeps what was found in footage
     whole_bodies: hands and face, which take most of the time, are found in so many frames of footage, uniformly
     canvas: (height, width) in pixels of the video that a JSON file without a canvas of its own was found in

@@ -34,7 +34,8 @@ from clip import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from openpose import OpenPose
 from poses.drawn import read_drawn
-from poses.pose import Pose, draw_pose, load_poses, save_poses
+from poses.pose import Pose, draw_pose, save_poses
+from poses.source import read_driver
 from public.configs import read_config, read_openpose_sizes, read_sizes
 from public.formats import TensorFile
 from public.places import DEMO
@@ -166,11 +167,14 @@ def targets() -> dict[str, tuple[SearchStrategy, Callable]]:
         anything
         | with_field_replaced(frame)
         | people.map(lambda people: json.dumps([frame | {"people": people}]).encode())
+        | JSON.map(
+            lambda value: json.dumps({"frames": [{"width": 9, "height": 9, "keypoints": value}]}).encode()
+        )
         | mutated(valid["poses.json"])
     )
     sides = st.integers(1, 96)
     return {
-        "poses": (poses, in_file("fuzzed.json", load_poses)),
+        "poses": (poses, in_file("fuzzed.json", partial(read_driver, canvas=(64, 96)))),
         "settings": (
             anything | with_field_replaced(run),
             in_file("settings.json", lambda path: read_run_settings(path.parent)),

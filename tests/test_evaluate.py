@@ -239,7 +239,7 @@ def test_the_truth_is_fitted_to_the_result_on_request(work):
         (["--truth", "truth"], "8 frames, but .* has 5 frames; say with --range"),
         (["--truth", "truth", "--range", "5:10"], "has 8 frames .*, so no frame 8"),
         (["--poses", "poses.json"], "8 poses, but .* has 5 frames; say with --range"),
-        (["--poses", "poses.json", "--range", "5:10"], "8 poses, none for --range 5:10"),
+        (["--poses", "poses.json", "--range", "5:10"], "has 8 frames, so no frames 5:10"),
         (["--truth", "nowhere"], "no such video, image or folder"),
         (["--weights", "nowhere"], "no such folder, given as --weights"),
     ],
