@@ -255,8 +255,10 @@ def units_of(
         if units[name] == bodys or bodys is None:
             continue
         likely = ["pixels"] if units[name] == "pixels" else [bodys, *UNITS]
-        units[name] = next((unit for unit in likely if distance(seen, name, unit, bodys) < 1), None)
-        if units[name] is None:
+        away = {unit: distance(seen, name, unit, bodys) for unit in likely}
+        units[name] = min(away, key=away.get)
+        if away[units[name]] > 1:
+            units[name] = None
             print(f"{path}: {KEYS[name][0]} lie far from the body in any unit, and are left out")
     return units
 

@@ -111,13 +111,22 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path, name, words):
     assert name in str(refused.value)
 
 
-def test_people_are_chosen_between_in_footage_alone(tmp_path, puppet):
+def test_a_person_who_is_not_there_is_told_whatever_the_poses_come_from(tmp_path, puppet):
     _, poses = puppet
     save_poses(tmp_path / "list.json", poses, 200, 100)
     write_video(tmp_path / "drawn.mp4", [draw_pose(pose, 256, 256) for pose in poses], 12)
     for name in ("list.json", "drawn.mp4"):
-        with pytest.raises(ValueError, match=f"{name}: --person 2 chooses between people in foot"):
+        with pytest.raises(ValueError, match=f"{name}: no person 2: 1 found"):
             read_driver(tmp_path / name, person=2)
+
+
+def test_a_drawing_of_another_length_than_the_clip_is_refused_before_it_is_read(
+    tmp_path, puppet, monkeypatch
+):
+    write_video(tmp_path / "drawn.mp4", [draw_pose(pose, 64, 64) for pose in puppet[1]], 12)
+    monkeypatch.setattr("poses.source.read_frames", None)
+    with pytest.raises(ValueError, match=r"drawn.mp4: has 12 frames of poses, but the clip has 30"):
+        read_driver(tmp_path / "drawn.mp4", kind="drawn", length=30)
 
 
 def test_frames_outside_the_clip_are_refused(tmp_path, puppet, finder):
