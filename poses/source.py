@@ -47,10 +47,8 @@ def read_driver(
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; poses are JSON, a video or images")
-    from poses.openpose_json import (
-        is_json,
-        read_people,
-    )  # not at the top: what is read decides what is needed
+    # Here and below, not at the top: what is read decides what is needed.
+    from poses.openpose_json import is_json, read_people
 
     if kind == "json" or (kind is None and is_json(path)):
         people, canvas = read_people(path, canvas)

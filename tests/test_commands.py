@@ -556,7 +556,7 @@ def test_poses_of_another_clip_are_refused(workplace):
     _, poses, _ = clip(1, 2, 20, SIZE)
     save_poses(workplace / "long.json", poses, SIZE, SIZE)
     line = refusal(workplace, *TRAIN, "--poses", "long.json", "--run", "runs/bad")
-    assert line == "long.json: has 20 poses, but clip.mp4 has 12 frames"
+    assert line == "long.json: has 20 frames of poses, but the clip has 12 frames"
     save_poses(workplace / "wide.json", poses[:12], 2 * SIZE, SIZE)
     line = refusal(workplace, *TRAIN, "--poses", "wide.json", "--run", "runs/bad")
     assert "canvas of 128x64, but clip.mp4 has frames of 64x64" in line
