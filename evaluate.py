@@ -5,6 +5,11 @@ their own. With a truth, pictures show the quality of each frame (`.metrics.1.pn
 frames under the true ones (`.worst.1.png`). Metrics that cannot be computed are listed with the reason.
 """
 
+from safe.process import before_torch, run_command
+
+if __name__ == "__main__":
+    before_torch()
+
 import argparse
 from pathlib import Path
 
@@ -21,8 +26,7 @@ from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, load_poses, place_pose, read_canvas
 from public.places import model_path
-from safe.arguments import parse_canvas, parse_range
-from safe.process import run_command
+from safe.arguments import DEVICE, parse_canvas, parse_range
 from video import cover, fit_frame, read_frames, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.
@@ -90,10 +94,13 @@ def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[
 
 
 def network_figures(
-    result: np.ndarray, truth: np.ndarray | None, training: np.ndarray | None, folder: Path | None
+    result: np.ndarray,
+    truth: np.ndarray | None,
+    training: np.ndarray | None,
+    folder: Path | None,
+    device: torch.device,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics of the public networks, and for those that must be left out the reason."""
-    device, _ = compute_device()
     torch.backends.cudnn.allow_tf32 = False  # TF32 would cost the fourth digit
     torch.set_float32_matmul_precision("highest")
     figures, left_out = {}, {}
@@ -137,6 +144,7 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--full", action="store_true", help="also metrics by public networks, downloaded once (2.1 GB)")
     add("--weights", type=Path, help="folder to look for the public networks' files in")
     add("--model", default="sd15", help="whose OpenPose finds the result's poses (default: sd15)")
+    add("--device", **DEVICE)
     return parser.parse_args(command)
 
 
@@ -169,6 +177,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     Raises ValueError where nothing can be measured.
     """
+    device, _ = compute_device(args.device)
     result, _ = read_frames(args.result)
     measured = read_measurements(args.result, result)
     truth = read_truth(args, result) if args.truth else None
@@ -180,13 +189,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     by_frame, left_out = frame_figures(result, truth, asked), {}
     figures = {name: float(np.nanmean(values)) for name, values in by_frame.items()}
     if args.full:
-        found, left_out = network_figures(result, truth, training, args.weights)
+        found, left_out = network_figures(result, truth, training, args.weights, device)
         figures |= found
     if asked and trained:
         figures["video_sim"] = metric.video_sim(asked, trained)
     if asked and (args.full or (model_path(args.model) / "openpose").is_dir()):
         try:
-            openpose = load_openpose(args.model, compute_device()[0])
+            openpose = load_openpose(args.model, device)
             figures["pck"], figures["pose_error"] = metric.find_and_compare(openpose, result, asked)
         except OSError as error:
             left_out["pck"] = str(error)
