@@ -7,7 +7,7 @@ import argparse
 from functools import partial
 
 from public.adapters import parse_lora
-from safe.arguments import number, parse_canvas, parse_range, path, whole
+from safe.arguments import DEVICE, number, parse_canvas, parse_range, path, whole
 from safe.results import Verify
 
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
@@ -25,6 +25,7 @@ def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
     add("--range", type=parse_range, metavar="A:B", help="only these frames (default: all)")
     seed = partial(number, kind=int, low=-(10**12), high=10**12)  # training makes millions of seeds of it
     add("--seed", type=seed, default=0, help="of all random noise (default: 0)")
+    add("--device", **DEVICE)
     return parser
 
 
@@ -66,9 +67,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
     edited = "paper: face and hands; body: all parts; held: all, held to a moving pseudo video"
     add("--method", choices=METHOD_NAMES, help=f"what is edited (default: the model's): {edited}")
-    add(
-        "--replay", action=yes_or_no, help="sample the key frame as it was inverted (default: the method's)"
-    )
+    add("--replay", action=yes_or_no, help="sample the key frame as inverted (default: the method's)")
     iterations = "further iterations of each inversion step (default: the method's)"
     add("--fixed-point", type=int, choices=range(21), metavar="N", help=iterations)
     add("--reference", default="auto", help="number of the training frame to start from (default: auto)")

@@ -1,30 +1,31 @@
 """Where to compute, and in which precision."""
 
-import shutil
 import timeit
 from functools import cache
 
 import torch
 
 from checkpoint import Model
+from safe.devices import choose_device
 
 
-def compute_device(training: bool = False) -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and the precision of the networks there.
+def compute_device(name: str = "auto", training: bool = False) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, as `choose_device` says or refuses, and the precision of the networks there.
 
     A graphics card samples in float16. It trains in bfloat16, whose gradients cannot vanish in a small range, from
     Ampere (compute capability 8) on; older ones train in float16, where `train.train` scales the gradients.
+    Apple's MPS samples in float16 and trains in float32: autocast has half precisions there, which nobody tried.
     """
-    if torch.cuda.is_available():
+    if (device := choose_device(name)).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
         torch.backends.cudnn.allow_tf32 = True
         # Some gradients of cuDNN's attention are not numbers (pytorch/pytorch#196678); torch has other kinds.
         torch.backends.cuda.enable_cudnn_sdp(not training)
         ampere = torch.cuda.get_device_capability(0) >= (8, 0)
-        return torch.device("cuda", 0), torch.bfloat16 if training and ampere else torch.float16
-    if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        print("torch was built without CUDA; install its CUDA build to use this machine's NVIDIA card")
-    return torch.device("cpu"), torch.bfloat16 if has_fast_bfloat16() else torch.float32
+        return device, torch.bfloat16 if training and ampere else torch.float16
+    if device.type == "mps":
+        return device, torch.float32 if training else torch.float16
+    return device, torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 def describe(model: Model) -> str:

@@ -1,9 +1,14 @@
 """How good a result is, by the paper's metrics: `python evaluate.py result.mp4 --truth truth.mp4`.
 
-Prints a table and writes beside the result its figures (`.metrics.json`), the quality of each frame
-(`.metrics.png`) and the worst frames under the true ones (`.worst.png`). Metrics that cannot be computed are
-listed with the reason.
+Prints a table and adds its figures to those beside the result (`.metrics.json`); the same inputs again replace
+their own. With a truth, pictures show the quality of each frame (`.metrics.1.png` for measurement 1) and the worst
+frames under the true ones (`.worst.1.png`). Metrics that cannot be computed are listed with the reason.
 """
+
+from safe.process import before_torch, run_command
+
+if __name__ == "__main__":
+    before_torch()
 
 import argparse
 from pathlib import Path
@@ -14,15 +19,15 @@ import torch
 from device import compute_device
 from metrics import figures as metric
 from metrics.clip_images import ImageEncoder
+from metrics.flicker import frame_flicker, frame_warp_error
+from metrics.measurements import beside, number_of, picture_paths, read_measurements, write_measurement
 from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from poses.pose import Pose, place_pose
 from poses.source import read_driver
 from public.places import model_path
-from safe.arguments import parse_canvas, parse_range
-from safe.files import write_json
-from safe.process import run_command
+from safe.arguments import DEVICE, parse_canvas, parse_range
 from video import cover, fit_frame, read_frames, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.
@@ -30,6 +35,8 @@ METRICS = {
     "l1": ("L1", "lower", ".4f", "--truth"),
     "psnr": ("PSNR, dB", "higher", ".2f", "--truth"),
     "ssim": ("SSIM", "higher", ".4f", "--truth"),
+    "flicker": ("flicker", "lower", ".4f", "--truth, and 2 frames or more"),
+    "warp_error": ("warp error", "lower", ".4f", "--poses of a body, and 2 frames or more"),
     "lpips": ("LPIPS", "lower", ".4f", "--truth and --full"),
     "fid": ("FID", "lower", ".2f", "--truth and --full"),
     "fvd": ("FVD", "lower", ".2f", "--truth and --full"),
@@ -65,11 +72,6 @@ def check_count(path: Path, count: int, what: str, result: Path, frames: int) ->
         raise ValueError(f"{path}: {told}")
 
 
-def beside(clip: Path, end: str) -> Path:
-    """A file named after a video, or after a folder of frames, whose name may have dots."""
-    return clip.with_name((clip.name if clip.is_dir() else clip.stem) + end)
-
-
 def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[Pose], list[Pose]]:
     """The poses asked for and those of the training frames, if given, on a canvas of `size`, (height, width)."""
 
@@ -91,10 +93,13 @@ def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[
 
 
 def network_figures(
-    result: np.ndarray, truth: np.ndarray | None, training: np.ndarray | None, folder: Path | None
+    result: np.ndarray,
+    truth: np.ndarray | None,
+    training: np.ndarray | None,
+    folder: Path | None,
+    device: torch.device,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics of the public networks, and for those that must be left out the reason."""
-    device, _ = compute_device()
     torch.backends.cudnn.allow_tf32 = False  # TF32 would cost the fourth digit
     torch.set_float32_matmul_precision("highest")
     figures, left_out = {}, {}
@@ -138,56 +143,89 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--full", action="store_true", help="also metrics by public networks, downloaded once (2.1 GB)")
     add("--weights", type=Path, help="folder to look for the public networks' files in")
     add("--model", default="sd15", help="whose OpenPose finds the result's poses (default: sd15)")
+    add("--device", **DEVICE)
     return parser.parse_args(command)
 
 
+def frame_figures(result: np.ndarray, truth: np.ndarray | None, asked: list[Pose]) -> dict[str, np.ndarray]:
+    """The metrics that need no network, of each frame (F,), or of each but the first (F - 1,)."""
+    by_frame = {}
+    if truth is not None:
+        measures = {"l1": metric.frame_l1, "psnr": metric.frame_psnr, "ssim": metric.frame_ssim}
+        measures["flicker"] = frame_flicker
+        by_frame = {name: measure(result, truth) for name, measure in measures.items()}
+    if asked:
+        by_frame["warp_error"] = frame_warp_error(result, asked)
+    return {name: values for name, values in by_frame.items() if np.isfinite(values).any()}
+
+
+def inputs_of(args: argparse.Namespace) -> dict[str, str | bool]:
+    """What a result is compared with, and how, as far as it was said."""
+    inputs = {
+        name: str(path.resolve()) for name in ("truth", "train", "poses") if (path := getattr(args, name))
+    }
+    if args.range:
+        inputs["range"] = f"{args.range.start}:{args.range.stop}"
+    if args.canvas:
+        inputs["canvas"] = "x".join(map(str, args.canvas[::-1]))
+    return inputs | {name: getattr(args, name) for name in ("fit", "full", "model") if getattr(args, name)}
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
-    """Does what the command line says; returns the figures by their names in `METRICS`."""
+    """Does what the command line says; returns the figures by their names in `METRICS`.
+
+    Raises ValueError where nothing can be measured.
+    """
+    device, _ = compute_device(args.device)
     result, _ = read_frames(args.result)
+    measured = read_measurements(args.result, result)
     truth = read_truth(args, result) if args.truth else None
     asked, trained = read_poses(args, *result.shape[:3])
     training = read_frames(args.train)[0] if args.train else None
     if args.weights and not args.weights.is_dir():
         raise FileNotFoundError(f"{args.weights}: no such folder, given as --weights")
 
-    figures, left_out, by_frame = {}, {}, {}
-    if truth is not None:
-        measures = {"l1": metric.frame_l1, "psnr": metric.frame_psnr, "ssim": metric.frame_ssim}
-        by_frame = {name: measure(result, truth) for name, measure in measures.items()}
-        figures = {name: float(values.mean()) for name, values in by_frame.items()}
+    by_frame, left_out = frame_figures(result, truth, asked), {}
+    figures = {name: float(np.nanmean(values)) for name, values in by_frame.items()}
     if args.full:
-        measured, left_out = network_figures(result, truth, training, args.weights)
-        figures |= measured
+        found, left_out = network_figures(result, truth, training, args.weights, device)
+        figures |= found
     if asked and trained:
         figures["video_sim"] = metric.video_sim(asked, trained)
     if asked and (args.full or (model_path(args.model) / "openpose").is_dir()):
         try:
-            openpose = load_openpose(args.model, compute_device()[0])
+            openpose = load_openpose(args.model, device)
             figures["pck"], figures["pose_error"] = metric.find_and_compare(openpose, result, asked)
         except OSError as error:
             left_out["pck"] = str(error)
     # A distance without any pair, and the infinite one of poses that share no keypoint, are none.
     figures = {name: figures[name] for name in METRICS if np.isfinite(figures.get(name, np.nan))}
     missing = {name: f"needs {needs}" for name, (*_, needs) in METRICS.items() if name not in figures}
-
-    report = {
-        "result": str(args.result),
-        "truth": args.truth and str(args.truth),
-        "frames": len(result),
-        "metrics": figures,
-        "left_out": missing | left_out,
-        "by_frame": {name: values.tolist() for name, values in by_frame.items()},
-    }
-    outputs = [beside(args.result, ".metrics.json")]
-    if truth is not None:
-        outputs += [beside(args.result, end) for end in (".metrics.png", ".worst.png")]
-        save_image(outputs[1], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
-        save_image(outputs[2], worst_frames(result, truth, by_frame["psnr"]))
-    write_json(outputs[0], report)
+    left_out = missing | left_out
     for name, (title, better, form, _) in METRICS.items():
         figure = f"{figures[name]:10{form}}   {better} is better" if name in figures else ""
-        print(f"{title:>12} {figure or '  left out: ' + report['left_out'][name]}")
-    print(f"Written: {', '.join(map(str, outputs))}")
+        print(f"{title:>12} {figure or '  left out: ' + left_out[name]}")
+    if not figures:
+        raise ValueError(f"{args.result}: nothing was measured; give --truth, --poses, --train or --full")
+
+    number = number_of(inputs := inputs_of(args), measured)
+    pictures = picture_paths(args.result, number) if truth is not None else []
+    if pictures:
+        save_image(pictures[0], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
+        save_image(pictures[1], worst_frames(result, truth, by_frame["psnr"]))
+    measurement = {
+        "number": number,
+        "inputs": inputs,
+        "metrics": figures,
+        "left_out": left_out,
+        "by_frame": {
+            name: [x if np.isfinite(x) else None for x in values.tolist()]
+            for name, values in by_frame.items()
+        },
+        "pictures": [picture.name for picture in pictures],
+    }
+    written = write_measurement(args.result, result, measured, measurement)
+    print(f"Written: {', '.join(map(str, [written, *pictures]))}")
     return figures
 
 

@@ -7,6 +7,11 @@ writes `clip.poses.json` and `clip.poses.mp4`, the clip with its skeleton. The n
 public files. `poses/maps.py` has what they are shown and how their maps are read.
 """
 
+from safe.process import before_torch, run_command
+
+if __name__ == "__main__":
+    before_torch()
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +30,8 @@ from poses.pose import Pose, absences, draw_pose, has_person, is_seen, save_pose
 from public.configs import read_config, read_openpose_sizes
 from public.hub import public_files
 from public.places import model_path
-from safe.process import keep_freed_memory, run_command
+from safe.arguments import DEVICE
+from safe.devices import choose_device
 from video import IMAGES, read_frames, save_image, write_video
 
 # ---- The networks -------------------------------------------------------------------------------
@@ -186,8 +192,7 @@ def add_parts(nets: OpenPose, frame: np.ndarray, pose: Pose) -> Pose:
     ]
     for boxes, find, net, sizes in looks:
         found = boxes(body, height, width)
-        crops = [torch.tensor(frame[y : y + side, x : x + side]) for x, y, side in found.values()]
-        crops = [crop.to(device) for crop in crops]
+        crops = [torch.tensor(frame[y : y + n, x : x + n], device=device) for x, y, n in found.values()]
         for (part, (x, y, _)), points in zip(found.items(), find(net, crops, sizes) if crops else ()):
             points = (points + is_seen(points)[:, None] * (x, y, 0)) / canvas
             pose = replace(pose, **{part: points.astype(np.float32)})
@@ -220,9 +225,9 @@ def find_poses(
     return smooth_poses(poses) if smooth else poses
 
 
-def find_in_footage(path: Path, frames: np.ndarray, model: str, *choices) -> list[Pose]:
-    """`find_poses` with the networks of `model`, on CUDA if there is any. Errors name the clip's `path`."""
-    nets = load_openpose(model, "cuda" if torch.cuda.is_available() else "cpu")
+def find_in_footage(path: Path, frames: np.ndarray, model: str, device: str, *choices) -> list[Pose]:
+    """`find_poses` with the networks of `model`, where `choose_device` says. Errors name the clip's `path`."""
+    nets = load_openpose(model, choose_device(device))
     try:
         return find_poses(nets, frames, *choices, progress=True)
     except ValueError as error:
@@ -247,6 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--body-only", action="store_true", help="no hands and face: some thirty times faster")
     add("--smooth", action="store_true", help="take the jitter out of the keypoints")
     add("--model", default="sd15", help="whose networks: sd15, demo or a folder (default: sd15)")
+    add("--device", **DEVICE)
     return parser.parse_args()
 
 
@@ -263,9 +269,8 @@ def main(args: argparse.Namespace) -> None:
     if not args.out and out.exists():  # perhaps a run's own poses, or edited by hand
         raise FileExistsError(f"{out}: exists; give it as --out to replace it, or another name")
     frames, fps = read_frames(args.clip)
-    keep_freed_memory()
     choices = args.person, [] if args.body_only else None, args.smooth
-    poses = find_in_footage(args.clip, frames, args.model, *choices)
+    poses = find_in_footage(args.clip, frames, args.model, args.device, *choices)
     save_poses(out, poses, *frames.shape[2:0:-1])
     if is_image:
         save_image(preview, overlay(frames[0], poses[0]))

@@ -589,11 +589,11 @@ def generate_once(
 def widen(model) -> str:
     """Gives UNet and ControlNet a precision whose range is float32's; says which.
 
-    bfloat16 where the hardware has it, as from compute capability 8 on, else float32.
+    bfloat16 where the hardware has it: CPUs, and cards of compute capability 8 on. Else float32, as on all Macs.
     """
     device = network_inputs(model)["device"]
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    dtype = torch.float32 if old else torch.bfloat16
+    dtype = torch.float32 if old or device.type == "mps" else torch.bfloat16
     for network in (model.unet, model.controlnet):
         network.to(dtype)
     return str(dtype).removeprefix("torch.")

@@ -5,12 +5,12 @@ report: the settings, what happened, and the hashes of these files.
 """
 
 from command import sampling_arguments
-from safe.process import keep_freed_memory, run_command, stop_in_one_line
+from safe.process import before_torch, run_command, stop_in_one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     stop_in_one_line("sample.py")
     args = sampling_arguments()
-    keep_freed_memory()
+    before_torch()
 
 import argparse
 import math
@@ -90,7 +90,7 @@ def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose]
 
     The driver covers the canvas as the training frames did. Raises ValueError for frames without a person.
     """
-    looking = run.settings["model"], run.folder / "poses", args.person, args.smooth
+    looking = run.settings["model"], args.device, run.folder / "poses", args.person, args.smooth
     driver = read_driver(args.poses, args.poses_are, args.range, *looking, canvas=args.canvas)
     if args.canvas and driver.fps:
         raise ValueError(f"{args.poses}: --canvas is for JSON; footage has a size of its own")
@@ -121,9 +121,9 @@ def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
     return numbers.index(text)
 
 
-def load_tuned(run: Run) -> tuple[Model, dict[str, Path]]:
-    """The model with the run's weights, on the device that is there, and the files that they came from."""
-    (device, dtype), trained = compute_device(), run.folder / "trained.safetensors"
+def load_tuned(run: Run, on: str) -> tuple[Model, dict[str, Path]]:
+    """The model with the run's weights, on the device that `on` names, and the files that they came from."""
+    (device, dtype), trained = compute_device(on), run.folder / "trained.safetensors"
     names, half = [run.settings[part] for part in ("model", "controlnet", "vae")], dtype != torch.float32
     loras = recall_loras(run.settings)
     model, sources = load_model(*names, device, dtype, loras), find_parts(*names, half)
@@ -208,26 +208,21 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     driver, targets, ratios = read_targets(args, run)
     k = choose_reference(args.reference, run, targets)
     if args.plan:
-        print_plan(run, method, len(targets), args.ddim_steps, args.guidance, args.slice, args.offload)
+        print_plan(run, method, len(targets), args)
         return None
     # At the most: the video, once more with its sound, and the sheet. All are compressed.
     require_space(out.parent, 2 * len(targets) * run.frames[0].nbytes)
 
-    model, weights = load_tuned(run)
+    model, weights = load_tuned(run, args.device)
     held = method.parts and method.editor is hold_to_pseudo_video
     if held and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
         print("the training frames show no still background: parts are moved once, the rest is the model's")
         method = replace(method, **MOVED_ONCE)
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
-    options = {"guidance": args.guidance, "seed": args.seed}
+    options = {"guidance": args.guidance, "seed": args.seed, "steps": args.ddim_steps}
     options |= {"frames_per_slice": args.slice, "offload": args.offload}
-    options |= {
-        "reference": k,
-        "steps": args.ddim_steps,
-        "source": run.settings["prompt"],
-        "prompt": prompt,
-    }
+    options |= {"reference": k, "source": run.settings["prompt"], "prompt": prompt}
     made = generate_or_explain(model, run, targets, method, **options)
     report = report_of(args, run, prompt, method, k, model.guidance_until, weights)
     report |= {

@@ -51,7 +51,7 @@ def plans(
 
     finest: shape (F, C, H, W) of the clip's feature maps at the UNet's finest level. A slice is as many
     numbers as `frames_per_slice` frames of those, so at coarser levels it has more frames.
-    frames_per_slice: by default 8 on a graphics card; on a CPU one, or a few if they are small.
+    frames_per_slice: by default 8 on a CUDA card; elsewhere one, or a few if they are small.
     offload: "always", "never", or "auto": if the clip does not fit otherwise.
     """
     frame = prod(finest[1:])
@@ -98,6 +98,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a graphics card had too little memory: for PyTorch, or for the libraries and the driver below it."""
     signs = (
         "CUDA error: out of memory",
+        "MPS backend out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
         "unable to find an engine",  # cuDNN, after none of its ways to convolve got the memory it wants

@@ -5,12 +5,12 @@ command goes on from an interrupted run's last checkpoint, at most two minutes b
 """
 
 from command import training_arguments
-from safe.process import keep_freed_memory, run_command, stop_in_one_line
+from safe.process import before_torch, run_command, stop_in_one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     stop_in_one_line("train.py")
     args = training_arguments()
-    keep_freed_memory()
+    before_torch()
 
 import argparse
 import math
@@ -73,7 +73,7 @@ def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndar
     first = choose_frames(args, count)[:1]  # before poses are looked for, which takes long
     height, width = read_frames(clip, first)[0].shape[1:3]
     kind, whole = (args.poses_are, None) if args.poses else ("video", args.frames)
-    looking, size = (args.model, cache, args.person), (height, width)
+    looking, size = (args.model, args.device, cache, args.person), (height, width)
     driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=size, length=count)
     tall, wide = driver.canvas
     if abs(tall / wide / (height / width) - 1) > 0.02:
@@ -267,7 +267,7 @@ def make_run(args: argparse.Namespace, folder: Path) -> None:
     refuse_finished(folder)
     remember_loras(args.lora)  # here, before poses are looked for, a missing file is told
     images, poses, clip = read_training_frames(args, folder / "poses")
-    device, dtype = compute_device(training=True)
+    device, dtype = compute_device(args.device, training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype, args.lora)
     # What the UNet's coarsest level can hold: for SD 1.5, multiples of 64 pixels.
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)

@@ -7,6 +7,7 @@ context, about half a gigabyte; the workspaces of cuDNN; and fragmentation.
 
 import timeit
 import weakref
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -236,10 +237,9 @@ def training_peak(model, frames: int, height: int, width: int, dtype: torch.dtyp
 # ---- What `sample.py --plan` prints -------------------------------------------------------------
 
 
-def print_plan(
-    run: Run, method: Method, targets: int, steps: int, guidance: float, sliced: int | None, offload: str
-) -> None:
-    """Prints the size of a task of `targets` frames, its memory and its time; the rest is as `generate` has it."""
+def print_plan(run: Run, method: Method, targets: int, args: Namespace) -> None:
+    """Prints the size of a task of `targets` frames, its memory and its time; args: of `sample.py`."""
+    steps, guidance, sliced, offload = args.ddim_steps, args.guidance, args.slice, args.offload
     settings, frames = run.settings, targets + method.insert
     sources = locate_parts(settings["model"], settings["controlnet"], settings["vae"])
     model = SimpleNamespace(**networks_without_weights(sources))
@@ -262,7 +262,7 @@ def print_plan(
     for name, count in work.items():
         print(f"{name}: {count / 1e12:,.1f} TFLOP")
 
-    device, dtype = compute_device()
+    device, dtype = compute_device(args.device)
     ways = ("never", "always") if offload == "auto" else (offload,)
     places = [(device.type, device, dtype, ways[0])]
     places += [(f"graphics card, --offload {way}", CUDA, torch.float16, way) for way in ways]

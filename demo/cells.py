@@ -21,6 +21,7 @@ from beyond.pseudo import moved_person, without_people
 from checkpoint import Model
 from demo.scene import PROMPT, Scene, Trial, fine_tune, load_demo, set_scene
 from metrics.figures import find_and_compare, frame_l1, frame_psnr, frame_ssim, video_sim
+from metrics.flicker import frame_flicker
 from openpose import OpenPose, load_openpose
 from posecrafter import Method, decode_latents, edit_latents, encode_frames, sample_bilinear
 from poses.pose import Pose
@@ -109,7 +110,6 @@ def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, f
     """The FIGURES of frames uint8 (F, size, size, 3); the last two only where something is repainted."""
     truth = scene.truth
     of_part = partial(boxes, scene.true_poses, size=truth.shape[1])
-    changes = (np.diff(frames.astype(np.float64), axis=0) for frames in (result, truth))
     # One frame at a time: whom OpenPose loses between frames so far apart is no fault of the method's.
     looked_at = [slice(i, i + 1) for i in range(0, len(result), FOUND_EVERY)]
     values = {
@@ -121,7 +121,7 @@ def measure(openpose: OpenPose, result: np.ndarray, scene: Scene) -> dict[str, f
         "psnr_hands": frame_psnr(result, truth, of_part(["left_hand", "right_hand"])),
         "psnr_background": frame_psnr(result, truth, ~scene.person),
         "pck": [find_and_compare(openpose, result[i], scene.targets[i])[0] for i in looked_at],
-        "temporal": np.abs(np.subtract(*changes)).mean(axis=(1, 2, 3)) / 255,
+        "temporal": frame_flicker(result, truth),
         "video_sim": video_sim(scene.targets, scene.poses),
     }
     part = (scene.repainted != truth).any(axis=-1)

@@ -17,10 +17,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command import sampling_arguments, training_arguments
-from safe.process import keep_freed_memory, run_command
+from safe.process import before_torch, run_command
 
 if __name__ == "__main__":  # before torch is imported
-    keep_freed_memory()
+    before_torch()
 
 import sample
 import train

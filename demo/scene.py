@@ -97,15 +97,15 @@ def from_the_knees_up(scene: Scene) -> Scene:
     return replace(scene, **cut, **placed)
 
 
-def unlike(subject: int) -> int:
-    """The puppet whose build differs most from the subject's, which is nobody the model knows."""
+def unlike(subject: int, among: range = range(CANDIDATES)) -> int:
+    """The puppet whose build differs most from the subject's; by default among those that no model knows."""
 
     def build(identity: int) -> np.ndarray:
         puppet = puppets.random_puppet(identity)
         arm, leg = (puppet.upper_arm, puppet.forearm, puppet.hand), (puppet.thigh, puppet.shin)
         return np.log([*puppet.head, puppet.torso, puppet.shoulders, puppet.hips, *arm, *leg])
 
-    return max(range(CANDIDATES), key=lambda other: np.linalg.norm(build(other) - build(subject)))
+    return max(among, key=lambda other: np.linalg.norm(build(other) - build(subject)))
 
 
 def repaint(identity: int, part: str) -> tuple[puppets.Puppet, str]:

@@ -27,6 +27,7 @@ def read_driver(
     kind: str | None = None,
     within: range | None = None,
     model: str = "sd15",
+    device: str = "auto",
     cache: Path | None = None,
     person: int = 1,
     smooth: bool = False,
@@ -37,7 +38,8 @@ def read_driver(
     """Reads one person's poses in the frames `within` (default: all) of a JSON file, or of a video or images.
 
     kind: one of `command.KINDS`; None finds out
-    person: who is followed, 1 being the most prominent; model, smooth: for footage, as `openpose` takes them
+    person: who is followed, 1 being the most prominent
+    model, device, smooth: for footage, as `load_openpose`, `choose_device` and `find_poses` take them
     cache: the folder that keeps what was found in footage
     whole_bodies: hands and face, which take most of the time, are found in so many frames of footage, uniformly
     canvas: (height, width) in pixels of the video that a JSON file without a canvas of its own was found in
@@ -75,7 +77,7 @@ def read_driver(
     from openpose import find_in_footage
 
     whole = uniform_frames(range(len(frames)), whole_bodies or len(frames))
-    poses = find_in_footage(path, frames, model, person, whole, smooth)
+    poses = find_in_footage(path, frames, model, device, person, whole, smooth)
     if found:
         cache.mkdir(parents=True, exist_ok=True)
         save_poses(found, poses, canvas[1], canvas[0])

@@ -5,6 +5,14 @@ import math
 from functools import partial
 from pathlib import Path
 
+# Where to compute, best first; "auto" takes the first that is there (`safe.devices.choose_device`).
+DEVICES = ("auto", "cuda", "mps", "cpu")
+DEVICE = {
+    "choices": DEVICES,
+    "default": "auto",
+    "help": "where to compute (default: auto, the first there)",
+}
+
 
 def number(text: str, kind: type, low: float = 0, high: float = math.inf) -> float:
     """ "8" -> 8, an int or a float as `kind` says, above `low` and below `high`."""

@@ -37,6 +37,13 @@ def run_command(
         leave(2, f"out of graphics memory: {out_of_memory}")
 
 
+def before_torch() -> None:
+    """What has to be settled before torch is imported, for the whole process."""
+    # What MPS lacks is then computed on the CPU. Without MPS it does nothing.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    keep_freed_memory()
+
+
 def keep_freed_memory() -> None:
     """Tells glibc, before torch is imported, to keep freed memory for the next buffer.
 

@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
 
 def test_a_float16_model_is_trained_with_scaled_gradients(workplace, trained, monkeypatch):
     cpu = torch.device("cpu"), torch.float16
-    monkeypatch.setattr(train, "compute_device", lambda training: cpu)
+    monkeypatch.setattr(train, "compute_device", lambda name, training: cpu)
     scales = []
     step = torch.amp.GradScaler.step
     monkeypatch.setattr(
@@ -300,7 +300,7 @@ def test_a_float16_model_is_trained_with_scaled_gradients(workplace, trained, mo
 def test_neither_slices_nor_offloading_change_the_video(workplace, trained, monkeypatch):
     # in float32: rounding to bfloat16 falls differently in slices, and random weights magnify it
     cpu = torch.device("cpu"), torch.float32
-    monkeypatch.setattr(sample, "compute_device", lambda training=False: cpu)
+    monkeypatch.setattr(sample, "compute_device", lambda name: cpu)
 
     def sampled(name: str, *options: object) -> np.ndarray:
         main(workplace, *SAMPLE, "--run", "runs/first", "--out", f"{name}.mp4", *options)

@@ -11,6 +11,7 @@ from demo.puppet import clip
 from evaluate import METRICS
 from metrics.clip_images import ImageConfig, ImageEncoder
 from metrics.figures import frame_l1, frame_psnr, pose_fidelity, psnr, ssim, video_sim
+from metrics.flicker import frame_flicker, frame_warp_error
 from metrics.pictures import plot, worst_frames
 from poses.people import INTERPOLATED
 from poses.pose import Pose, load_poses, place_pose, save_poses
@@ -110,6 +111,46 @@ def test_a_perfect_pose_has_pck_1_and_an_empty_one_no_error_to_tell():
     assert np.isnan(pose_fidelity([asked], [Pose()], 64, 64)).all()
 
 
+# ---- Flicker ------------------------------------------------------------------------------------
+
+
+def test_an_error_that_stays_is_no_flicker_and_one_that_comes_and_goes_is():
+    truth = noise(0, 4) // 2
+    assert np.all(frame_flicker(truth + np.uint8(20), truth) == 0)
+    blinking = truth + np.uint8([0, 51, 0, 51]).reshape(4, 1, 1, 1)
+    np.testing.assert_allclose(frame_flicker(blinking, truth), 0.2)
+
+
+@pytest.fixture(scope="module")
+def puppet() -> tuple[np.ndarray, list[Pose]]:
+    frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=5, size=96)
+    return frames, poses
+
+
+@pytest.mark.parametrize("kind", ["noise", "brightness"])
+def test_the_more_a_clip_flickers_the_larger_both_figures_are(puppet, kind):
+    frames, poses = puppet
+    random = np.random.default_rng(0)
+    unit = (
+        random.normal(size=frames.shape) if kind == "noise" else (-1.0) ** np.arange(5)[:, None, None, None]
+    )
+    clips = [(frames + strength * unit).clip(0, 255).astype(np.uint8) for strength in (0, 3, 8, 20)]
+    for values in (
+        [frame_flicker(c, frames).mean() for c in clips],
+        [frame_warp_error(c, poses).mean() for c in clips],
+    ):
+        assert np.all(np.diff(values) > 0.004), values
+
+
+def test_a_still_clip_has_no_warp_error_and_a_person_who_moves_as_the_poses_say_hardly_any(puppet):
+    frames, poses = puppet
+    still = np.repeat(frames[:1], 3, axis=0)
+    assert np.all(frame_warp_error(still, poses[:1] * 3) == 0)
+    moving, frozen = frame_warp_error(frames, poses), frame_warp_error(np.repeat(frames[:1], 5, 0), poses)
+    assert moving.mean() < 0.02 < frozen.mean() / 2
+    assert np.isnan(frame_warp_error(frames, [poses[0], Pose(), *poses[2:]])).tolist() == [1, 1, 0, 0]
+
+
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
@@ -154,15 +195,21 @@ def run(work: Path, *options: object) -> dict[str, float]:
     return evaluate.main(evaluate.parse_arguments([str(word) for word in command]))
 
 
+def measurements(work: Path) -> list[dict]:
+    return json.loads((work / "result.metrics.json").read_text())["measurements"]
+
+
 def test_all_that_needs_no_network_is_measured_and_the_rest_named(work, capsys):
     options = ["--truth", work / "truth", "--poses", work / "poses.json", "--range", "2:7"]
     figures = run(work, *options, "--train", work / "frames")
-    assert list(figures) == ["l1", "psnr", "ssim", "video_sim"]
-    report = json.loads((work / "result.metrics.json").read_text())
-    assert report["metrics"] == figures and report["frames"] == 5
+    assert list(figures) == ["l1", "psnr", "ssim", "flicker", "warp_error", "video_sim"]
+    (report,) = measurements(work)
+    assert report["metrics"] == figures
     assert report["metrics"].keys() | report["left_out"].keys() == METRICS.keys()
     assert np.mean(report["by_frame"]["psnr"]) == pytest.approx(figures["psnr"])
-    assert (work / "result.metrics.png").exists() and (work / "result.worst.png").exists()
+    assert len(report["by_frame"]["psnr"]) == 5 and len(report["by_frame"]["flicker"]) == 4
+    assert report["pictures"] == ["result.metrics.1.png", "result.worst.1.png"]
+    assert all((work / name).exists() for name in report["pictures"])
     printed = capsys.readouterr().out
     for name, (title, *_, needs) in METRICS.items():
         (line,) = [line for line in printed.splitlines() if line.strip().startswith(f"{title}  ")]
@@ -185,7 +232,48 @@ def test_without_a_truth_the_rest_is_still_measured(work):
     figures = run(work, *options)
     _, poses, _ = clip(identity_seed=1, motion_seed=2, frames=8, size=SIZE)
     assert figures["video_sim"] == pytest.approx(video_sim(poses[2:7], poses[:2]), rel=1e-3)
-    assert not (work / "result.worst.png").exists()
+    assert not list(work.glob("*.png")) and not measurements(work)[0]["pictures"]
+
+
+def test_other_inputs_are_measured_beside_the_earlier_and_the_same_again_replace_their_own(work):
+    truth, poses = ("--truth", work / "truth"), ("--poses", work / "poses.json", "--range", "2:7")
+    first = run(work, *truth, "--range", "2:7")
+    run(work, *truth, "--range", "1:6")
+    run(work, *poses)
+    before = measurements(work)
+    assert [each["inputs"].get("range") for each in before] == ["2:7", "1:6", "2:7"]
+    assert [bool(each["pictures"]) for each in before] == [True, True, False]
+    assert before[0]["metrics"] == first != before[1]["metrics"]
+    save_image(work / "truth" / "2.png", np.zeros((SIZE, SIZE, 3), np.uint8))
+    again = run(work, *truth, "--range", "2:7")
+    assert [each["metrics"] for each in measurements(work)] == [again, *(e["metrics"] for e in before[1:])]
+    assert again["psnr"] < first["psnr"]
+    assert (work / "result.worst.2.png").exists()
+
+
+def test_figures_of_another_result_under_the_same_name_are_dropped(work):
+    for of in ("2:7", "1:6"):
+        run(work, "--truth", work / "truth", "--range", of)
+    save_image(work / "result" / "0.png", np.zeros((SIZE, SIZE, 3), np.uint8))
+    run(work, "--truth", work / "truth", "--range", "3:8")
+    assert [each["inputs"]["range"] for each in measurements(work)] == ["3:8"]
+    assert {path.name for path in work.glob("*.png")} == {"result.metrics.1.png", "result.worst.1.png"}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"measurements": [1]}', "{", '{"metrics": {"psnr": 20}}'])
+def test_a_file_of_somebody_else_s_is_not_replaced(work, content):
+    (work / "result.metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"result\.metrics\.json: (holds no measurements|not readable)"):
+        run(work, "--truth", work / "truth", "--range", "2:7")
+    assert (work / "result.metrics.json").read_text() == content
+
+
+def test_with_nothing_to_measure_it_says_what_to_give_and_writes_nothing(work, capsys):
+    for options in ([], ["--train", work / "frames"]):
+        with pytest.raises(ValueError, match="result: nothing was measured; give --truth, --poses"):
+            run(work, *options)
+        assert capsys.readouterr().out.count("left out") == len(METRICS)
+    assert not list(work.glob("result.*"))
 
 
 def test_full_leaves_out_what_has_no_file_and_says_why(work, monkeypatch):
@@ -200,7 +288,7 @@ def test_full_leaves_out_what_has_no_file_and_says_why(work, monkeypatch):
     options = ["--truth", work / "truth", "--range", "2:7", "--train", work / "frames"]
     figures = run(work, *options, "--full")
     assert {"clip_i", "clip_t"} < figures.keys() and -1 <= figures["clip_i"] <= 1
-    left_out = json.loads((work / "result.metrics.json").read_text())["left_out"]
+    left_out = measurements(work)[0]["left_out"]
     assert left_out["lpips"] == "LPIPS is not here" and left_out["fid"] == "Inception is not here"
     assert left_out["fvd"] == "needs 20 frames or more, there are 5"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from beyond.retarget import MOST, MOST_OF_HEADS, proportions, retarget
+from demo.drive import measure_joints
 from demo.motion import State, motion
 from demo.puppet import Puppet, pose_of, random_puppet, render
 from poses.pose import Pose, has_person, is_seen, load_poses, place_pose
@@ -256,6 +257,14 @@ def test_any_second_of_a_real_dance_gives_nearly_the_ratios_of_the_whole():
     for start in range(0, len(dance) - 11, 4):
         for bone, ratio in proportions(dance[start : start + 12], dance, 288 / 512).items():
             assert 1 / 1.25 < ratio < 1.25, (bone, start)
+
+
+@pytest.mark.parametrize("subject, driver", [(1000, 2000), (1001, 2050)])
+def test_puppets_that_no_threshold_was_chosen_on_are_followed_as_closely(subject, driver):
+    figures = measure_joints(subject, driver)
+    exact, turning, trembling, *short = figures.values()
+    assert max(exact, turning) < 1 and trembling < 1.5, "pixels of 192"
+    assert len(short) == 4 and max(short) < 1.25
 
 
 # ------------------------------------------------------------------------------------------- placing
