@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from beyond.follow import follow, inputs_of
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
-from beyond.retarget import proportions, retarget
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
 from pictures.sheets import contact_sheet
@@ -37,6 +37,7 @@ from run import Run, load_run, load_trained, name_of, newest_run
 from safe.files import replacing_set, require_space
 from safe.provenance import comment, mark_video, png_marks
 from safe.results import BESIDE, check_out, report_of, write_report
+from safe.settings import mark_of
 from safe.sound import add_sound, has_sound
 from video import VIDEOS_WRITTEN, cover, save_image, write_video
 
@@ -80,11 +81,6 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
     return method, "--method" if args.method else "the model's default"
 
 
-def inputs_of(settings: dict) -> list[Path]:
-    """The clip that a run was trained on, and the file of its poses if it had one."""
-    return [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
-
-
 def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict[str, float] | None]:
     """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so.
 
@@ -100,14 +96,7 @@ def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose]
     height, width = run.frames.shape[1:3]
     placing = cover(*(driver.canvas or (height, width)), height, width)
     targets = [place_pose(pose, *placing.placement) for pose in driver.poses]
-    own = args.poses.resolve() in inputs_of(run.settings)
-    if args.retarget is False or (own and not args.retarget):
-        return driver, targets, None
-    try:
-        ratios = proportions(targets, run.poses, width / height)
-    except ValueError as error:
-        raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
-    return driver, retarget(targets, run.poses, width / height), ratios
+    return driver, *follow(args, run, driver, targets)
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -190,7 +179,8 @@ def write_result(
                 sound = False
                 print(f"{out}: without sound: {error}")
         mark_video(place, manifest)
-        save_poses(place.with_suffix(".poses.json"), poses, width, height)
+        whose = mark_of(run.frames)
+        save_poses(place.with_suffix(".poses.json"), poses, width, height, proportions_of=whose)
         rows = {"pose": [draw_pose(pose, height, width) for pose in poses], "result": frames}
         save_image(place.with_suffix(".png"), contact_sheet(rows), pnginfo=png_marks(manifest))
         write_report(place, report | {"frames": len(frames), "fps": fps, "sound": sound})

@@ -1,0 +1,105 @@
+"""The poses that are followed: the person's own as they are, anybody else's in the person's proportions.
+
+Poses say whose they are: JSON that this program writes has `proportions_of` in each frame, a hash of the training
+frames. Of files that do not say, the poses themselves tell.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from beyond.retarget import proportions, retarget
+from poses.hands import bring_hands
+from poses.pose import Pose, is_seen, name_frames
+from poses.source import Driver
+from safe.files import read_json
+from safe.settings import mark_of
+
+SAME = 0.005  # canvas heights: how far keypoints of one frame lie apart when they come from one search for poses
+# What two clips of one puppet differ by, found with errors of 0.6 of 192 pixels: the root mean square of the
+# ratios, as a factor, and how far retargeting would move keypoints on average, in canvas heights.
+NOISE, NOISE_OF_PLACE = 1.04, 0.01
+
+
+def inputs_of(settings: dict) -> list[Path]:
+    """The clip that a run was trained on, and the file of its poses if it had one."""
+    return [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
+
+
+def follow(
+    args: argparse.Namespace, run, driver: Driver, targets: Sequence[Pose]
+) -> tuple[list[Pose], dict[str, float] | None]:
+    """The targets, on the canvas of a `Run`, as they will be followed, and the ratios if they were retargeted.
+
+    Prints what was done to them. Raises ValueError where they cannot be retargeted.
+    """
+    height, width = run.frames.shape[1:3]
+    targets, brought = bring_hands(targets, width / height)
+    if brought:
+        frames = name_frames([driver.within.start + frame for frame in brought])
+        print(f"{args.poses}: hands that were not at their wrists are brought there: in frames {frames}")
+    if args.retarget is False or (args.retarget is None and is_own(args.poses, run, driver, targets)):
+        return targets, None
+    try:
+        ratios = proportions(targets, run.poses, width / height)
+        moved = retarget(targets, run.poses, width / height)
+    except ValueError as error:
+        raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
+    if args.retarget is None and within_noise(ratios, targets, moved, width / height):
+        own = "these are the person's proportions, as far as can be measured"
+        print(f"{args.poses}: {own}: followed literally; --retarget overrules that")
+        return targets, None
+    print(f"{args.poses}: retargeted to the person's proportions: {in_words(ratios)}; {LITERALLY}")
+    return moved, ratios
+
+
+LITERALLY = "--no-retarget follows the poses literally"
+
+
+def in_words(ratios: dict[str, float]) -> str:
+    """By how much: the ratios that are furthest from 1, such as "thigh x1.21, head x0.90, overall x1.02"."""
+    furthest = sorted(ratios.keys() - {"scale"}, key=lambda name: (-abs(np.log(ratios[name])), name))
+    told = [f"{name} x{ratios[name]:.2f}" for name in furthest[:2]]
+    return ", ".join([*told, f"overall x{ratios['scale']:.2f}"])
+
+
+def is_own(path: Path, run, driver: Driver, targets: Sequence[Pose]) -> bool:
+    """Whether poses are of the run's clip or of a result of it, or were edited from one of these."""
+    if path.resolve() in inputs_of(run.settings) or says_whose(path) == {mark_of(run.frames)}:
+        return True
+    # In the training frames they have the training poses, but for some that were edited.
+    aspect = run.frames.shape[2] / run.frames.shape[1]
+    numbered = zip(run.settings["frames"], run.poses)
+    there = [(targets[n - driver.within.start], pose) for n, pose in numbered if n in driver.within]
+    apart = [distances(*pair, aspect) for pair in there]
+    same = [len(each) > 2 and np.median(each) < SAME for each in apart]
+    return len(same) > 1 and 2 * sum(same) >= len(same)
+
+
+def says_whose(path: Path) -> set[str | None]:
+    """What the frames of a JSON file that was read already say of their proportions; None where one does not."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return {None}
+    frames = read_json(path)
+    said = {
+        str(frame.get("proportions_of")) if isinstance(frame, dict) else None
+        for frame in (frames if isinstance(frames, list) else [frames])
+    }
+    return said
+
+
+def distances(a: Pose, b: Pose, aspect: float) -> np.ndarray:
+    """How far the body's keypoints that both poses show lie apart (K,), in canvas heights."""
+    both = is_seen(a.body) & is_seen(b.body)
+    return np.linalg.norm((a.body - b.body)[both, :2] * (aspect, 1), axis=1)
+
+
+def within_noise(
+    ratios: dict[str, float], poses: Sequence[Pose], moved: Sequence[Pose], aspect: float
+) -> bool:
+    """Whether retargeting found only what two clips of one person differ by."""
+    logs = np.log([ratio for name, ratio in ratios.items() if name != "scale"])
+    apart = np.concatenate([distances(*pair, aspect) for pair in zip(poses, moved)])
+    return bool(np.sqrt((logs**2).mean()) <= np.log(NOISE) and apart.mean() <= NOISE_OF_PLACE)
