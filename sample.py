@@ -1,7 +1,7 @@
 """Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
-Writes, side by side: the video, a contact sheet (target pose, result), the poses as they were followed, and the
-report: the settings, what happened, and the hashes of these files.
+Writes, side by side: the video, a contact sheet (target pose, result), the poses as they were followed, a page
+that shows all of it, and the report: the settings, what happened, and the hashes of these files.
 """
 
 from command import sampling_arguments
@@ -27,6 +27,7 @@ from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
+from pictures.pages import PAGE, result_data, write_page
 from pictures.sheets import contact_sheet
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
 from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
@@ -81,8 +82,8 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
     return method, "--method" if args.method else "the model's default"
 
 
-def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict[str, float] | None]:
-    """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so.
+def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict | None, list[str]]:
+    """The driver; its poses on the run's canvas as they will be followed, how they were retargeted, and remarks.
 
     The driver covers the canvas as the training frames did. Raises ValueError for frames without a person.
     """
@@ -183,7 +184,10 @@ def write_result(
         save_poses(place.with_suffix(".poses.json"), poses, width, height, proportions_of=whose)
         rows = {"pose": [draw_pose(pose, height, width) for pose in poses], "result": frames}
         save_image(place.with_suffix(".png"), contact_sheet(rows), pnginfo=png_marks(manifest))
-        write_report(place, report | {"frames": len(frames), "fps": fps, "sound": sound})
+        report |= {"frames": len(frames), "fps": fps, "sound": sound}
+        if not args.no_report:
+            write_page(place.with_suffix(PAGE), result_data(args, place, run, driver, poses, report))
+        write_report(place, report)
     return frames
 
 
@@ -195,7 +199,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
     check_out(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)])
-    driver, targets, ratios = read_targets(args, run)
+    driver, targets, ratios, remarks = read_targets(args, run)
     k = choose_reference(args.reference, run, targets)
     if args.plan:
         print_plan(run, method, len(targets), args.ddim_steps, args.guidance, args.slice, args.offload)
@@ -206,18 +210,15 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     model, weights = load_tuned(run)
     held = method.parts and method.editor is hold_to_pseudo_video
     if held and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
-        print("the training frames show no still background: parts are moved once, the rest is the model's")
+        moving = "the training frames show no still background"
+        remarks.append(f"{moving}: parts are moved once, the rest is the model's")
+        print(remarks[-1])
         method = replace(method, **MOVED_ONCE)
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
-    options = {"guidance": args.guidance, "seed": args.seed}
+    options = {"guidance": args.guidance, "seed": args.seed, "reference": k, "steps": args.ddim_steps}
     options |= {"frames_per_slice": args.slice, "offload": args.offload}
-    options |= {
-        "reference": k,
-        "steps": args.ddim_steps,
-        "source": run.settings["prompt"],
-        "prompt": prompt,
-    }
+    options |= {"source": run.settings["prompt"], "prompt": prompt}
     made = generate_or_explain(model, run, targets, method, **options)
     report = report_of(args, run, prompt, method, k, model.guidance_until, weights)
     report |= {
@@ -227,10 +228,12 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
         "reference_psnr": reference_psnr(model, made, run.frames[k]),
         "edited_regions": made.regions,
+        "remarks": remarks,
     }
     decoded = decode_latents(model, made.latents)
     frames = write_result(args, out, run, driver, targets, decoded, report)
-    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
+    look = f"look at {out.stem}{'.png' if args.no_report else PAGE}"
+    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; {look}")
     return frames
 
 

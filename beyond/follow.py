@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from beyond.hands import bring_hands
 from beyond.retarget import proportions, retarget
-from poses.hands import bring_hands
 from poses.pose import Pose, is_seen, name_frames
 from poses.source import Driver
 from safe.files import read_json
@@ -30,18 +30,24 @@ def inputs_of(settings: dict) -> list[Path]:
 
 def follow(
     args: argparse.Namespace, run, driver: Driver, targets: Sequence[Pose]
-) -> tuple[list[Pose], dict[str, float] | None]:
-    """The targets, on the canvas of a `Run`, as they will be followed, and the ratios if they were retargeted.
+) -> tuple[list[Pose], dict[str, float] | None, list[str]]:
+    """The targets, on a `Run`'s canvas, as they will be followed; the ratios if they were retargeted; remarks.
 
-    Prints what was done to them. Raises ValueError where they cannot be retargeted.
+    Prints the remarks, which say what was done. Raises ValueError where targets cannot be retargeted.
     """
+    remarks: list[str] = []
+
+    def remark(text: str) -> None:
+        print(f"{args.poses}: {text}")
+        remarks.append(text)
+
     height, width = run.frames.shape[1:3]
     targets, brought = bring_hands(targets, width / height)
     if brought:
         frames = name_frames([driver.within.start + frame for frame in brought])
-        print(f"{args.poses}: hands that were not at their wrists are brought there: in frames {frames}")
+        remark(f"hands that were not at their wrists are brought there: in frames {frames}")
     if args.retarget is False or (args.retarget is None and is_own(args.poses, run, driver, targets)):
-        return targets, None
+        return targets, None, remarks
     try:
         ratios = proportions(targets, run.poses, width / height)
         moved = retarget(targets, run.poses, width / height)
@@ -49,10 +55,10 @@ def follow(
         raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
     if args.retarget is None and within_noise(ratios, targets, moved, width / height):
         own = "these are the person's proportions, as far as can be measured"
-        print(f"{args.poses}: {own}: followed literally; --retarget overrules that")
-        return targets, None
-    print(f"{args.poses}: retargeted to the person's proportions: {in_words(ratios)}; {LITERALLY}")
-    return moved, ratios
+        remark(f"{own}: followed literally; --retarget overrules that")
+        return targets, None, remarks
+    remark(f"retargeted to the person's proportions: {in_words(ratios)}; {LITERALLY}")
+    return moved, ratios, remarks
 
 
 LITERALLY = "--no-retarget follows the poses literally"

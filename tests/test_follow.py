@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from beyond.follow import distances, follow
+from beyond.hands import bring_hands
 from demo.motion import motion
 from demo.puppet import pose_of, random_puppet
-from poses.hands import bring_hands
 from poses.pose import Pose, load_poses, save_poses
 from poses.source import read_driver, uniform_frames
 from safe.settings import hash_inputs, mark_of
@@ -33,7 +33,7 @@ def run_of(clip: list[Pose]) -> SimpleNamespace:
 
 def followed(path, run, retarget=None) -> tuple[list[Pose], dict | None]:
     driver = read_driver(path)
-    return follow(Namespace(poses=path, retarget=retarget), run, driver, driver.poses)
+    return follow(Namespace(poses=path, retarget=retarget), run, driver, driver.poses)[:2]
 
 
 def arm_raised(pose: Pose, by: float = 0.12) -> Pose:
