@@ -17,6 +17,7 @@ from metrics.clip_images import ImageEncoder
 from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
+from pictures.pages import add_figures
 from poses.pose import Pose, load_poses, place_pose, read_canvas
 from public.places import model_path
 from safe.arguments import parse_canvas, parse_range
@@ -185,6 +186,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         save_image(outputs[1], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
         save_image(outputs[2], worst_frames(result, truth, by_frame["psnr"]))
     write_json(outputs[0], report)
+    titles = {name: f"{title} ({better} is better)" for name, (title, better, *_) in METRICS.items()}
+    if page := add_figures(args.result, titles, truth):
+        outputs.append(page)
     for name, (title, better, form, _) in METRICS.items():
         figure = f"{figures[name]:10{form}}   {better} is better" if name in figures else ""
         print(f"{title:>12} {figure or '  left out: ' + report['left_out'][name]}")

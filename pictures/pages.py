@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from poses.source import Driver, uniform_frames
 from safe.files import finish_set, read_json, read_text, replacing, replacing_set
 from safe.provenance import SYNTHETIC
 from safe.results import BESIDE, REPORT, not_ours, write_report
+from safe.settings import FIELDS
 from video import cover, fit_frame, read_frames, write_video
 
 PAGE = ".html"
@@ -71,6 +72,7 @@ def result_data(
         "facts": facts,
         "fps": report["fps"],
         "frames": len(poses),
+        "first": driver.within.start,
         "poses": [flat(pose) for pose in poses],
         "reference": report["reference"],
         "videos": [{"name": "result", "about": "what was made", **embedded(video)}],
@@ -79,7 +81,8 @@ def result_data(
         "manifest": [[words(n), told(v)] for n, v in manifest.items() if n != "weights"] + weights,
         "footer": SYNTHETIC,
     }
-    data["remarks"] = report["remarks"] + unedited(report, len(poses)) + data["remarks"]
+    remarks = [f"{remark[0].upper()}{remark[1:]}." for remark in report["remarks"]]
+    data["remarks"] = remarks + unedited(report, len(poses)) + data["remarks"]
     if footage := footage_of(args.poses, run, driver, report["fps"]):
         data["videos"].append(footage)
     return data
@@ -94,7 +97,7 @@ def run_data(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[P
         "kicker": "PoseCrafter run",
         "facts": [*facts, f"learning rate {settings['learning_rate']:g}"],
         "commands": [["The command", command], ["Now", f"python sample.py --run {folder} --poses POSES"]],
-        "settings": [[words(name), told(value)] for name, value in settings.items()],
+        "settings": [[words(name), told(settings[name])] for name in FIELDS if name in settings],
         "footer": f"Poses that do not fit the frames train a wrong model. Made from {settings['clip']}.",
     }
 
@@ -232,13 +235,11 @@ def write_page(path: Path, data: dict) -> None:
         unfinished.write_text(fill(data), "utf-8")
 
 
-def add_figures(
-    result: Path, title: Callable[[str], str] = words, truth: np.ndarray | None = None
-) -> Path | None:
+def add_figures(result: Path, titles: dict[str, str], truth: np.ndarray | None = None) -> Path | None:
     """Shows what `evaluate.py` measured on the page of a result, and the true frames uint8 (F, H, W, 3) if given.
 
-    title: of a metric. Page and report are replaced together. Returns the page; None where there is none, or where
-    one of the result's files is not as it was written.
+    titles: of the metrics, by name. Page and report are replaced together. Returns the page; None where there is
+    none, or where one of the result's files is not as it was written.
     """
     endings, page, report = (result.suffix, *BESIDE), result.with_suffix(PAGE), result.with_suffix(REPORT)
     finish_set(result, endings)
@@ -247,7 +248,10 @@ def add_figures(
     data = read_data(page)
     measured = read_json(result.with_suffix(".metrics.json"))
     data["figures"] = [
-        {"title": compared(each), "rows": [[title(n), f"{v:.4g}"] for n, v in each["metrics"].items()]}
+        {
+            "title": compared(each),
+            "rows": [[titles.get(n, n), f"{v:.4g}"] for n, v in each["metrics"].items()],
+        }
         for each in measured.get("measurements", [measured])
     ]
     if truth is not None and (video := encoded("truth", "the true frames", truth, data["fps"])):
