@@ -30,7 +30,7 @@ from device import compute_device, describe
 from pictures.pages import PAGE, result_data, write_page
 from pictures.sheets import contact_sheet
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
-from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
+from poses.pose import Pose, absences, draw_pose, save_poses
 from poses.source import Driver, read_driver
 from public.adapters import recall_loras
 from public.places import PARTS, locate_parts, weight_file
@@ -40,7 +40,7 @@ from safe.provenance import comment, mark_video, png_marks
 from safe.results import BESIDE, check_out, report_of, write_report
 from safe.settings import mark_of
 from safe.sound import add_sound, has_sound
-from video import VIDEOS_WRITTEN, cover, save_image, write_video
+from video import VIDEOS_WRITTEN, save_image, write_video
 
 # Instead of being held to a pseudo video: parts are moved once, and the rest is left to the model.
 MOVED_ONCE = {"name": "body", "editor": METHODS["body"].editor}
@@ -94,10 +94,7 @@ def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose]
     if missing := absences(driver.poses, driver.within.start):
         advice = "leave them out with --range, or fill them in"
         raise ValueError(f"{args.poses}: no person in frames {missing}; {advice}")
-    height, width = run.frames.shape[1:3]
-    placing = cover(*(driver.canvas or (height, width)), height, width)
-    targets = [place_pose(pose, *placing.placement) for pose in driver.poses]
-    return driver, *follow(args, run, driver, targets)
+    return driver, *follow(args, run, driver)
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:

@@ -5,17 +5,20 @@ frames. Of files that do not say, the poses themselves tell.
 """
 
 import argparse
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 
 from beyond.hands import bring_hands
 from beyond.retarget import proportions, retarget
-from poses.pose import Pose, is_seen, name_frames
-from poses.source import Driver
+from poses.pose import Pose, is_seen, name_frames, place_pose
+from poses.source import Driver, read_driver
 from safe.files import read_json
 from safe.settings import mark_of
+from video import cover
 
 SAME = 0.005  # canvas heights: how far keypoints of one frame lie apart when they come from one search for poses
 # What two clips of one puppet differ by, found with errors of 0.6 of 192 pixels: the root mean square of the
@@ -29,9 +32,9 @@ def inputs_of(settings: dict) -> list[Path]:
 
 
 def follow(
-    args: argparse.Namespace, run, driver: Driver, targets: Sequence[Pose]
+    args: argparse.Namespace, run, driver: Driver
 ) -> tuple[list[Pose], dict[str, float] | None, list[str]]:
-    """The targets, on a `Run`'s canvas, as they will be followed; the ratios if they were retargeted; remarks.
+    """The poses, on a `Run`'s canvas, as they will be followed; the ratios if they were retargeted; remarks.
 
     Prints the remarks, which say what was done. Raises ValueError where targets cannot be retargeted.
     """
@@ -42,11 +45,11 @@ def follow(
         remarks.append(text)
 
     height, width = run.frames.shape[1:3]
-    targets, brought = bring_hands(targets, width / height)
+    targets, brought = bring_hands(on_canvas(driver, run), width / height)
     if brought:
         frames = name_frames([driver.within.start + frame for frame in brought])
         remark(f"hands that were not at their wrists are brought there: in frames {frames}")
-    if args.retarget is False or (args.retarget is None and is_own(args.poses, run, driver, targets)):
+    if args.retarget is False or (args.retarget is None and is_own(args, run, driver)):
         return targets, None, remarks
     try:
         ratios = proportions(targets, run.poses, width / height)
@@ -71,29 +74,39 @@ def in_words(ratios: dict[str, float]) -> str:
     return ", ".join([*told, f"overall x{ratios['scale']:.2f}"])
 
 
-def is_own(path: Path, run, driver: Driver, targets: Sequence[Pose]) -> bool:
+def on_canvas(driver: Driver, run) -> list[Pose]:
+    """The driver's poses on the canvas of a `Run`, which it covers as the training frames did."""
+    height, width = run.frames.shape[1:3]
+    placing = cover(*(driver.canvas or (height, width)), height, width)
+    return [place_pose(pose, *placing.placement) for pose in driver.poses]
+
+
+def is_own(args: argparse.Namespace, run, driver: Driver) -> bool:
     """Whether poses are of the run's clip or of a result of it, or were edited from one of these."""
+    path = args.poses
     if path.resolve() in inputs_of(run.settings) or says_whose(path) == {mark_of(run.frames)}:
         return True
+    if driver.fps is None and len(driver.poses) < driver.total:  # JSON: what is not followed can tell, too
+        with redirect_stdout(io.StringIO()):  # all remarks were made already
+            driver = read_driver(path, args.poses_are, person=args.person, canvas=args.canvas)
     # In the training frames they have the training poses, but for some that were edited.
-    aspect = run.frames.shape[2] / run.frames.shape[1]
+    aspect, poses = run.frames.shape[2] / run.frames.shape[1], on_canvas(driver, run)
     numbered = zip(run.settings["frames"], run.poses)
-    there = [(targets[n - driver.within.start], pose) for n, pose in numbered if n in driver.within]
+    there = [(poses[n - driver.within.start], pose) for n, pose in numbered if n in driver.within]
     apart = [distances(*pair, aspect) for pair in there]
     same = [len(each) > 2 and np.median(each) < SAME for each in apart]
     return len(same) > 1 and 2 * sum(same) >= len(same)
 
 
-def says_whose(path: Path) -> set[str | None]:
-    """What the frames of a JSON file that was read already say of their proportions; None where one does not."""
+def says_whose(path: Path) -> set[str]:
+    """What the frames of a JSON file that was read already say of their proportions, "None" for nothing."""
     if path.suffix.lower() != ".json" or not path.is_file():
-        return {None}
+        return set()
     frames = read_json(path)
-    said = {
-        str(frame.get("proportions_of")) if isinstance(frame, dict) else None
-        for frame in (frames if isinstance(frames, list) else [frames])
-    }
-    return said
+    frames = [
+        frame for frame in (frames if isinstance(frames, list) else [frames]) if isinstance(frame, dict)
+    ]
+    return {str(frame.get("proportions_of")) for frame in frames}
 
 
 def distances(a: Pose, b: Pose, aspect: float) -> np.ndarray:

@@ -7,8 +7,9 @@ import argparse
 import base64
 import io
 import json
+import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,10 @@ def run_data(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[P
     return data | {
         "kicker": "PoseCrafter run",
         "facts": [*facts, f"learning rate {settings['learning_rate']:g}"],
-        "commands": [["The command", command], ["Now", f"python sample.py --run {folder} --poses POSES"]],
+        "commands": [
+            ["The command", command],
+            ["Now", f"python sample.py --run {shlex.quote(str(folder))} --poses POSES"],
+        ],
         "settings": [[words(name), told(settings[name])] for name in FIELDS if name in settings],
         "footer": f"Poses that do not fit the frames train a wrong model. Made from {settings['clip']}.",
     }
@@ -176,10 +180,10 @@ def footage_of(path: Path, run, driver: Driver, fps: float) -> dict[str, str] | 
     placing = cover(*frames.shape[1:3], height, width)
     about = "the training clip itself" if own else "whose poses are followed"
     name = "truth" if own else "driver"
-    return encoded(name, about, [fit_frame(frame, placing) for frame in frames], fps)
+    return encoded(name, about, (fit_frame(frame, placing) for frame in frames), fps)
 
 
-def encoded(name: str, about: str, frames: Sequence[np.ndarray], fps: float) -> dict[str, str] | None:
+def encoded(name: str, about: str, frames: Iterable[np.ndarray], fps: float) -> dict[str, str] | None:
     """Frames uint8 (H, W, 3) as a video of a page's data; None where it would be too large."""
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "video.mp4"

@@ -11,7 +11,7 @@ from beyond.follow import distances, follow
 from beyond.hands import bring_hands
 from demo.motion import motion
 from demo.puppet import pose_of, random_puppet
-from poses.pose import Pose, load_poses, save_poses
+from poses.pose import Pose, load_poses, place_pose, save_poses
 from poses.source import read_driver, uniform_frames
 from safe.settings import hash_inputs, mark_of
 
@@ -31,9 +31,9 @@ def run_of(clip: list[Pose]) -> SimpleNamespace:
     return SimpleNamespace(frames=frames, poses=[clip[number] for number in numbers], settings=settings)
 
 
-def followed(path, run, retarget=None) -> tuple[list[Pose], dict | None]:
-    driver = read_driver(path)
-    return follow(Namespace(poses=path, retarget=retarget), run, driver, driver.poses)[:2]
+def followed(path, run, retarget=None, within=None) -> tuple[list[Pose], dict | None]:
+    args = Namespace(poses=path, retarget=retarget, poses_are=None, person=1, canvas=None)
+    return follow(args, run, read_driver(path, within=within))[:2]
 
 
 def arm_raised(pose: Pose, by: float = 0.12) -> Pose:
@@ -41,6 +41,11 @@ def arm_raised(pose: Pose, by: float = 0.12) -> Pose:
     body = pose.body.copy()
     body[[6, 7], 1] -= by / 2, by
     return replace(pose, body=body)
+
+
+def bent(pose: Pose) -> Pose:
+    """The pose in other proportions: half as wide."""
+    return place_pose(pose, 0.5, 1, 0.25, 0)
 
 
 def moved(poses: list[Pose], others: list[Pose]) -> np.ndarray:
@@ -60,6 +65,15 @@ def test_edits_of_own_poses_move_nothing_else(tmp_path, capsys, kind):
     result, ratios = followed(tmp_path / "poses.json", run)
     assert ratios is None and moved(result, edited).max() < 0.01
     assert "retargeted" not in capsys.readouterr().out
+
+
+def test_the_clips_poses_are_known_in_a_range_without_training_frames(tmp_path):
+    clip = dance(66, 7)
+    save_poses(tmp_path / "poses.json", clip, SIZE, SIZE)
+    run = run_of(clip[:18])
+    run.poses = [bent(pose) for pose in run.poses[:3]] + run.poses[3:]  # edited, or another's proportions
+    result, ratios = followed(tmp_path / "poses.json", run, within=range(20, 30))
+    assert ratios is None and moved(result, clip[20:30]).max() < 0.01
 
 
 def test_another_puppet_is_retargeted_in_one_line(tmp_path, capsys):
