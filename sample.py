@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from beyond.follow import follow, inputs_of
+from beyond.follow import follow
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
 from checkpoint import Model, find_parts, load_model, read_settings
@@ -38,7 +38,7 @@ from run import Run, load_run, load_trained, name_of, newest_run
 from safe.files import replacing_set, require_space
 from safe.provenance import comment, mark_video, png_marks
 from safe.results import BESIDE, check_out, report_of, write_report
-from safe.settings import mark_of
+from safe.settings import inputs_of, mark_of
 from safe.sound import add_sound, has_sound
 from video import VIDEOS_WRITTEN, save_image, write_video
 

@@ -17,18 +17,13 @@ from beyond.retarget import proportions, retarget
 from poses.pose import Pose, is_seen, name_frames, place_pose
 from poses.source import Driver, read_driver
 from safe.files import read_json
-from safe.settings import mark_of
+from safe.settings import inputs_of, mark_of
 from video import cover
 
 SAME = 0.005  # canvas heights: how far keypoints of one frame lie apart when they come from one search for poses
 # What two clips of one puppet differ by, found with errors of 0.6 of 192 pixels: the root mean square of the
 # ratios, as a factor, and how far retargeting would move keypoints on average, in canvas heights.
 NOISE, NOISE_OF_PLACE = 1.04, 0.01
-
-
-def inputs_of(settings: dict) -> list[Path]:
-    """The clip that a run was trained on, and the file of its poses if it had one."""
-    return [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
 
 
 def follow(

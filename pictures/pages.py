@@ -20,7 +20,7 @@ from poses.source import Driver, uniform_frames
 from safe.files import finish_set, read_json, read_text, replacing, replacing_set
 from safe.provenance import SYNTHETIC
 from safe.results import BESIDE, REPORT, not_ours, write_report
-from safe.settings import FIELDS
+from safe.settings import FIELDS, inputs_of
 from video import cover, fit_frame, read_frames, write_video
 
 PAGE = ".html"
@@ -164,13 +164,10 @@ def embedded(video: Path) -> dict[str, str]:
 
 def footage_of(path: Path, run, driver: Driver, fps: float) -> dict[str, str] | None:
     """The frames that the poses are of, if any, on the run's canvas; the training clip's are the truth."""
-    settings, source = run.settings, path
-    clip = Path(settings["clip"])
-    own = path.resolve() in [Path(settings[n]).resolve() for n in ("clip", "poses") if settings.get(n)]
-    if own:
-        source = clip
-    elif driver.fps is None:
+    own = path.resolve() in inputs_of(run.settings)
+    if not own and driver.fps is None:
         return None
+    source = Path(run.settings["clip"]) if own else path
     height, width = run.frames.shape[1:3]
     try:
         frames, _ = read_frames(source, driver.within)

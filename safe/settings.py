@@ -124,6 +124,11 @@ def made_by_whom(settings: dict) -> str:
     return f"made by PoseCrafter {settings.get('version', 'before 1.0.0')}"
 
 
+def inputs_of(settings: dict) -> list[Path]:
+    """The clip that a run was trained on, and the file of its poses if it had one."""
+    return [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
+
+
 # ---- What the hash is of ------------------------------------------------------------------------
 
 
