@@ -36,7 +36,7 @@ from poses.parts import face_and_hands
 from poses.pose import Pose, load_poses, save_poses
 from run import name_of
 from safe.provenance import SOURCE_TYPE, SYNTHETIC, VERSION, file_hash, read_manifest
-from safe.results import check_out
+from safe.results import BESIDE, check_out
 from safe.sound import add_sound, has_sound
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -652,7 +652,7 @@ def test_a_result_says_how_it_was_made_and_is_the_same_but_for_its_date(workplac
     of_trained = f"trained.safetensors {file_hash(trained / 'trained.safetensors')}"
     assert manifest["weights"]["trained"] == of_trained
     assert report["files"] == {
-        name: file_hash(workplace / "dated" / name) for name in ("a.mp4", "a.png", "a.poses.json")
+        name: file_hash(workplace / "dated" / name) for name in ("a.mp4", "a.png", "a.poses.json", "a.html")
     }
     assert shell(workplace, "sample.py", "--verify", "dated/a.png").returncode == 0
 
@@ -729,7 +729,8 @@ def test_twenty_kills_leave_whole_results(workplace, trained):
         outcomes.add(report["seed"] == kill + 1)
     assert shell(workplace, *command).returncode == 0
     time.sleep(1)  # for an orphaned ffmpeg, if there is one
-    assert {path.name for path in folder.iterdir()} == {"out.mp4", "out.png", "out.poses.json", "out.json"}
+    left = {f"out{ending}" for ending in (".mp4", *BESIDE)}
+    assert {path.name for path in folder.iterdir()} == left
     print(f"new results after a kill: {sorted(outcomes)}")
 
 
