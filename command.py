@@ -4,6 +4,8 @@ Nothing in this file imports torch, which takes seconds, so that `--help` and a 
 """
 
 import argparse
+import shlex
+import sys
 from functools import partial
 
 from public.adapters import parse_lora
@@ -14,9 +16,11 @@ METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
 KINDS = ("json", "drawn", "video")  # what poses come from; see `poses.source`
 
 
-def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
-    """A parser with the options that both command lines have."""
+def parser_of_both(usage: str, about: str, command: list[str] | None) -> argparse.ArgumentParser:
+    """A parser with the options that both command lines have; it keeps the line itself as `command`."""
     parser = argparse.ArgumentParser(prog=usage.split()[0], usage=usage, description=about)
+    words = sys.argv[1:] if command is None else command
+    parser.set_defaults(command=shlex.join(["python", parser.prog, *words]))
     add = parser.add_argument
     add("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
     add(
@@ -31,7 +35,8 @@ def parser_of_both(usage: str, about: str) -> argparse.ArgumentParser:
 
 def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `train.py`."""
-    parser = parser_of_both("train.py CLIP [options]", "Fine-tunes the model on a few frames of one clip.")
+    about = "Fine-tunes the model on a few frames of one clip."
+    parser = parser_of_both("train.py CLIP [options]", about, command)
     add = parser.add_argument
     add("clip", type=path, help="video, or folder of images, of one person")
     add("--poses", type=path, help="the clip's poses, JSON or drawn (default: found in its pixels)")
@@ -53,7 +58,7 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
 def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `sample.py`."""
     about = "Makes a video of the person of a run, following any poses."
-    parser = parser_of_both("sample.py --poses POSES [options]", about)
+    parser = parser_of_both("sample.py --poses POSES [options]", about, command)
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--poses", type=path, required=True, help="what to follow: JSON, drawn skeletons or footage")
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that JSON was found in")
@@ -78,6 +83,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     fps = partial(number, kind=float)
     add("--fps", type=fps, help="frames per second (default: the driver's, or the clip's for JSON)")
     add("--no-audio", action="store_true", help="leave the driver's sound out")
+    add("--no-report", action="store_true", help="leave out the page (.html) that shows the result")
     add("--out", type=path, help="the video to write (default: in the run's samples/)")
     told = "only print how this video or sheet was made, and whether it is as it was written"
     add("--verify", type=path, metavar="FILE", action=Verify, help=told)

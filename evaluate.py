@@ -24,6 +24,7 @@ from metrics.measurements import beside, number_of, picture_paths, read_measurem
 from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
+from pictures.pages import add_figures
 from poses.pose import Pose, place_pose
 from poses.source import read_driver
 from public.places import model_path
@@ -225,7 +226,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "pictures": [picture.name for picture in pictures],
     }
     written = write_measurement(args.result, result, measured, measurement)
-    print(f"Written: {', '.join(map(str, [written, *pictures]))}")
+    titles = {name: f"{title} ({better} is better)" for name, (title, better, *_) in METRICS.items()}
+    page = add_figures(args.result, titles, truth)
+    print(f"Written: {', '.join(map(str, [written, *pictures, *filter(None, [page])]))}")
     return figures
 
 

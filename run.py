@@ -14,7 +14,7 @@ from pictures.sheets import contact_sheet
 from posecrafter import trainable_parameters
 from poses.pose import Pose, draw_pose, load_poses, save_poses
 from safe.files import replacing, write_json
-from safe.settings import LAYOUT, check_inputs, made_by_whom, read_run_settings
+from safe.settings import LAYOUT, check_inputs, made_by_whom, mark_of, read_run_settings
 from safe.tensors import check_values
 from video import read_frames, save_image
 
@@ -61,7 +61,7 @@ def begin_run(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[
     for index, frame in zip(settings["frames"], frames):
         save_image(folder / "frames" / f"{index:05d}.png", frame)
     height, width = frames.shape[1:3]
-    save_poses(folder / "frames.poses.json", poses, width, height)
+    save_poses(folder / "frames.poses.json", poses, width, height, proportions_of=mark_of(frames))
     drawn = [draw_pose(pose, height, width) for pose in poses]
     save_image(folder / "preview.png", contact_sheet({"frame": frames, "pose": drawn}))
 

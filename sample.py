@@ -1,7 +1,7 @@
 """Makes a video of the person of a run, following any poses: `python sample.py --poses dance.mp4`.
 
-Writes, side by side: the video, a contact sheet (target pose, result), the poses as they were followed, and the
-report: the settings, what happened, and the hashes of these files.
+Writes, side by side: the video, a contact sheet (target pose, result), the poses as they were followed, a page
+that shows all of it, and the report: the settings, what happened, and the hashes of these files.
 """
 
 from command import sampling_arguments
@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from beyond.follow import follow
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
-from beyond.retarget import proportions, retarget
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
+from pictures.pages import PAGE, result_data, write_page
 from pictures.sheets import contact_sheet
 from posecrafter import Generated, Method, ddim_timesteps, decode_latents, generate, select_reference
-from poses.pose import Pose, absences, draw_pose, place_pose, save_poses
+from poses.pose import Pose, absences, draw_pose, save_poses
 from poses.source import Driver, read_driver
 from public.adapters import recall_loras
 from public.places import PARTS, locate_parts, weight_file
@@ -37,8 +38,9 @@ from run import Run, load_run, load_trained, name_of, newest_run
 from safe.files import replacing_set, require_space
 from safe.provenance import comment, mark_video, png_marks
 from safe.results import BESIDE, check_out, report_of, write_report
+from safe.settings import inputs_of, mark_of
 from safe.sound import add_sound, has_sound
-from video import VIDEOS_WRITTEN, cover, save_image, write_video
+from video import VIDEOS_WRITTEN, save_image, write_video
 
 # Instead of being held to a pseudo video: parts are moved once, and the rest is left to the model.
 MOVED_ONCE = {"name": "body", "editor": METHODS["body"].editor}
@@ -80,13 +82,8 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
     return method, "--method" if args.method else "the model's default"
 
 
-def inputs_of(settings: dict) -> list[Path]:
-    """The clip that a run was trained on, and the file of its poses if it had one."""
-    return [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
-
-
-def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict[str, float] | None]:
-    """The driver, its poses on the run's canvas as they will be followed, and how they were retargeted, if so.
+def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict | None, list[str]]:
+    """The driver; its poses on the run's canvas as they will be followed, how they were retargeted, and remarks.
 
     The driver covers the canvas as the training frames did. Raises ValueError for frames without a person.
     """
@@ -97,17 +94,7 @@ def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose]
     if missing := absences(driver.poses, driver.within.start):
         advice = "leave them out with --range, fill them in, or try --person 2"
         raise ValueError(f"{args.poses}: no person in frames {missing}; {advice}")
-    height, width = run.frames.shape[1:3]
-    placing = cover(*driver.canvas, height, width)
-    targets = [place_pose(pose, *placing.placement) for pose in driver.poses]
-    own = args.poses.resolve() in inputs_of(run.settings)
-    if args.retarget is False or (own and not args.retarget):
-        return driver, targets, None
-    try:
-        ratios = proportions(targets, run.poses, width / height)
-    except ValueError as error:
-        raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
-    return driver, retarget(targets, run.poses, width / height), ratios
+    return driver, *follow(args, run, driver)
 
 
 def choose_reference(text: str, run: Run, targets: list[Pose]) -> int:
@@ -190,10 +177,14 @@ def write_result(
                 sound = False
                 print(f"{out}: without sound: {error}")
         mark_video(place, manifest)
-        save_poses(place.with_suffix(".poses.json"), poses, width, height)
+        whose = mark_of(run.frames)
+        save_poses(place.with_suffix(".poses.json"), poses, width, height, proportions_of=whose)
         rows = {"pose": [draw_pose(pose, height, width) for pose in poses], "result": frames}
         save_image(place.with_suffix(".png"), contact_sheet(rows), pnginfo=png_marks(manifest))
-        write_report(place, report | {"frames": len(frames), "fps": fps, "sound": sound})
+        report |= {"frames": len(frames), "fps": fps, "sound": sound}
+        if not args.no_report:
+            write_page(place.with_suffix(PAGE), result_data(args, place, run, driver, poses, report))
+        write_report(place, report)
     return frames
 
 
@@ -205,7 +196,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
     check_out(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)])
-    driver, targets, ratios = read_targets(args, run)
+    driver, targets, ratios, remarks = read_targets(args, run)
     k = choose_reference(args.reference, run, targets)
     if args.plan:
         print_plan(run, method, len(targets), args)
@@ -216,7 +207,9 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     model, weights = load_tuned(run, args.device)
     held = method.parts and method.editor is hold_to_pseudo_video
     if held and background_change(run.frames, run.poses, model.vae.config.factor) > STILL:
-        print("the training frames show no still background: parts are moved once, the rest is the model's")
+        moving = "the training frames show no still background"
+        remarks.append(f"{moving}: parts are moved once, the rest is the model's")
+        print(remarks[-1])
         method = replace(method, **MOVED_ONCE)
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
@@ -232,10 +225,12 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         # Sampled as key frame; alone, and so without replay, where the key frame is replayed.
         "reference_psnr": reference_psnr(model, made, run.frames[k]),
         "edited_regions": made.regions,
+        "remarks": remarks,
     }
     decoded = decode_latents(model, made.latents)
     frames = write_result(args, out, run, driver, targets, decoded, report)
-    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; look at {out.stem}.png")
+    look = f"look at {out.stem}{'.png' if args.no_report else PAGE}"
+    print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; {look}")
     return frames
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm, trange
 
 from checkpoint import Model, load_model
 from device import compute_device, describe
+from pictures.pages import run_data, write_page
 from posecrafter import (
     embed_hints,
     encode_frames,
@@ -288,6 +289,7 @@ def make_run(args: argparse.Namespace, folder: Path) -> None:
     begin_run(folder, settings, frames, poses)
     training = train(model, latents, hints, context, steps, rate, args.seed, checkpoint, log)
     finish_run(folder, training.tensors, {"fixed_losses": training.fixed_losses, "worse": training.worse})
+    write_page(folder / "run.html", run_data(folder, settings, frames, poses, args.command))
 
     losses = ", ".join(f"{loss:.4f} after {step} steps" for step, loss in training.fixed_losses.items())
     tqdm.write(f"loss on fixed noises: {losses}")

@@ -98,20 +98,20 @@ def load_poses(path: str | Path) -> list[Pose]:
     return [in_frame[0] if in_frame else Pose() for in_frame in read_people(path)[0]]
 
 
-def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int) -> None:
+def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int, **said: str) -> None:
     """Writes `poses_text` whole or not at all."""
     with replacing(Path(path)) as unfinished:
-        unfinished.write_text(poses_text(poses, width, height))
+        unfinished.write_text(poses_text(poses, width, height, **said))
 
 
-def poses_text(poses: Sequence[Pose], width: int, height: int) -> str:
-    """Poses as a JSON list of OpenPose frames in pixels of a `width` x `height` canvas."""
+def poses_text(poses: Sequence[Pose], width: int, height: int, **said: str) -> str:
+    """Poses as a JSON list of OpenPose frames, each with `said`, in pixels of a `width` x `height` canvas."""
 
     def person(pose: Pose) -> dict[str, list[float]]:
         pixels = {KEYS[name][0]: part * (width, height, 1) for name, part in vars(pose).items()}
         return {key: part.round(3).ravel().tolist() for key, part in pixels.items()}
 
-    size = {"canvas_width": width, "canvas_height": height}
+    size = {"canvas_width": width, "canvas_height": height} | said
     frames = [{"people": [] if _is_empty(pose) else [person(pose)], **size} for pose in poses]
     return json.dumps(frames, separators=(",", ":"))
 

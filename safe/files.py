@@ -88,6 +88,9 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
         with naming(out):
             unfinished.mkdir(parents=True)
             yield unfinished
+            for ending in endings:  # what the new set lacks would be left beside it
+                if not (unfinished / out.with_suffix(ending).name).exists():
+                    out.with_suffix(ending).unlink(missing_ok=True)
             os.replace(unfinished, whole_folder(out))
         finish_set(out, endings)
     except OSError as error:  # which may name the unfinished file

@@ -10,8 +10,8 @@ from safe.files import finish_set, read_json, write_json
 from safe.provenance import SYNTHETIC, VERSION, file_hash, read_manifest
 
 REPORT = ".json"  # how a report's name ends
-# What lies beside a video: the sheet, the poses, and the report, which comes last.
-BESIDE = (".png", ".poses.json", REPORT)
+# What lies beside a video: the sheet, the poses, the page if there is one, and the report, which comes last.
+BESIDE = (".png", ".poses.json", ".html", REPORT)
 
 
 def check_out(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
@@ -91,9 +91,9 @@ def report_of(
 
 
 def write_report(out: Path, report: dict) -> None:
-    """Writes the report of a result with the hashes of its files, which are written, and of itself."""
-    files = [out, *(out.with_suffix(ending) for ending in BESIDE[:-1])]
-    report = report | {"files": {file.name: file_hash(file) for file in files}}
+    """Writes the report of a result with the hashes of its files, as far as they lie beside it, and of itself."""
+    files = [file for ending in (out.suffix, *BESIDE[:-1]) if (file := out.with_suffix(ending)).exists()]
+    report = report | {"files": report.get("files", {}) | {file.name: file_hash(file) for file in files}}
     write_json(out.with_suffix(REPORT), report | {"sha256": hash_of(report)})
 
 

@@ -124,13 +124,23 @@ def made_by_whom(settings: dict) -> str:
     return f"made by PoseCrafter {settings.get('version', 'before 1.0.0')}"
 
 
+def inputs_of(settings: dict) -> list[Path]:
+    """The clip that a run was trained on, and the file of its poses if it had one."""
+    return [Path(settings[name]).resolve() for name in ("clip", "poses") if settings.get(name)]
+
+
 # ---- What the hash is of ------------------------------------------------------------------------
 
 
+def mark_of(frames: np.ndarray) -> str:
+    """Whose proportions poses have, as their `proportions_of` says: a hash of training frames (N, H, W, 3)."""
+    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()[:12]
+
+
 def hash_inputs(frames: np.ndarray, poses: bytes) -> str:
-    """The SHA-256 of the training frames, uint8 (N, H, W, 3), and of the file of their poses."""
+    """The SHA-256 of the training frames, uint8 (N, H, W, 3), and of the file of their poses without its marks."""
     digest = hashlib.sha256(np.ascontiguousarray(frames))
-    digest.update(poses)
+    digest.update(poses.replace(f',"proportions_of":"{mark_of(frames)}"'.encode(), b""))
     return digest.hexdigest()
 
 

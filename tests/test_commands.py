@@ -30,12 +30,13 @@ from controlnet import ControlNet
 from demo.puppet import clip
 from demo.save import save_model
 from demo.vocabulary import learn_merges
+from pictures.pages import read_data
 from posecrafter import PAPER, Method, edit_once, training_loss
 from poses.parts import face_and_hands
 from poses.pose import Pose, load_poses, save_poses
 from run import name_of
 from safe.provenance import SOURCE_TYPE, SYNTHETIC, VERSION, file_hash, read_manifest
-from safe.results import check_out
+from safe.results import BESIDE, check_out
 from safe.sound import add_sound, has_sound
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -102,7 +103,7 @@ def trained(workplace) -> Path:
 def test_training_leaves_a_complete_run_folder(trained):
     left = {path.name for path in trained.iterdir()}
     wanted = "trained.safetensors frames frames.poses.json settings.json loss.csv preview.png "
-    wanted += "training.json"
+    wanted += "training.json run.html"
     assert left == set(wanted.split())
     assert len(list((trained / "frames").iterdir())) == 4
     rows = [row.split(",")[:2] for row in (trained / "loss.csv").read_text().splitlines()]
@@ -151,6 +152,10 @@ def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     assert frames.shape == (5, SIZE, SIZE, 3)
     assert fps == 10
     assert (workplace / "out" / "result.png").exists()
+    shown = read_data(workplace / "out" / "result.html")
+    assert [video["name"] for video in shown["videos"]] == ["result", "truth"]
+    assert shown["commands"][0][1].startswith("python sample.py --poses clip.json --range 2:7 ")
+    assert shown["first"] == 2 and len(shown["poses"]) == 5 and not shown["remarks"]
     report = json.loads((workplace / "out" / "result.json").read_text())
     assert report["reference"] in (0, 4, 7, 11)
     assert report["frames"] == 5
@@ -161,6 +166,10 @@ def test_sampling_writes_video_sheet_and_settings(workplace, trained):
     assert all(np.allclose(a.body, b.body, atol=1e-4) for a, b in zip(followed, asked))
     main(workplace, *SAMPLE, "--run", "runs/first", "--out", "paper.mp4", "--method", "paper")
     report = json.loads((workplace / "paper.json").read_text())
+    main(
+        workplace, *SAMPLE, "--run", "runs/first", "--out", "paper.mp4", "--method", "paper", "--no-report"
+    )
+    assert not (workplace / "paper.html").exists()
     assert report["edited_regions"] == dict.fromkeys(("face", "left_hand", "right_hand"), 5)
     assert report["edit_step"] == 1
     assert (report["method"], report["method_from"]) == ("paper", "--method")
@@ -643,7 +652,7 @@ def test_a_result_says_how_it_was_made_and_is_the_same_but_for_its_date(workplac
     of_trained = f"trained.safetensors {file_hash(trained / 'trained.safetensors')}"
     assert manifest["weights"]["trained"] == of_trained
     assert report["files"] == {
-        name: file_hash(workplace / "dated" / name) for name in ("a.mp4", "a.png", "a.poses.json")
+        name: file_hash(workplace / "dated" / name) for name in ("a.mp4", "a.png", "a.poses.json", "a.html")
     }
     assert shell(workplace, "sample.py", "--verify", "dated/a.png").returncode == 0
 
@@ -720,7 +729,8 @@ def test_twenty_kills_leave_whole_results(workplace, trained):
         outcomes.add(report["seed"] == kill + 1)
     assert shell(workplace, *command).returncode == 0
     time.sleep(1)  # for an orphaned ffmpeg, if there is one
-    assert {path.name for path in folder.iterdir()} == {"out.mp4", "out.png", "out.poses.json", "out.json"}
+    left = {f"out{ending}" for ending in (".mp4", *BESIDE)}
+    assert {path.name for path in folder.iterdir()} == left
     print(f"new results after a kill: {sorted(outcomes)}")
 
 

@@ -23,13 +23,15 @@ MANIFEST = {
 }
 
 
-def write(out: Path, level: int = 0) -> None:
+def write(out: Path, level: int = 0, page: bool = True) -> None:
     with replacing_set(out, ENDINGS) as folder:
         frames = np.full((2, 32, 32, 3), level, np.uint8)
         write_video(folder / out.name, frames, 8, comment(MANIFEST))
         mark_video(folder / out.name, MANIFEST)
         save_image((folder / out.name).with_suffix(".png"), frames[0], pnginfo=png_marks(MANIFEST))
         (folder / out.name).with_suffix(".poses.json").write_text("[]")
+        if page:
+            (folder / out.name).with_suffix(".html").write_text("<!DOCTYPE html>[]")
         write_report(folder / out.name, {"manifest": MANIFEST, "ddim_steps": 3})
 
 
@@ -44,9 +46,21 @@ def test_a_result_replaces_a_result(out):
     before = out.read_bytes()
     write(out, 200)
     check_out(out, (".mp4",), [])
-    assert out.read_bytes() != before and len(list(out.parent.iterdir())) == 4
+    assert out.read_bytes() != before and len(list(out.parent.iterdir())) == 5
     out.with_suffix(".png").unlink()  # what the user does not want
     check_out(out, (".mp4",), [])
+
+
+def test_a_result_without_a_page_leaves_no_older_page_beside_it(out):
+    check_out(out, (".mp4",), [])
+    write(out, 200, page=False)
+    assert not out.with_suffix(".html").exists() and verify(out)
+    check_out(out, (".mp4",), [])
+    out.with_suffix(".html").write_text("notes on this result")
+    with pytest.raises(
+        ValueError, match=r"would overwrite .*out\.html, which is not the file that out\.json"
+    ):
+        check_out(out, (".mp4",), [])
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -89,7 +103,7 @@ def test_a_result_that_waits_is_moved_before_anything_is_judged(out):
     new = (waiting / "out.mp4").read_bytes()
     check_out(out, (".mp4",), [])
     assert out.read_bytes() == new and verify(out)
-    assert len(list(out.parent.iterdir())) == 4
+    assert len(list(out.parent.iterdir())) == 5
 
 
 # ---- --verify -----------------------------------------------------------------------------------
@@ -155,5 +169,6 @@ finally:
 def test_the_report_says_its_own_hash(out):
     report = json.loads(out.with_suffix(".json").read_text())
     assert (
-        report["files"].keys() == {"out.mp4", "out.png", "out.poses.json"} and len(report["sha256"]) == 64
+        report["files"].keys() == {f"out{ending}" for ending in ENDINGS[:-1]}
+        and len(report["sha256"]) == 64
     )

@@ -67,6 +67,7 @@ def test_no_import_goes_round_in_a_circle():
         ("evaluate", ("train", "sample", "demo", "bench")),
         ("video", ("poses", "posecrafter", "unet", "pictures")),
         ("pictures.sheets", ("poses", "posecrafter", "run", "metrics", "beyond")),
+        ("pictures.pages", ("posecrafter", "run", "metrics", "beyond", "openpose")),
         ("poses.source", ("openpose", "poses.drawn", "poses.maps")),  # JSON poses need none of them
         ("poses.maps", ("openpose",)),
     ],
