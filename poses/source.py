@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from poses.pose import Pose, load_poses, read_canvas, save_poses
-from video import count_frames, read_frames
+from video import count_frames, open_clip, read_frames
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ def read_driver(
         refuse_choice(path, kind, person)
         return Driver(poses[within.start : within.stop], within, total, read_canvas(path) or canvas, None)
 
-    frames, fps = read_frames(path, within)
-    canvas = frames.shape[1:3]
+    frames = open_clip(path, within)
+    canvas, fps = frames.shape[1:3], frames.fps
     if kind != "video":
         # Not at the top: whoever follows JSON, the shortest road, needs neither this nor torch and `openpose`.
         from poses.drawn import is_drawn, read_drawn_clip
 
-        if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
+        if kind == "drawn" or is_drawn(read_frames(path, within[:: max(1, len(within) // 16)])[0]):
             refuse_choice(path, "drawn", person)
-            return Driver(read_drawn_clip(path, frames), within, total, canvas, fps)
+            return Driver(read_drawn_clip(path, read_frames(path, within)[0]), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
