@@ -222,7 +222,9 @@ def find_poses(
     poses = fill_gaps([seen.get(index, Pose()) for index in range(len(frames))])
     whole = range(len(frames)) if whole_bodies is None else whole_bodies
     looked_at = zip(range(max(whole, default=-1) + 1), frames)
-    for index, frame in tqdm(looked_at, "hands and faces", max(whole, default=0), disable=not progress):
+    for index, frame in tqdm(
+        looked_at, "hands and faces", max(whole, default=-1) + 1, disable=not progress
+    ):
         if index in whole:
             poses[index] = add_parts(nets, maps.enlarged(frame), poses[index])
     poses = fill_gaps(poses)

@@ -41,10 +41,10 @@ def levels(path: Path) -> np.ndarray:
 def test_an_uneven_video_is_read_by_its_times_at_its_average_rate(tmp_path, capfd):
     """As phones film; here the second half is half as fast."""
     path = tmp_path / "uneven.mp4"
-    times, fps = np.array([0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16]), 12 / (16.4 / 12)
+    times = np.array([0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16])
     make_video(path, clip(), times / 12)
     shown, rate = levels(path), read_frames(path)[1]
-    assert rate == pytest.approx(fps, rel=0.02) and count_frames(path) == len(shown) == 12
+    assert 8 <= rate <= 9 and count_frames(path) == len(shown) == 12
     stored = np.interp(shown, range(12), times) / 12  # when the frames that are read were shown
     assert np.abs(stored - np.arange(12) / rate).max() < 1 / rate
     said, nothing = capfd.readouterr()
