@@ -36,6 +36,8 @@ class Survey:
 
     height: int  # upright, of square pixels
     width: int
+    turned: bool  # rows are stored as columns
+    flips: tuple[int, ...]  # axes that are then turned round
     fps: float
     picks: Sequence[int]  # for each frame that is read, which of the stored frames it is
     start: float  # seconds in the file's own time at which the first frame is shown
@@ -59,7 +61,8 @@ def _survey(path: Path, *version: int, whole: bool = True) -> Survey:
         check_size(path, stream.height, stream.width)  # before a decoder takes memory for it
         for frame in decode(container, stream, whole, faults):
             if not times:
-                height, width = shown_size(stream, frame)
+                turned, flips = orientation(frame)
+                height, width = shown_size(stream, frame)[:: -1 if turned else 1]
                 check_size(path, height, width)
             times.append(frame.pts)
         if not times:
@@ -85,7 +88,7 @@ def _survey(path: Path, *version: int, whole: bool = True) -> Survey:
     else:
         at = f"they are read by their times, at {fps:g} frames per second, which is their average"
         remarks.append(f"{path}: its frames are not evenly spaced in time; {at}")
-    return Survey(height, width, fps, picks, float(seconds[0]), whole, tuple(remarks))
+    return Survey(height, width, turned, flips, fps, picks, float(seconds[0]), whole, tuple(remarks))
 
 
 def even_out(seconds: np.ndarray, last: float, claimed: float) -> tuple[float, Sequence[int] | None]:
@@ -182,10 +185,12 @@ def read_video(path: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
             rgb = None
             while done < len(indices) and found.picks[indices[done]] == stored:
                 if layout != (layout := (frame.format.name, frame.width, frame.height)):
-                    size = (found.height, found.width)[:: 1 if orientation(frame)[0] else -1]
+                    size = (found.height, found.width)[:: 1 if found.turned else -1]
                     to_rgb = converter(frame, "rgb24", *size)
                 if rgb is None:
-                    rgb = upright(frame, to_rgb(frame).to_ndarray())
+                    rgb = to_rgb(frame).to_ndarray()
+                    rgb = np.flip(rgb.swapaxes(0, 1) if found.turned else rgb, found.flips)
+                    rgb = np.ascontiguousarray(rgb)
                 yield rgb
                 done += 1
             if done == len(indices):
@@ -211,21 +216,17 @@ def converter(frame: av.VideoFrame, pixels: str, width: int, height: int) -> Cal
     return convert
 
 
-def upright(frame: av.VideoFrame, rgb: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) of a decoded frame, turned as its file asks for."""
-    turned, flips = orientation(frame)
-    return np.ascontiguousarray(np.flip(rgb.swapaxes(0, 1) if turned else rgb, flips))
-
-
 def shown_size(stream, frame: av.VideoFrame) -> tuple[int, int]:
-    """The height and width of a frame, upright and in square pixels."""
+    """The height and width of a stored frame in square pixels."""
     aspect = float(stream.sample_aspect_ratio or 1)  # of a pixel, width over height
-    height, width = round(frame.height / min(aspect, 1)), round(frame.width * max(aspect, 1))
-    return (width, height) if orientation(frame)[0] else (height, width)
+    return round(frame.height / min(aspect, 1)), round(frame.width * max(aspect, 1))
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, tuple[int, ...]]:
-    """How a stored frame becomes upright: whether its axes are exchanged, and which are then turned round."""
+    """How a stored frame becomes upright: whether its axes are exchanged, and which are then turned round.
+
+    For one frame of a video: PyAV frees a frame that was asked for its side data late, when garbage is collected.
+    """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, ()
