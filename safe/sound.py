@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -60,24 +61,23 @@ def copied(container, stream) -> Iterator[av.Packet]:
 
 
 def encoded(frames: Iterator[av.AudioFrame], stream) -> Iterator[av.Packet]:
-    for frame in frames:
-        yield from stream.encode(frame)
-    yield from stream.encode()
+    for frame in chain(frames, [None]):  # the last for what the encoder still holds
+        yield from (packet for packet in stream.encode(frame) if packet.dts is not None)
 
 
 def cut_sound(container, start: float, seconds: float) -> Iterator[av.AudioFrame]:
     """The first sound track of a file between two moments of its own time, stereo, with times from 0 on."""
     graph, stream = av.filter.Graph(), container.streams.audio[0]
-    chain = [
+    filters = [
         ("aformat", f"sample_rates={RATE}:sample_fmts=fltp:channel_layouts=stereo"),
         # Silence where the sound starts late or has gaps; what comes too early is left out.
         ("aresample", f"async=1:min_hard_comp=0.01:first_pts={round(start * RATE)}"),
-        ("asetpts", "PTS-STARTPTS"),
+        ("asetpts", "N/SR/TB"),
         ("apad", f"whole_dur={seconds:.6f}"),
         ("atrim", f"end={seconds:.6f}"),
         ("abuffersink", ""),
     ]
-    nodes = [graph.add_abuffer(template=stream), *(graph.add(name, options) for name, options in chain)]
+    nodes = [graph.add_abuffer(template=stream), *(graph.add(name, options) for name, options in filters)]
     graph.link_nodes(*nodes).configure()
     with suppress(av.error.EOFError):  # all is there
         for packet in container.demux(stream):

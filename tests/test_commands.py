@@ -343,7 +343,7 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
     [
         ("train.py", ["clip.mp4", "--poses", "clip.json"], "poses.source.read_driver"),
         ("sample.py", ["--poses", "clip.json", "--run", "runs/any"], "run.load_run"),
-        ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
+        ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.open_clip"),
         ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),
         ("checkpoint.py", ["--download"], "public.hub.try_to_load_from_cache"),
         ("demo/dance.py", ["--run", "runs/stopped"], "demo.scene.rendered"),
