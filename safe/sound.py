@@ -49,7 +49,11 @@ def add_sound(path: str | Path, source: str | Path, start: float, seconds: float
                 streams = copied(silent, pictures), encoded(samples, sound)
                 for packet in heapq.merge(*streams, key=lambda packet: packet.dts * packet.time_base):
                     out.mux(packet)
-        except (av.FFmpegError, IndexError) as error:
+        except (
+            av.FFmpegError,
+            IndexError,
+            ValueError,
+        ) as error:  # the latter for headers that make no sense
             raise OSError(f"{source}: its sound could not be copied ({error})") from None
 
 
