@@ -15,6 +15,8 @@ if __name__ == "__main__":
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from public.hub import public_files
 from public.places import model_path
 from safe.arguments import DEVICE
 from safe.devices import choose_device
-from video import IMAGES, read_frames, save_image, write_video
+from video import IMAGES, Clip, open_clip, save_image, write_video
 
 # ---- The networks -------------------------------------------------------------------------------
 
@@ -166,14 +168,16 @@ AT_ONCE = 16  # frames: the body network sees them small, so that many need half
 
 
 @torch.inference_mode()
-def detect_bodies(nets: OpenPose, frames: np.ndarray, progress: bool = False) -> list[list[Pose]]:
+def detect_bodies(nets: OpenPose, frames: np.ndarray | Clip, progress: bool = False) -> list[list[Pose]]:
     """Frames uint8 RGB (F, H, W, 3) -> the bodies in each, in canvas-normalised coordinates."""
     height, width = frames.shape[1:3]
     device = next(nets.body.parameters()).device
-    people = []
-    for start in trange(0, len(frames), AT_ONCE, desc="bodies", unit="batch", disable=not progress):
-        images = torch.tensor(frames[start : start + AT_ONCE], device=device)
-        pafs, heatmaps = nets.body(maps.body_input(images))
+    people, coming = [], iter(frames)
+    for _ in trange(0, len(frames), AT_ONCE, desc="bodies", unit="batch", disable=not progress):
+        small = [
+            maps.body_input(torch.tensor(frame[None], device=device)) for frame in islice(coming, AT_ONCE)
+        ]
+        pafs, heatmaps = nets.body(torch.cat(small))
         for of_frame in zip(heatmaps, pafs):
             bodies = maps.decode_bodies(*of_frame, height, width)
             people.append([Pose(np.float32(body / (width, height, 1))) for body in bodies])
@@ -201,7 +205,7 @@ def add_parts(nets: OpenPose, frame: np.ndarray, pose: Pose) -> Pose:
 
 def find_poses(
     nets: OpenPose,
-    frames: np.ndarray,
+    frames: np.ndarray | Clip,
     person: int = 1,
     whole_bodies: Sequence[int] | None = None,
     smooth: bool = False,
@@ -219,17 +223,26 @@ def find_poses(
         raise ValueError(f"no person in any of the {len(frames)} frames; {few}")
     poses = fill_gaps(follow_one(people, frames.shape[2] / frames.shape[1], person))
     whole = range(len(frames)) if whole_bodies is None else whole_bodies
-    for index in tqdm(whole, desc="hands and faces", unit="frame", disable=not progress):
-        poses[index] = add_parts(nets, maps.enlarged(frames[index]), poses[index])
+    looked_at = zip(range(max(whole, default=-1) + 1), frames)
+    for index, frame in tqdm(
+        looked_at, "hands and faces", max(whole, default=-1) + 1, disable=not progress
+    ):
+        if index in whole:
+            poses[index] = add_parts(nets, maps.enlarged(frame), poses[index])
     poses = fill_gaps(poses)
     return smooth_poses(poses) if smooth else poses
 
 
-def find_in_footage(path: Path, frames: np.ndarray, model: str, device: str, *choices) -> list[Pose]:
+def find_in_footage(path: Path, clip: Clip, model: str, device: str, *choices) -> list[Pose]:
     """`find_poses` with the networks of `model`, where `choose_device` says. Errors name the clip's `path`."""
     nets = load_openpose(model, choose_device(device))
+    from poses.waiting import announce
+
+    _, whole, *_ = choices
+    number = len(clip if whole is None else whole)
+    announce(path, clip, number, partial(detect_bodies, nets), partial(add_parts, nets))
     try:
-        return find_poses(nets, frames, *choices, progress=True)
+        return find_poses(nets, clip, *choices, progress=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -268,14 +281,14 @@ def main(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
     if not args.out and out.exists():  # perhaps a run's own poses, or edited by hand
         raise FileExistsError(f"{out}: exists; give it as --out to replace it, or another name")
-    frames, fps = read_frames(args.clip)
+    frames = open_clip(args.clip)
     choices = args.person, [] if args.body_only else None, args.smooth
     poses = find_in_footage(args.clip, frames, args.model, args.device, *choices)
     save_poses(out, poses, *frames.shape[2:0:-1])
     if is_image:
-        save_image(preview, overlay(frames[0], poses[0]))
+        save_image(preview, overlay(next(iter(frames)), poses[0]))
     else:
-        write_video(preview, map(overlay, frames, poses), fps)
+        write_video(preview, map(overlay, frames, poses), frames.fps)
     print(f"{out}: {len(poses)} frames, preview in {preview.name}")
     if missing := absences(poses):
         print(f"no person in frames {missing}: leave them out with --range, or see who --person 2 is")

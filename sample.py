@@ -168,11 +168,13 @@ def write_result(
     with replacing_set(out, (out.suffix, *BESIDE)) as folder:
         place = folder / out.name
         write_video(place, kept(), fps, comment(manifest))
-        # At another speed the sound would run away from the movements.
-        sound = fps == driver.fps and not args.no_audio and has_sound(args.poses)
+        sound = bool(driver.fps) and not args.no_audio and has_sound(args.poses)
+        if sound and not math.isclose(fps, driver.fps, rel_tol=1e-3):
+            sound = False
+            print(f"{out}: without sound, which would not fit the movements at --fps {fps:g}")
         if sound:
             try:
-                add_sound(place, args.poses, driver.within.start / fps, len(frames) / fps)
+                add_sound(place, args.poses, driver.within.start / driver.fps, len(frames) / fps)
             except OSError as error:  # which is no reason to leave the rest unwritten
                 sound = False
                 print(f"{out}: without sound: {error}")

@@ -45,7 +45,7 @@ from safe.provenance import VERSION
 from safe.room import require_memory_for_frames, require_space_for_training
 from safe.settings import LAYOUT, hash_inputs
 from safe.tensors import load_state, not_finite
-from video import count_frames, fit, fit_frame, read_frames
+from video import Clip, fit, fit_frame, open_clip
 
 BATCH = 8  # frames per training step, in order (the paper's "minimal batch size")
 SAVE_EVERY = 120  # seconds between the checkpoints of a long run
@@ -64,15 +64,15 @@ def choose_frames(args: argparse.Namespace, count: int) -> list[int]:
     return uniform_frames(usable, args.frames)
 
 
-def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndarray, list[Pose], dict]:
-    """The training frames uint8 (N, H, W, 3), their poses, and as settings their indices and frame rate.
+def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[Clip, list[Pose]]:
+    """The training frames, which are read when they are needed, and their poses.
 
     Without `--poses` they are found in the clip itself, and kept in the folder `cache`. Raises ValueError for too
     few frames, for the poses of another clip, and for a chosen frame without a person.
     """
-    clip, source, count = args.clip, args.poses or args.clip, count_frames(args.clip)
-    first = choose_frames(args, count)[:1]  # before poses are looked for, which takes long
-    height, width = read_frames(clip, first)[0].shape[1:3]
+    clip, source = args.clip, args.poses or args.clip
+    count, height, width, _ = open_clip(clip).shape
+    choose_frames(args, count)  # before poses are looked for, which takes long
     kind, whole = (args.poses_are, None) if args.poses else ("video", args.frames)
     looking, size = (args.model, args.device, cache, args.person), (height, width)
     driver = read_driver(source, kind, args.range, *looking, whole_bodies=whole, canvas=size, length=count)
@@ -85,8 +85,7 @@ def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[np.ndar
     if empty := [index for index, pose in zip(indices, poses) if not has_person(pose)]:
         advice = "choose another --range or --frames"
         raise ValueError(f"{clip}: no person in frame {empty[0]} (of its poses); {advice}")
-    images, fps = read_frames(clip, indices)
-    return images, poses, {"frames": indices, "fps": fps}
+    return open_clip(clip, indices), poses
 
 
 @torch.no_grad()
@@ -235,13 +234,15 @@ def train(
 
 
 def settings_of(
-    args: argparse.Namespace, model: Model, frames: np.ndarray, poses: list[Pose], clip: dict
+    args: argparse.Namespace, model: Model, frames: np.ndarray, poses: list[Pose], clip: Clip
 ) -> dict:
-    """Everything that a run depends on, as `settings.json` has it; clip: see `read_training_frames`."""
+    """Everything that a run depends on, as `settings.json` has it; `frames` are those of the clip, on canvas."""
     height, width = frames.shape[1:3]
     paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
     options = {name: getattr(args, name) for name in ("poses_are", "person", "model", "prompt", "seed")}
     settings = {
+        "frames": clip.indices,
+        "fps": clip.fps,
         "version": VERSION,
         "layout": LAYOUT,
         "loras": remember_loras(args.lora),
@@ -253,7 +254,7 @@ def settings_of(
         # Other frames, or poses that were corrected, make another run.
         "inputs": hash_inputs(frames, poses_text(poses, width, height).encode()),
     }
-    return {name: path and str(path) for name, path in paths.items()} | options | clip | settings
+    return {name: path and str(path) for name, path in paths.items()} | options | settings
 
 
 def main(args: argparse.Namespace) -> None:
@@ -267,15 +268,15 @@ def main(args: argparse.Namespace) -> None:
 def make_run(args: argparse.Namespace, folder: Path) -> None:
     refuse_finished(folder)
     remember_loras(args.lora)  # here, before poses are looked for, a missing file is told
-    images, poses, clip = read_training_frames(args, folder / "poses")
+    clip, poses = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(args.device, training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype, args.lora)
     # What the UNet's coarsest level can hold: for SD 1.5, multiples of 64 pixels.
     multiple = model.vae.config.factor * 2 ** (len(model.unet.config.widths) - 1)
-    placing = fit(*images.shape[1:3], args.size or model.size, multiple)
+    placing = fit(*clip.shape[1:3], args.size or model.size, multiple)
     height, width = placing.height, placing.width
-    require_memory_for_frames(model, device, dtype, (len(images), height, width))
-    frames = np.stack([fit_frame(image, placing) for image in images])
+    require_memory_for_frames(model, device, dtype, (len(clip), height, width))
+    frames = np.stack([fit_frame(image, placing) for image in clip])
     poses = [place_pose(pose, *placing.placement) for pose in poses]
     settings = settings_of(args, model, frames, poses, clip)
     steps, rate = settings["steps"], settings["learning_rate"]

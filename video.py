@@ -1,69 +1,96 @@
 """Frames in and out: read from video and images, fitted to a canvas, written."""
 
-import logging
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
+from safe.encoding import write_h264
 from safe.files import replacing
-from safe.footage import check_aspect, read_image, survey
+from safe.footage import read_image, read_video, survey
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS_WRITTEN = (".mp4", ".mov")
-# By default ffmpeg rounds down and repeats colour samples between YUV and RGB: a frame that is written and read
-# would come back one grey level darker, with coloured edges off by many.
-EXACT_COLOUR = "bicubic+accurate_rnd+full_chroma_int"
 
 
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple[np.ndarray, float]:
-    """The frames of a video, a folder of images (in the order of their numbers) or one image.
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video or of images that are read anew, one at a time, whenever they are iterated over."""
 
-    Returns uint8 RGB (F, H, W, 3), the frames at `indices` in that order or all of them, and the frames per second
-    (24 for images, and for videos that do not say). Transparency is laid over black. Only the frames asked for are
-    held in memory, and none after them is decoded. Raises FileNotFoundError, OSError for what cannot be decoded,
-    and ValueError for an index outside the clip, images of different sizes or far longer one way than the other.
+    path: Path
+    indices: Sequence[int]  # ascending
+    shape: tuple[int, int, int, int]  # (F, H, W, 3), as the array of all frames would have
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The frames, uint8 RGB (H, W, 3). Raises OSError, and ValueError for an image of another size."""
+        files = _images(self.path)
+        if files is None:
+            yield from read_video(self.path, self.indices)
+            return
+        for index in self.indices:
+            frame = read_image(files[index])
+            if frame.shape != self.shape[1:]:
+                first = f"{files[0].name} has {self.shape[2]}x{self.shape[1]}"
+                differs = f"{frame.shape[1]}x{frame.shape[0]} pixels, but {first}"
+                raise ValueError(f"{files[index]}: {differs}: the frames of a clip need one size")
+            yield frame
+
+
+def open_clip(path: str | Path, indices: Sequence[int] | None = None) -> Clip:
+    """The frames at ascending `indices`, or all, of a video, a folder of images (by their numbers) or one image.
+
+    Videos are read upright, in square pixels and at an even rate. Images have 24 frames per second, and are black
+    where they are transparent. Prints a line for a video that is cut off or uneven in time.
+    Raises FileNotFoundError, OSError for what cannot be decoded, and ValueError for an index outside the clip and
+    for frames that are too large or far longer one way than the other.
     """
     path = Path(path)
-    files = _images(path)
-    if files is None:
-        if indices is None:
-            count_frames(path)  # which says what is wrong with it
-        return _read_video(path, indices)
-    if indices is not None:
-        _check_indices(path, indices, len(files))
-        files = [files[index] for index in indices]
-    frames = [read_image(file) for file in files]
-    sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames]
-    for file, size in zip(files, sizes):
-        if size != sizes[0]:
-            differs = f"{size} pixels, but {files[0].name} has {sizes[0]}"
-            raise ValueError(f"{file}: {differs}: the frames of a clip need one size")
-    return np.stack(frames), 24.0
+    if files := _images(path):
+        count, (height, width), fps = len(files), read_image(files[0]).shape[:2], 24.0
+    else:
+        found = survey(path)
+        for remark in found.remarks:
+            print_once(remark)
+        count, height, width, fps = len(found.picks), found.height, found.width, found.fps
+    indices = range(count) if indices is None else indices
+    for index in indices:
+        if not 0 <= index < count:
+            raise ValueError(f"{path}: has {count} frames (0 to {count - 1}), so no frame {index}")
+    return Clip(path, indices, (len(indices), height, width, 3), fps)
+
+
+def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple[np.ndarray, float]:
+    """Frames as one array, uint8 RGB (F, H, W, 3), at `indices` in any order or all, and frames per second.
+
+    Raises what `open_clip` and `Clip` raise, and MemoryError for more frames than there is memory for.
+    """
+    clip = open_clip(path, None if indices is None else sorted(set(indices)))
+    indices = clip.indices if indices is None else indices
+    # Not at the top: it imports torch, which takes seconds.
+    from safe.room import require_memory_for_footage
+
+    require_memory_for_footage(clip.path, shape := (len(indices), *clip.shape[1:]))
+    frames = np.empty(shape, np.uint8)
+    for index, frame in zip(clip.indices, clip):
+        frames[np.equal(indices, index)] = frame
+    return frames, clip.fps
 
 
 def count_frames(path: str | Path) -> int:
-    """How many frames `read_frames` would read. Raises FileNotFoundError and OSError as it does.
-
-    Prints a line for a video that is cut off or uneven in time.
-    """
-    path = Path(path)
-    if (files := _images(path)) is not None:
-        return len(files)
-    found = survey(path)
-    for remark in found.remarks:
-        print_once(remark)
-    return found.count
+    """How many frames `read_frames` would read. Raises and prints what `open_clip` does."""
+    return len(open_clip(path))
 
 
 print_once = cache(print)
@@ -80,42 +107,6 @@ def _images(path: Path) -> list[Path] | None:
     if not files:
         raise FileNotFoundError(f"{path}: no images ({', '.join(IMAGES)}) in this folder")
     return files
-
-
-def _read_video(path: Path, indices: Sequence[int] | None) -> tuple[np.ndarray, float]:
-    frames, count, missing = [], 0, set(() if indices is None else indices)
-    # Every stored frame once, also where they are not evenly spaced in time, as phones film.
-    exactly = ["-sws_flags", EXACT_COLOUR, "-fps_mode", "passthrough"]
-    logging.getLogger("imageio_ffmpeg").disabled = True  # it would warn of videos that are to be turned
-    try:
-        # ffmpeg would take what stands before a colon in a relative path for a protocol.
-        with closing(imageio_ffmpeg.read_frames(path.resolve(), output_params=exactly)) as reader:
-            about = next(reader)
-            check_aspect(path, *about["size"])
-            shape = (*about["size"][::-1], 3)
-            if indices is not None:
-                frames = np.empty((len(indices), *shape), np.uint8)
-            for count, pixels in enumerate(reader, start=1):
-                frame = np.frombuffer(pixels, np.uint8).reshape(shape)
-                if indices is None:
-                    frames.append(frame)
-                elif count - 1 in missing:
-                    frames[np.equal(indices, count - 1)] = frame
-                    missing.remove(count - 1)
-                    if not missing:
-                        break
-    except (OSError, RuntimeError, KeyError):
-        raise OSError(f"{path}: not a readable video") from None
-    if not count:
-        raise OSError(f"{path}: a video without frames")
-    _check_indices(path, sorted(missing), count)
-    return np.asarray(frames), float(about["fps"]) or 24.0  # some streams do not say
-
-
-def _check_indices(path: Path, indices: Sequence[int], count: int) -> None:
-    for index in indices:
-        if not 0 <= index < count:
-            raise ValueError(f"{path}: has {count} frames (0 to {count - 1}), so no frame {index}")
 
 
 def by_number(path: Path) -> list:
@@ -186,39 +177,15 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, comm
     if (first := next(frames, None)) is None:
         raise ValueError(f"{path}: no frames to write")
 
-    (height, width), written, arrived = first.shape[:2], 0, 0
-    colour = f"scale=out_color_matrix=bt709:flags={EXACT_COLOUR}"
+    def checked() -> Iterator[np.ndarray]:
+        for frame in chain([first], frames):
+            if frame.shape != (*first.shape[:2], 3) or frame.dtype != np.uint8:
+                wanted = f"uint8 {(*first.shape[:2], 3)}"
+                raise ValueError(f"{path}: frames must be {wanted}, not {frame.dtype} {frame.shape}")
+            yield frame
+
     with replacing(path) as unfinished:
-        writer = imageio_ffmpeg.write_frames(
-            unfinished,
-            (width + width % 2, height + height % 2),
-            fps=fps,
-            codec="libx264",
-            quality=None,
-            macro_block_size=1,
-            ffmpeg_log_level="quiet",  # it writes to the screen
-            # The colour matrix is named in the file, because players guess it otherwise.
-            output_params=["-crf", "16", "-movflags", "+faststart", "-vf", colour]
-            + ["-metadata", f"comment={comment}"],
-        )
-        with closing(writer):
-            writer.send(None)  # which starts ffmpeg
-            for frame in chain([first], frames):
-                if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
-                    wanted = f"uint8 ({height}, {width}, 3)"
-                    raise ValueError(f"{path}: frames must be {wanted}, not {frame.dtype} {frame.shape}")
-                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                try:
-                    writer.send(even)
-                except OSError:
-                    raise OSError(
-                        f"{path}: could not be written: ffmpeg stopped; is the disk full?"
-                    ) from None
-                written += 1
-        with suppress(OSError):  # ffmpeg says nothing when the disk fills up as it closes the file
-            arrived = survey(unfinished).count
-        if arrived != written:
-            raise OSError(f"{path}: could not be written whole; is the disk full?")
+        write_h264(unfinished, checked(), fps, comment)
 
 
 def save_image(path: str | Path, image: Image.Image | np.ndarray, **options) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from poses.pose import Pose, load_poses, save_poses
-from video import count_frames, read_frames
+from video import count_frames, open_clip, read_frames
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def read_driver(
 
     total = count_frames(path)
     within = check_range(path, within, total, length)
-    frames, fps = read_frames(path, within)
-    canvas = frames.shape[1:3]
+    clip = open_clip(path, within)
+    canvas, fps = clip.shape[1:3], clip.fps
     if kind != "video":
         from poses.drawn import is_drawn, read_drawn_clip
 
-        if kind == "drawn" or is_drawn(frames[:: max(1, len(frames) // 16)]):
-            people = [[pose] for pose in read_drawn_clip(path, frames)]
+        if kind == "drawn" or is_drawn(read_frames(path, within[:: max(1, len(within) // 16)])[0]):
+            people = [[pose] for pose in read_drawn_clip(path, read_frames(path, within)[0])]
             return Driver(follow(path, people, canvas, person), within, total, canvas, fps)
 
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
@@ -76,8 +76,8 @@ def read_driver(
         return Driver(load_poses(found), within, total, canvas, fps)
     from openpose import find_in_footage
 
-    whole = uniform_frames(range(len(frames)), whole_bodies or len(frames))
-    poses = find_in_footage(path, frames, model, device, person, whole, smooth)
+    whole = uniform_frames(range(len(clip)), whole_bodies or len(clip))
+    poses = find_in_footage(path, clip, model, device, person, whole, smooth)
     if found:
         cache.mkdir(parents=True, exist_ok=True)
         save_poses(found, poses, canvas[1], canvas[0])

@@ -1,11 +1,16 @@
 """The public files: which there are, where they lie on this machine, and how they are fetched."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+
+PATIENCE = 4  # seconds
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,30 @@ def public_files(parts: Iterable[str], half: bool) -> dict[str, Path]:
     Raises OSError, in one line that names all the files still missing, when there is no connection.
     """
     wanted = {part: choices(part, half) for part in parts}
-    try:
-        return {part: files[0].cached() or download(files) for part, files in wanted.items()}
-    except LocalEntryNotFoundError:
-        missing = [files[0] for files in wanted.values() if not files[0].cached()]
-        raise OSError(
-            f"no connection to {constants.ENDPOINT}, and not downloaded yet: {', '.join(map(str, missing))} "
-            f"({size_of(missing)}, to be cached in {constants.HF_HUB_CACHE}); fetch them with `python "
-            "checkpoint.py --download` where there is a connection, and copy that folder here; `--model demo` "
-            "works without"
-        ) from None
+    with suppress(LocalEntryNotFoundError):
+        if all(files[0].cached() for files in wanted.values()) or hub_answers():
+            return {part: files[0].cached() or download(files) for part, files in wanted.items()}
+    missing = [files[0] for files in wanted.values() if not files[0].cached()]
+    raise OSError(
+        f"no connection to {constants.ENDPOINT}, and not downloaded yet: {', '.join(map(str, missing))} "
+        f"({size_of(missing)}, to be cached in {constants.HF_HUB_CACHE}); fetch them with `python "
+        "checkpoint.py --download` where there is a connection, and copy that folder here; `--model demo` "
+        "works without"
+    )
+
+
+def hub_answers() -> bool:
+    """Whether the hub answers at all, in `PATIENCE` seconds: a download would try for up to 100."""
+    answers = []
+
+    def ask() -> None:
+        with suppress(OSError, RuntimeError, HTTPError):
+            answers.append(get_session().head(constants.ENDPOINT, timeout=PATIENCE))
+
+    asking = Thread(target=ask, daemon=True)  # looking up a name has no timeout of its own
+    asking.start()
+    asking.join(PATIENCE)
+    return bool(answers)
 
 
 def download(files: list[PublicFile]) -> Path:

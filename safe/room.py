@@ -49,3 +49,15 @@ def require_space_for_training(checkpoint: Path, trained: Iterable[Tensor], fram
     # Each trained number and its two moments, in float32; the next checkpoint is written beside the last.
     state = 3 * 4 * sum(tensor.numel() for tensor in trained)
     require_space(checkpoint.parent, (1 if checkpoint.exists() else 2) * state + 2 * frames.nbytes)
+
+
+def require_memory_for_footage(path: Path, shape: tuple) -> None:
+    """Raises MemoryError where frames of this shape, (F, H, W, 3) in uint8, cannot be read with what is free."""
+    number, height, width, _ = shape
+    # While it decodes, libav holds four frames at the least, most in 1.5 bytes a pixel.
+    needed = height * width * (3 * number + 4 * 1.5)
+    if needed > (free := free_memory(torch.device("cpu"))):
+        sizes = f"at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free"
+        raise MemoryError(
+            f"{path}: {number} frames of {width}x{height} need {sizes}; give a shorter --range"
+        )

@@ -14,6 +14,7 @@ import pickle
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -1127,6 +1128,25 @@ def test_without_a_connection_the_error_says_what_is_missing_and_what_to_do(hub,
     assert "sd-vae-ft-mse" not in error and "vocab" not in error
     assert "2.69 GB" in error and str(tmp_path / "hub") in error
     assert "python checkpoint.py --download" in error and "--model demo" in error
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_hub_that_does_not_answer_is_told_soon(monkeypatch, tmp_path, silent):
+    """Where a firewall drops what is sent, and where nothing listens; the client alone would try for long."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    if not silent:
+        listening.close()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    started = time.monotonic()
+    with pytest.raises(
+        OSError, match=r"no connection to .*not downloaded yet: \S*hand_pose_model.pth \("
+    ) as error:
+        public_files(["hand"], half=False)
+    assert time.monotonic() - started < 5 and "\n" not in str(error.value)
+    listening.close()
 
 
 def run_checkpoint(*args: str, **environment: str) -> subprocess.CompletedProcess:

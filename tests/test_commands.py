@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from footage import RATE, make_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -37,7 +37,7 @@ from poses.pose import Pose, load_poses, save_poses
 from run import name_of
 from safe.provenance import SOURCE_TYPE, SYNTHETIC, VERSION, file_hash, read_manifest
 from safe.results import BESIDE, check_out
-from safe.sound import add_sound, has_sound
+from safe.sound import has_sound
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from video import read_frames, save_image, write_video
@@ -352,7 +352,7 @@ def test_the_newest_run_is_the_default_and_images_are_a_clip_too(workplace, trai
     [
         ("train.py", ["clip.mp4", "--poses", "clip.json"], "poses.source.read_driver"),
         ("sample.py", ["--poses", "clip.json", "--run", "runs/any"], "run.load_run"),
-        ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.read_frames"),
+        ("openpose.py", ["clip.mp4", "--out", "found.json"], "video.open_clip"),
         ("evaluate.py", ["clip.mp4", "--truth", "clip.mp4"], "video.read_frames"),
         ("checkpoint.py", ["--download"], "public.hub.try_to_load_from_cache"),
         ("demo/dance.py", ["--run", "runs/stopped"], "demo.scene.rendered"),
@@ -409,7 +409,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(workplace, t
     assert len(set(logs)) == 1
 
 
-def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, trained, monkeypatch):
+def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, trained, monkeypatch, capsys):
     frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=12, size=SIZE)
     looked_at = []
 
@@ -426,10 +426,8 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, train
     found = load_poses(workplace / "runs" / "pixels" / "frames.poses.json")
     assert all(np.abs(a.body - b.body).max() < 1e-4 for a, b in zip(given, found, strict=True))
 
-    write_video(workplace / "loud.mp4", frames[:6], 8)
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-f", "lavfi", "-i", "sine", "-t", "1"]
-    subprocess.run([*ffmpeg, workplace / "tone.wav"], check=True, capture_output=True)
-    add_sound(workplace / "loud.mp4", workplace / "tone.wav", 0, 1)
+    tone = np.sin(np.arange(RATE) / 17)
+    make_video(workplace / "loud.mp4", frames[:6], np.arange(6) / 8, tone)
     command = ("sample.py", "--poses", "loud.mp4", "--run", "runs/pixels", "--ddim-steps", 3)
     command += ("--person", 3, "--smooth")
     main(workplace, *command, "--out", "loud_result.mp4")
@@ -439,6 +437,12 @@ def test_poses_are_found_in_pixels_and_footage_brings_its_sound(workplace, train
     assert not has_sound(workplace / "silent_result.mp4")
     assert read_frames(workplace / "loud_result.mp4")[1] == 8, "the driver's speed, not the clip's"
     assert "--canvas is for JSON" in refusal(workplace, *command, "--canvas", "64x64")
+    capsys.readouterr()
+    for fps, kept in (("8.001", True), ("12", False)):
+        main(workplace, *command, "--out", "paced.mp4", "--fps", fps)
+        assert has_sound(workplace / "paced.mp4") == kept
+        said = "without sound, which would not fit the movements at --fps" in capsys.readouterr().out
+        assert said != kept
 
     def fail(*_):
         raise OSError("loud.mp4: its sound could not be copied (no reason given)")
@@ -662,10 +666,7 @@ def test_exiftool_finds_the_marks_of_a_result_with_sound(workplace, trained, mon
     frames, poses, _ = clip(identity_seed=1, motion_seed=2, frames=6, size=SIZE)
     monkeypatch.setattr("openpose.load_openpose", lambda name, device: None)
     monkeypatch.setattr("openpose.find_poses", lambda nets, frames, *_, **__: poses[: len(frames)])
-    write_video(workplace / "sounding.mp4", frames, 8)
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "lavfi", "-i", "sine", "-t", "1"]
-    subprocess.run([*ffmpeg, workplace / "tone.wav"], check=True, capture_output=True)
-    add_sound(workplace / "sounding.mp4", workplace / "tone.wav", 0, 1)
+    make_video(workplace / "sounding.mp4", frames, np.arange(6) / 8, np.sin(np.arange(RATE) / 17))
     command = ("sample.py", "--poses", "sounding.mp4", "--run", "runs/first", "--ddim-steps", 3)
     main(workplace, *command, "--out", "sounding_result.mp4")
     result = workplace / "sounding_result.mp4"
@@ -728,9 +729,7 @@ def test_twenty_kills_leave_whole_results(workplace, trained):
         assert read_manifest(folder / "out.mp4") == read_manifest(folder / "out.png") == report["manifest"]
         outcomes.add(report["seed"] == kill + 1)
     assert shell(workplace, *command).returncode == 0
-    time.sleep(1)  # for an orphaned ffmpeg, if there is one
-    left = {f"out{ending}" for ending in (".mp4", *BESIDE)}
-    assert {path.name for path in folder.iterdir()} == left
+    assert {path.name for path in folder.iterdir()} == {f"out{ending}" for ending in (".mp4", *BESIDE)}
     print(f"new results after a kill: {sorted(outcomes)}")
 
 
