@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from poses.pose import Pose, load_poses, save_poses
-from video import count_frames, open_clip, read_frames
+from video import Clip, count_frames, open_clip, read_frames
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,27 @@ def read_driver(
             people = [[pose] for pose in read_drawn_clip(path, read_frames(path, within)[0])]
             return Driver(follow(path, people, canvas, person), within, total, canvas, fps)
 
+    options = model, device, person, smooth, whole_bodies
+    if cache is None:
+        return Driver(look_for(path, clip, *options), within, total, canvas, fps)
     asked = (fingerprint(path), str(within), model, person, smooth, whole_bodies)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
-    found = cache and cache / f"{path.stem}.{digest}.poses.json"
-    if found and found.exists():
-        return Driver(load_poses(found), within, total, canvas, fps)
+    found = cache / f"{path.stem}.{digest}.poses.json"
+    if not found.exists():
+        poses = look_for(path, clip, *options)
+        cache.mkdir(parents=True, exist_ok=True)
+        save_poses(found, poses, canvas[1], canvas[0])
+    return Driver(load_poses(found), within, total, canvas, fps)  # rounded, as the next run will read them
+
+
+def look_for(
+    path: Path, clip: Clip, model: str, device: str, person: int, smooth: bool, whole_bodies: int | None
+) -> list[Pose]:
+    """One person's poses in footage; the options are `read_driver`'s."""
     from openpose import find_in_footage
 
     whole = uniform_frames(range(len(clip)), whole_bodies or len(clip))
-    poses = find_in_footage(path, clip, model, device, person, whole, smooth)
-    if found:
-        cache.mkdir(parents=True, exist_ok=True)
-        save_poses(found, poses, canvas[1], canvas[0])
-        poses = load_poses(found)  # rounded, as the next run will read them
-    return Driver(poses, within, total, canvas, fps)
+    return find_in_footage(path, clip, model, device, person, whole, smooth)
 
 
 def check_range(path: Path, within: range | None, total: int, length: int | None) -> range:
