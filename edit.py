@@ -1,0 +1,260 @@
+"""Edits poses by hand, in a page of your browser: `python edit.py dance.poses.json`.
+
+Serves `editor.html` to this computer alone, with the poses, and pictures behind them. Saving replaces only the
+numbers that were edited, in the file that was opened. The page also works without this, opened from the disk.
+"""
+
+import argparse
+import io
+import json
+import secrets
+import subprocess
+import tempfile
+import threading
+import webbrowser
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import imageio_ffmpeg
+from PIL import Image
+
+from poses.pose import Pose, load_poses, place_pose, pose_distance, read_canvas
+from safe.arguments import parse_canvas, path, whole
+from safe.files import replacing
+from safe.footage import read_image
+from safe.process import run_command
+from video import IMAGES, VIDEOS_WRITTEN, by_number, count_frames, cover
+
+PAGE = Path(__file__).with_name("editor.html")
+LARGEST = 32_000_000  # bytes of poses that a page is given: 10,000 frames
+WIDEST = 1280  # pixels of the pictures behind the poses
+# The page needs nothing from anywhere else, and must not be shown within another one.
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",  # the address holds the token
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Refused(ValueError):
+    """What the page asked for and does not get, in words that it shows."""
+
+
+@dataclass
+class Session:
+    """What is edited, and the only files that are ever written."""
+
+    files: list[Path]
+    canvas: tuple[int, int] | None  # (height, width)
+    pictures: list[Path]
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    contents: list[bytes] = field(default_factory=list)  # as they were read or saved last
+    saving: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self) -> dict:
+        """What the page begins with: the text of each file, the canvas, and the number of pictures."""
+        self.contents = [file.read_bytes() for file in self.files]
+        if (size := sum(map(len, self.contents))) > LARGEST:
+            raise ValueError(
+                f"{self.files[0]}: {size / 1e6:.0f} MB of poses are too many for a page; cut them"
+            )
+        files = [
+            {"name": file.name, "text": text}
+            for file, text in zip(self.files, map(decode, self.files, self.contents))
+        ]
+        return {"files": files, "canvas": self.canvas and self.canvas[::-1], "pictures": len(self.pictures)}
+
+    def picture(self, frame: int) -> bytes:
+        """The picture behind a frame, as a JPEG."""
+        image, written = Image.fromarray(read_image(self.pictures[frame])), io.BytesIO()
+        image.thumbnail((WIDEST, WIDEST))
+        image.save(written, "JPEG", quality=88)
+        return written.getvalue()
+
+    def save(self, index: int, content: bytes) -> None:
+        """Replaces a file. Raises Refused for what is no poses, and for a file that something else has changed."""
+        file = self.files[index]
+        with self.saving:
+            if file.read_bytes() != self.contents[index]:
+                raise Refused(f"{file.name} has changed since it was opened here: download your copy")
+            with replacing(file) as unfinished:
+                unfinished.write_bytes(content)
+                frames = len(read_poses(file, self.canvas))
+                try:
+                    found = len(read_poses(unfinished, self.canvas))
+                except (OSError, ValueError) as error:
+                    raise Refused(str(error).replace(str(unfinished), file.name)) from None
+                if found != frames:
+                    raise Refused(f"{file.name} has {frames} frames, and what was to be saved {found}")
+            self.contents[index] = content
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers the page, and nobody who does not know the token."""
+
+    timeout = 60  # seconds that a connection may be silent
+
+    def __init__(self, session: Session, *connection):
+        self.session = session
+        super().__init__(*connection)
+
+    def do_GET(self) -> None:
+        match self.asked():
+            case [""]:
+                self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
+            case ["poses"]:
+                self.answer(200, "application/json", json.dumps(self.session.read()).encode())
+            case ["picture", number] if self.is_below(number, self.session.pictures):
+                self.answer(200, "image/jpeg", self.session.picture(int(number)))
+            case [*_]:
+                self.answer(404)
+
+    def do_POST(self) -> None:
+        match self.asked():
+            case ["save", number] if self.is_below(number, self.session.files):
+                length = self.headers.get("Content-Length", "")
+                if not self.is_below(length, range(LARGEST)):
+                    return self.answer(413, "text/plain", b"too large for poses")
+                self.session.save(int(number), self.rfile.read(int(length)))
+                self.answer(204)
+            case [*_]:
+                self.answer(404)
+
+    def asked(self) -> list[str] | None:
+        """The parts of the path after the token; None for strangers, who are refused here.
+
+        The host is compared too, because another site may give its own name this computer's address.
+        """
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        token, *parts = self.path.split("/")[1:]
+        if host in ("127.0.0.1", "localhost") and secrets.compare_digest(
+            token.encode(), self.session.token.encode()
+        ):
+            return parts
+        self.answer(403)
+
+    @staticmethod
+    def is_below(number: str, those: list | range) -> bool:
+        return number.isascii() and number.isdecimal() and len(number) < 10 and int(number) < len(those)
+
+    def answer(self, status: int, kind: str = "text/plain", content: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def handle_one_request(self) -> None:
+        """What goes wrong is told to the page, which stays open."""
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the page was closed
+            self.close_connection = True
+        except (OSError, ValueError) as error:
+            self.answer(409, "text/plain; charset=utf-8", str(error).encode())
+
+    def log_message(self, *_: object) -> None:
+        """The terminal is for errors."""
+
+
+def decode(file: Path, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8, as poses in JSON must be to be edited") from None
+
+
+def read_poses(path: Path, canvas: tuple[int, int] | None) -> list[Pose]:
+    """Poses as `sample.py` reads them; canvas is (height, width) in pixels, for files that do not say."""
+    return load_poses(path, *(canvas or (None, None))[::-1])
+
+
+def files_of(poses: Path) -> list[Path]:
+    """The JSON files of `--poses`. Raises FileNotFoundError and ValueError for what is none, or a run's own."""
+    if poses.is_dir() and any(poses.glob("*.json")):
+        return sorted(poses.resolve().glob("*.json"), key=by_number)
+    if poses.exists() and poses.suffix.lower() != ".json":
+        raise ValueError(
+            f"{poses}: not poses in JSON; of footage, python openpose.py {poses.name} makes them"
+        )
+    if poses.name == "frames.poses.json" and (poses.parent / "settings.json").exists():
+        raise ValueError(f"{poses}: belongs to a run, which must stay as it was trained; edit a copy")
+    return [poses.resolve()]
+
+
+def pictures_of(clip: Path, folder: Path) -> list[Path]:
+    """The images of a clip; those of a video are put into `folder`. Raises OSError for what shows nothing."""
+    if clip.is_dir():
+        return sorted((f for f in clip.iterdir() if f.suffix.lower() in IMAGES), key=by_number)
+    if clip.suffix.lower() in IMAGES:
+        return [clip]
+    print(f"{clip}: reading {count_frames(clip)} frames ...")
+    smaller = ["-vf", f"scale='min({WIDEST},iw)':-2", "-fps_mode", "passthrough", "-q:v", "3"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "quiet", "-i", clip.resolve()]
+    subprocess.run([*command, "-map", "0:v:0", *smaller, folder / "%06d.jpg"], check=False)
+    return sorted(folder.glob("*.jpg"))
+
+
+def beside(poses: Path) -> Path | None:
+    """The video that poses are of, by their name: dance.poses.json is of dance.mp4."""
+    stem = poses.name.removesuffix(".json").removesuffix(".poses")
+    videos = (poses.with_name(stem + ending) for ending in VIDEOS_WRITTEN)
+    return next((video for video in videos if video.is_file()), None)
+
+
+def frames_of_run(run: Path, poses: list[Pose], canvas: tuple[int, int] | None) -> list[Path]:
+    """For each pose the training frame that is closest to it, as the paper selects its reference."""
+    if not (run / "frames.poses.json").is_file():
+        raise FileNotFoundError(f"{run}: no run; make one with: python train.py CLIP")
+    images, known = pictures_of(run / "frames", run), load_poses(run / "frames.poses.json")
+    size = read_canvas(run / "frames.poses.json") or (1, 1)
+    placement = cover(*(canvas or size), *size).placement
+    placed = [place_pose(pose, *placement) for pose in poses]
+    closest = (min(range(len(known)), key=lambda i: pose_distance(known[i], pose)) for pose in placed)
+    return [images[i] for i in closest]
+
+
+def main(args: argparse.Namespace) -> None:
+    files, canvas = files_of(args.poses), args.canvas
+    poses = read_poses(args.poses, canvas)
+    with tempfile.TemporaryDirectory() as folder:
+        clip = args.clip or (None if args.run else beside(args.poses))
+        if args.run:
+            pictures = frames_of_run(args.run, poses, read_canvas(args.poses) or canvas)
+        else:
+            pictures = pictures_of(clip, Path(folder)) if clip else []
+        if clip and len(pictures) != len(poses):
+            print(
+                f"{clip}: {len(pictures)} frames, but {len(poses)} poses: both are shown from their first on"
+            )
+        session = Session(files, canvas, pictures)
+        session.read()  # what is wrong with the files is told here
+        with ThreadingHTTPServer(("127.0.0.1", args.port), partial(Page, session)) as server:
+            address = f"http://127.0.0.1:{server.server_port}/{session.token}/"
+            print(f"{address}\nEdit the poses in your browser, at this address. Ctrl-C ends.", flush=True)
+            if args.browser:
+                webbrowser.open(address)
+            server.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("poses", type=path, help="poses in JSON: what sample.py takes as --poses, such as dance.poses.json")
+    behind = parser.add_mutually_exclusive_group()
+    behind.add_argument(
+        "--clip", type=path, help="video or images behind the poses (default: the video beside)"
+    )
+    behind.add_argument(
+        "--run", type=path, help="behind each pose, the frame of this run that is closest to it"
+    )
+    add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that the poses were found in")
+    add("--port", type=whole, default=0, help="where this computer listens (default: any that is free)")
+    add("--no-browser", dest="browser", action="store_false", help="print the address only")
+    run_command("edit.py", main, parser.parse_args(), stopped="ended")
