@@ -243,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
             server.serve_forever()
 
 
-if __name__ == "__main__":
+def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("poses", type=path, help="poses in JSON: what sample.py takes as --poses, such as dance.poses.json")
@@ -257,4 +257,8 @@ if __name__ == "__main__":
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that the poses were found in")
     add("--port", type=whole, default=0, help="where this computer listens (default: any that is free)")
     add("--no-browser", dest="browser", action="store_false", help="print the address only")
-    run_command("edit.py", main, parser.parse_args(), stopped="ended")
+    return parser.parse_args(command)
+
+
+if __name__ == "__main__":
+    run_command("edit.py", main, parse_arguments(), stopped="ended")
