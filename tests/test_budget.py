@@ -7,7 +7,8 @@ from pathlib import Path
 from test_rooms import FILES, OURS, ROOT, reachable
 
 LONGEST_FILE, LONGEST_FUNCTION = 520, 60
-# The paper's road: the top level without `evaluate.py`, and what of `poses/` following JSON poses imports.
+# The paper's road: the top level, and what of `poses/` following JSON poses imports.
+BESIDE_THE_ROAD = ("evaluate.py", "edit.py")
 # The whole house may grow by what is new, but not by saying things twice.
 ROAD, HOUSE = 3900, 15_500
 
@@ -20,7 +21,7 @@ def test_the_road_and_the_house_keep_their_budgets(capsys):
     followed = {
         OURS[name] for name in reachable("sample") | reachable("train") if name.startswith("poses.")
     }
-    road = {file for file in FILES if file.parent == ROOT and file.name != "evaluate.py"} | followed
+    road = {file for file in FILES if file.parent == ROOT and file.name not in BESIDE_THE_ROAD} | followed
     with capsys.disabled():
         print()
         for file in sorted(FILES, key=lambda file: (file not in road, file)):

@@ -1,8 +1,13 @@
-"""The pose editor: what its server refuses, and the page in a real browser, by mouse, finger and keyboard."""
+"""The pose editor: what its server refuses, and the page in a real browser, by mouse, finger and keyboard.
+
+`EDITOR_PICTURES=docs python -m pytest tests/test_editor.py -m slow -k screen_shows` draws docs/editor.png anew.
+"""
 
 import functools
 import http.client
+import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,17 +15,26 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_rooms import ROOT
 
 import edit
+import sample
+from command import sampling_arguments
 from demo.motion import motion
-from demo.puppet import pose_of, random_puppet
-from poses.pose import load_poses, save_poses
+from demo.puppet import pose_of, random_puppet, render
+from device import compute_device
+from metrics.figures import find_and_compare, psnr
+from openpose import load_openpose
+from poses.pose import load_poses, place_pose, save_poses
+from video import save_image, write_video
 
 WIDTH, HEIGHT, FRAMES = 640, 480, 24
 KEYS = ("pose_keypoints_2d", "face_keypoints_2d", "hand_left_keypoints_2d", "hand_right_keypoints_2d")
@@ -59,10 +73,10 @@ def points(path: Path, frame: int, key: str = KEYS[0]) -> np.ndarray:
 # ---- The server -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def served(file):
+@contextmanager
+def serving(file: Path, *pictures: Path):
     """A session, and a function that asks its server and gives the status and the answer."""
-    session = edit.Session([file], None, [])
+    session = edit.Session([file], None, list(pictures))
     session.read()
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(edit.Page, session))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -78,6 +92,12 @@ def served(file):
     yield session, ask
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def served(file):
+    with serving(file) as session_and_ask:
+        yield session_and_ask
 
 
 def test_the_page_is_given_to_those_with_the_token(served):
@@ -174,6 +194,26 @@ def test_a_run_is_not_edited(tmp_path, file):
     file.rename(tmp_path / "frames.poses.json")
     with pytest.raises(ValueError, match="belongs to a run"):
         edit.files_of(tmp_path / "frames.poses.json")
+
+
+def test_behind_the_poses_are_the_clip_beside_them_or_the_closest_frames_of_a_run(tmp_path, dance):
+    frames = np.zeros((3, 48, 64, 3), np.uint8)
+    frames[1] = 200
+    write_video(tmp_path / "dance.mp4", frames, 24)
+    for name in ("dance.poses.json", "dance.json"):
+        assert edit.beside(tmp_path / name) == tmp_path / "dance.mp4"
+    (tmp_path / "read").mkdir()
+    pictures = edit.pictures_of(tmp_path / "dance.mp4", tmp_path / "read")
+    answers = [edit.Session([], None, pictures).picture(frame) for frame in range(3)]
+    means = [np.asarray(Image.open(io.BytesIO(answer))).mean() for answer in answers]
+    assert np.allclose(means, [0, 200, 0], atol=3)
+
+    (tmp_path / "run" / "frames").mkdir(parents=True)
+    for number in range(2):
+        save_image(tmp_path / "run" / "frames" / f"{number}.png", frames[number])
+    save_poses(tmp_path / "run" / "frames.poses.json", [dance[3], dance[20]], 64, 48)
+    closest = edit.frames_of_run(tmp_path / "run", [dance[19], dance[3], dance[4]], (48, 64))
+    assert [picture.name for picture in closest] == ["1.png", "0.png", "0.png"]
 
 
 # ---- The page ---------------------------------------------------------------------------------------
@@ -394,6 +434,25 @@ def test_an_edit_holds_and_fades_over_the_chosen_frames(editor):
 
 
 @slow
+def test_an_arm_that_is_raised_beyond_half_a_circle_goes_the_same_way_in_all_frames(editor):
+    poses = [editor.pose(frame) for frame in range(FRAMES)]
+    editor.set("fade", 3)
+    editor.js(
+        """go(10);
+        const edit = beginEdit(), pivot = place(edit.before, arguments[0]);
+        const arm = minus(place(edit.before, arguments[1]), pivot);
+        for (let degrees = 0; degrees <= 200; degrees += 10) {
+          const to = plus(pivot, turned(arm, degrees * Math.PI / 180));
+          edit.show(dragged(edit.before, arguments[1], to, { rigid: true }));
+        }""",
+        SHOULDER,
+        ELBOW,
+    )
+    turns = [turn_of(poses[frame], editor.pose(frame), SHOULDER, ELBOW) for frame in (10, 11, 12, 13)]
+    assert np.allclose(turns, [-160, 200 * 0.8536, 100, 200 * 0.1464], atol=0.01)
+
+
+@slow
 def test_between_key_poses_bones_turn_and_keep_their_length(editor):
     before, end = editor.pose(4), editor.pose(12)
     goal = rotated(end[ELBOW, :2], end[SHOULDER, :2], 80)
@@ -555,3 +614,87 @@ def test_what_is_no_poses_is_told_and_the_page_goes_on(browser, file, tmp_path):
     editor.wait(lambda: "not an OpenPose frame" in editor.find("status").text)
     assert editor.js("return frames.length") == FRAMES
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+
+
+@slow
+def test_the_screen_shows_picture_pose_and_tools_without_scrolling_sideways(browser, tmp_path):
+    """Also leaves pictures of the page, wide and narrow, in the folder EDITOR_PICTURES."""
+    folder, puppet, states = (
+        Path(os.environ.get("EDITOR_PICTURES", tmp_path)),
+        random_puppet(0),
+        motion(1, 36),
+    )
+    save_poses(
+        tmp_path / "dance.poses.json",
+        [place_pose(pose_of(puppet, state), 1, 4 / 3, 0, 0) for state in states],
+        960,
+        720,
+    )
+    save_image(tmp_path / "12.png", render(puppet, states[12], 960)[0][:720])
+    for name, size in {"editor": (1280, 800), "editor_narrow": (390, 844)}.items():
+        with serving(tmp_path / "dance.poses.json", *[tmp_path / "12.png"] * 36) as (session, ask):
+            editor = Editor(browser, *size).open_served(session, ask.port)
+            editor.set("hold", 2)
+            editor.set("fade", 6)
+            for key in (3, 24):
+                editor.js("go(arguments[0]); toggleKey()", key)
+            editor.js("go(12)")
+            editor.wait(lambda editor=editor: editor.js("return pictureOf(12).complete"))
+            editor.settle()
+            wrist, shoulder = editor.pose(12)[[WRIST, SHOULDER], :2]
+            editor.drag(wrist, shoulder + [-110, -190])
+            assert editor.js("return document.documentElement.scrollWidth") == size[0]
+            assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+            shot = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+            few = shot.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            save_image(folder / f"{name}.png", few, optimize=True)
+
+
+RAISED = range(18, 31)  # the frames of the demo's dance that get the whole edit; ten on each side fade
+
+
+@slow
+def test_an_arm_that_was_raised_in_the_editor_is_raised_in_the_result(browser, tmp_path):
+    """Samples once more with the run that `make demo` leaves, which takes minutes."""
+    run = Path(os.environ.get("DEMO_RUN", ROOT / "runs" / "demo"))
+    if not (run / "result.poses.json").exists():
+        pytest.skip(f"{run}: no demo; make one with: make demo")
+    edited = tmp_path / "edited.json"
+    shutil.copy(run / "poses.json", edited)
+    with serving(edited) as (session, ask):
+        editor = Editor(browser).open_served(session, ask.port)
+        editor.set("hold", 6)
+        editor.set("fade", 4)
+        editor.js("go(24)")
+        editor.settle()
+        wrist, shoulder = editor.pose(24)[[WRIST, SHOULDER], :2]
+        editor.drag(wrist, shoulder + [-25, -60])
+        editor.save()
+
+    options = "--no-retarget", "--ddim-steps", 10, "--fps", 12, "--out", tmp_path / "result.mp4"
+    video = sample.main(sampling_arguments(list(map(str, ("--run", run, "--poses", edited, *options)))))
+    asked, before = load_poses(tmp_path / "result.poses.json"), load_poses(run / "result.poses.json")
+    height, width = video.shape[1:3]
+    turns = [[], []]
+    for frame, (pose, old) in enumerate(zip(asked, before)):
+        bodies = [each.body[:, :2] * (width, height) for each in (pose, old)]
+        others = np.delete(np.arange(18), [ELBOW, WRIST])
+        assert np.abs(bodies[0] - bodies[1])[others].max() <= 0.5
+        assert frame not in RAISED or bodies[0][WRIST, 1] < bodies[0][SHOULDER, 1] - 40
+        for of_bone, bone in zip(turns, ((SHOULDER, ELBOW), (ELBOW, WRIST))):
+            of_bone.append(np.radians(turn_of(*bodies[::-1], *bone)))
+
+    # The true frames: the puppet's arm turns as its pose did.
+    puppet, truth, masks = random_puppet(0), [], []
+    for state, upper, lower in zip(motion(1, len(asked)), *turns):
+        shoulder = state.shoulder[0] + upper, state.shoulder[1]
+        elbow = state.elbow[0] + lower - upper, state.elbow[1]
+        frame, _, mask = render(puppet, replace(state, shoulder=shoulder, elbow=elbow), width)
+        truth.append(frame[:height])
+        masks.append(mask[:height])
+    pck, _ = find_and_compare(load_openpose("demo", compute_device()[0]), video, asked)
+    person = psnr(video, np.stack(truth), np.stack(masks))
+    unedited = json.loads((run / "metrics.json").read_text())["psnr_person"]
+    print(f"PCK {pck:.4f}; PSNR of the person {person:.2f} dB, unedited {unedited:.2f} dB")
+    assert pck >= 0.98
+    assert person >= unedited - 1
