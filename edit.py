@@ -5,6 +5,7 @@ numbers that were edited, in the file that was opened. The page also works witho
 """
 
 import argparse
+import hashlib
 import io
 import json
 import secrets
@@ -40,32 +41,30 @@ HEADERS = {
 }
 
 
-class Refused(ValueError):
-    """What the page asked for and does not get, in words that it shows."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Session:
     """What is edited, and the only files that are ever written."""
 
     files: list[Path]
-    canvas: tuple[int, int] | None  # (height, width)
+    canvas: tuple[int, int] | None  # (height, width), for files that do not say theirs
     pictures: list[Path]
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
-    contents: list[bytes] = field(default_factory=list)  # as they were read or saved last
     saving: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self) -> dict:
-        """What the page begins with: the text of each file, the canvas, and the number of pictures."""
-        self.contents = [file.read_bytes() for file in self.files]
-        if (size := sum(map(len, self.contents))) > LARGEST:
+        """What the page begins with: the files with their text, the canvas, and the number of pictures."""
+        if (size := sum(file.stat().st_size for file in self.files)) > LARGEST:
             raise ValueError(
                 f"{self.files[0]}: {size / 1e6:.0f} MB of poses are too many for a page; cut them"
             )
-        files = [
-            {"name": file.name, "text": text}
-            for file, text in zip(self.files, map(decode, self.files, self.contents))
-        ]
+        files = []
+        for file in self.files:
+            content = file.read_bytes()
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                raise ValueError(f"{file}: not UTF-8, as JSON must be to be edited") from None
+            files.append({"name": file.name, "text": text, "version": version_of(content)})
         return {"files": files, "canvas": self.canvas and self.canvas[::-1], "pictures": len(self.pictures)}
 
     def picture(self, frame: int) -> bytes:
@@ -75,22 +74,29 @@ class Session:
         image.save(written, "JPEG", quality=88)
         return written.getvalue()
 
-    def save(self, index: int, content: bytes) -> None:
-        """Replaces a file. Raises Refused for what is no poses, and for a file that something else has changed."""
+    def save(self, index: int, version: str, content: bytes) -> str:
+        """Replaces a file, whose version must be the one that was edited. Returns the new version.
+
+        Raises ValueError for content that is not poses of as many frames, and OSError where it cannot be written.
+        """
         file = self.files[index]
-        with self.saving:
-            if file.read_bytes() != self.contents[index]:
-                raise Refused(f"{file.name} has changed since it was opened here: download your copy")
-            with replacing(file) as unfinished:
-                unfinished.write_bytes(content)
-                frames = len(read_poses(file, self.canvas))
-                try:
-                    found = len(read_poses(unfinished, self.canvas))
-                except (OSError, ValueError) as error:
-                    raise Refused(str(error).replace(str(unfinished), file.name)) from None
-                if found != frames:
-                    raise Refused(f"{file.name} has {frames} frames, and what was to be saved {found}")
-            self.contents[index] = content
+        with self.saving, replacing(file) as unfinished:
+            if version_of(file.read_bytes()) != version:
+                raise ValueError(f"{file.name} has changed since it was opened here")
+            unfinished.write_bytes(content)
+            try:
+                counts = [len(read_poses(each, self.canvas)) for each in (file, unfinished)]
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(unfinished), file.name)) from None
+            if counts[0] != counts[1]:
+                raise ValueError(
+                    f"{file.name} has {counts[0]} frames, and what was to be saved {counts[1]}"
+                )
+        return version_of(content)
+
+
+def version_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class Page(BaseHTTPRequestHandler):
@@ -115,12 +121,12 @@ class Page(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         match self.asked():
-            case ["save", number] if self.is_below(number, self.session.files):
+            case ["save", number, version] if self.is_below(number, self.session.files):
                 length = self.headers.get("Content-Length", "")
                 if not self.is_below(length, range(LARGEST)):
-                    return self.answer(413, "text/plain", b"too large for poses")
-                self.session.save(int(number), self.rfile.read(int(length)))
-                self.answer(204)
+                    return self.answer(413)
+                content = self.rfile.read(int(length))
+                self.answer(200, "text/plain", self.session.save(int(number), version, content).encode())
             case [*_]:
                 self.answer(404)
 
@@ -131,9 +137,8 @@ class Page(BaseHTTPRequestHandler):
         """
         host = self.headers.get("Host", "").rpartition(":")[0]
         token, *parts = self.path.split("/")[1:]
-        if host in ("127.0.0.1", "localhost") and secrets.compare_digest(
-            token.encode(), self.session.token.encode()
-        ):
+        known = secrets.compare_digest(token.encode(), self.session.token.encode())
+        if known and host in ("127.0.0.1", "localhost"):
             return parts
         self.answer(403)
 
@@ -161,13 +166,6 @@ class Page(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """The terminal is for errors."""
-
-
-def decode(file: Path, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8, as poses in JSON must be to be edited") from None
 
 
 def read_poses(path: Path, canvas: tuple[int, int] | None) -> list[Pose]:

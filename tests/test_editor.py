@@ -74,9 +74,9 @@ def points(path: Path, frame: int, key: str = KEYS[0]) -> np.ndarray:
 
 
 @contextmanager
-def serving(file: Path, *pictures: Path):
+def serving(*files: Path, pictures: list[Path] = ()):
     """A session, and a function that asks its server and gives the status and the answer."""
-    session = edit.Session([file], None, list(pictures))
+    session = edit.Session(list(files), None, pictures)
     session.read()
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(edit.Page, session))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -123,7 +123,7 @@ def test_strangers_are_refused(served, path, headers):
 
 
 @pytest.mark.parametrize(
-    "path", ["/TOKEN/save/1", "/TOKEN/save/../other.json", "/TOKEN/save/-1", "/TOKEN/../edit.py"]
+    "path", ["/TOKEN/save/1/v", "/TOKEN/save/../other.json", "/TOKEN/save/-1/v", "/TOKEN/../edit.py"]
 )
 def test_nothing_but_the_opened_file_is_written(served, path, file):
     before = sorted(file.parent.iterdir()), file.read_bytes()
@@ -141,20 +141,22 @@ def test_nothing_but_the_opened_file_is_written(served, path, file):
 )
 def test_only_poses_are_saved(served, file, body, words):
     before = file.read_bytes()
-    status, answer = served[1]("/TOKEN/save/0", "POST", body)
+    status, answer = served[1](f"/TOKEN/save/0/{edit.version_of(before)}", "POST", body)
     assert status == 409 and words in answer and str(file.parent) not in answer
     assert file.read_bytes() == before
 
 
 def test_more_than_poses_are_is_not_read(served, file):
-    assert served[1]("/TOKEN/save/0", "POST", Content_Length=str(10**12))[0] == 413
+    assert served[1]("/TOKEN/save/0/v", "POST", Content_Length=str(10**12))[0] == 413
 
 
-def test_a_file_that_has_changed_meanwhile_is_not_replaced(served, file):
-    changed = file.read_bytes().replace(b"run 1", b"run 2")
-    file.write_bytes(changed)
-    status, answer = served[1]("/TOKEN/save/0", "POST", changed)
+def test_a_version_that_another_page_has_edited_meanwhile_is_not_replaced(served, file):
+    first, changed = edit.version_of(file.read_bytes()), file.read_bytes().replace(b"run 1", b"run 2")
+    status, second = served[1](f"/TOKEN/save/0/{first}", "POST", changed)
+    assert (status, file.read_bytes()) == (200, changed)
+    status, answer = served[1](f"/TOKEN/save/0/{first}", "POST", changed)
     assert status == 409 and "has changed since it was opened" in answer
+    assert served[1](f"/TOKEN/save/0/{second}", "POST", changed)[0] == 200
 
 
 def run_edit(*arguments: object, **options) -> subprocess.Popen:
@@ -247,6 +249,7 @@ class Editor:
 
     def __init__(self, browser, width: int = 1280, height: int = 800):
         self.browser, self.js = browser, browser.execute_script
+        browser.get_log("browser")  # which empties it
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
@@ -484,6 +487,19 @@ def test_between_key_poses_bones_turn_and_keep_their_length(editor):
 
 
 @slow
+def test_edits_that_cannot_be_saved_are_kept_as_a_download(editor, file):
+    before = editor.pose(0)
+    editor.drag(before[1, :2], before[1, :2] + 20)
+    file.write_bytes(changed := file.read_bytes().replace(b"run 1", b"run 2"))
+    editor.find("save").click()
+    editor.wait(lambda: "has changed since it was opened here. A copy is" in editor.find("status").text)
+    assert file.read_bytes() == changed and editor.find("save").is_enabled()
+    copy = editor.browser.downloads / file.name
+    editor.wait(copy.exists)
+    assert np.abs(points(copy, 0)[:, :2] - before[:18, :2]).min() > 1
+
+
+@slow
 def test_hands_and_points_are_hidden_deleted_brought_back_mirrored_and_pasted(editor):
     from selenium.webdriver import Keys
 
@@ -606,6 +622,49 @@ def test_poses_are_pasted_where_nobody_was(browser, file, tmp_path):
 
 
 @slow
+def test_of_openposes_own_folder_only_the_frame_that_was_edited_is_written(browser, file, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, frame in enumerate(json.loads(file.read_text())[:11]):
+        (folder / f"dance_{number}_keypoints.json").write_text(json.dumps(frame))
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    with serving(*edit.files_of(folder)) as (session, ask):
+        editor = Editor(browser).open_served(session, ask.port)
+        editor.press(".")
+        editor.js("go(10)")
+        editor.settle()
+        editor.drag(editor.pose(10)[1, :2], editor.pose(10)[1, :2] + 20)
+        editor.save()
+    changed = [path.name for path in folder.iterdir() if path.read_text() != texts[path.name]]
+    assert changed == ["dance_10_keypoints.json"]
+
+
+@slow
+def test_who_is_clicked_on_is_edited_through_all_frames_and_nobody_else(browser, file, tmp_path):
+    frames = json.loads(file.read_text())[:4]
+    for number, frame in enumerate(frames):
+        other = {
+            key: (np.reshape(frame["people"][0][key], (-1, 3)) * (0.5, 0.5, 1)).ravel().tolist()
+            for key in KEYS
+        }
+        frame["people"].insert(number % 2, other)  # smaller, and in any order
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(frames))
+    editor = Editor(browser).open_from_disk(path)
+    assert editor.js("return frames.map((frame) => frame.chosen)") == [1, 0, 1, 0]
+    editor.js("go(0)")
+    small = np.reshape(frames[0]["people"][0][KEYS[0]], (-1, 3))
+    editor.drag(small[10, :2], small[10, :2])
+    assert editor.js("return frames.map((frame) => frame.chosen)") == [0, 1, 0, 1]
+    editor.set("hold", 9)
+    editor.drag(editor.pose(0)[1, :2], editor.pose(0)[1, :2] + 20)
+    saved = json.loads(editor.js("return textOf(files[0])"))
+    for number, (frame, was) in enumerate(zip(saved, frames)):
+        assert frame["people"][1 - number % 2] == was["people"][1 - number % 2]
+        assert frame["people"][number % 2] != was["people"][number % 2]
+
+
+@slow
 def test_what_is_no_poses_is_told_and_the_page_goes_on(browser, file, tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text('[{"peple": []}]')
@@ -632,7 +691,7 @@ def test_the_screen_shows_picture_pose_and_tools_without_scrolling_sideways(brow
     )
     save_image(tmp_path / "12.png", render(puppet, states[12], 960)[0][:720])
     for name, size in {"editor": (1280, 800), "editor_narrow": (390, 844)}.items():
-        with serving(tmp_path / "dance.poses.json", *[tmp_path / "12.png"] * 36) as (session, ask):
+        with serving(tmp_path / "dance.poses.json", pictures=[tmp_path / "12.png"] * 36) as (session, ask):
             editor = Editor(browser, *size).open_served(session, ask.port)
             editor.set("hold", 2)
             editor.set("fade", 6)
