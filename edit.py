@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import secrets
-import subprocess
 import tempfile
 import threading
 import webbrowser
@@ -18,19 +17,18 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import imageio_ffmpeg
 from PIL import Image
 
-from poses.pose import Pose, load_poses, place_pose, pose_distance, read_canvas
+from pictures.behind import WIDEST, beside, frames_of_run, pictures_of
+from poses.pose import Pose, load_poses, read_canvas
 from safe.arguments import parse_canvas, path, whole
 from safe.files import replacing
 from safe.footage import read_image
 from safe.process import run_command
-from video import IMAGES, VIDEOS_WRITTEN, by_number, count_frames, cover
+from video import by_number
 
 PAGE = Path(__file__).with_name("editor.html")
 LARGEST = 32_000_000  # bytes of poses that a page is given: 10,000 frames
-WIDEST = 1280  # pixels of the pictures behind the poses
 # The page needs nothing from anywhere else, and must not be shown within another one.
 HEADERS = {
     "Cache-Control": "no-store",
@@ -54,9 +52,7 @@ class Session:
     def read(self) -> dict:
         """What the page begins with: the files with their text, the canvas, and the number of pictures."""
         if (size := sum(file.stat().st_size for file in self.files)) > LARGEST:
-            raise ValueError(
-                f"{self.files[0]}: {size / 1e6:.0f} MB of poses are too many for a page; cut them"
-            )
+            raise ValueError(f"{self.files[0]}: {size / 1e6:.0f} MB of poses are too many for a page")
         files = []
         for file in self.files:
             content = file.read_bytes()
@@ -176,60 +172,25 @@ def read_poses(path: Path, canvas: tuple[int, int] | None) -> list[Pose]:
 def files_of(poses: Path) -> list[Path]:
     """The JSON files of `--poses`. Raises FileNotFoundError and ValueError for what is none, or a run's own."""
     if poses.is_dir() and any(poses.glob("*.json")):
-        return sorted(poses.resolve().glob("*.json"), key=by_number)
+        return sorted((f for f in poses.resolve().glob("*.json") if f.name[0] != "."), key=by_number)
     if poses.exists() and poses.suffix.lower() != ".json":
-        raise ValueError(
-            f"{poses}: not poses in JSON; of footage, python openpose.py {poses.name} makes them"
-        )
+        raise ValueError(f"{poses}: no JSON; of footage, python openpose.py {poses.name} makes poses")
     if poses.name == "frames.poses.json" and (poses.parent / "settings.json").exists():
         raise ValueError(f"{poses}: belongs to a run, which must stay as it was trained; edit a copy")
     return [poses.resolve()]
 
 
-def pictures_of(clip: Path, folder: Path) -> list[Path]:
-    """The images of a clip; those of a video are put into `folder`. Raises OSError for what shows nothing."""
-    if clip.is_dir():
-        return sorted((f for f in clip.iterdir() if f.suffix.lower() in IMAGES), key=by_number)
-    if clip.suffix.lower() in IMAGES:
-        return [clip]
-    print(f"{clip}: reading {count_frames(clip)} frames ...")
-    smaller = ["-vf", f"scale='min({WIDEST},iw)':-2", "-fps_mode", "passthrough", "-q:v", "3"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "quiet", "-i", clip.resolve()]
-    subprocess.run([*command, "-map", "0:v:0", *smaller, folder / "%06d.jpg"], check=False)
-    return sorted(folder.glob("*.jpg"))
-
-
-def beside(poses: Path) -> Path | None:
-    """The video that poses are of, by their name: dance.poses.json is of dance.mp4."""
-    stem = poses.name.removesuffix(".json").removesuffix(".poses")
-    videos = (poses.with_name(stem + ending) for ending in VIDEOS_WRITTEN)
-    return next((video for video in videos if video.is_file()), None)
-
-
-def frames_of_run(run: Path, poses: list[Pose], canvas: tuple[int, int] | None) -> list[Path]:
-    """For each pose the training frame that is closest to it, as the paper selects its reference."""
-    if not (run / "frames.poses.json").is_file():
-        raise FileNotFoundError(f"{run}: no run; make one with: python train.py CLIP")
-    images, known = pictures_of(run / "frames", run), load_poses(run / "frames.poses.json")
-    size = read_canvas(run / "frames.poses.json") or (1, 1)
-    placement = cover(*(canvas or size), *size).placement
-    placed = [place_pose(pose, *placement) for pose in poses]
-    closest = (min(range(len(known)), key=lambda i: pose_distance(known[i], pose)) for pose in placed)
-    return [images[i] for i in closest]
-
-
 def main(args: argparse.Namespace) -> None:
     files, canvas = files_of(args.poses), args.canvas
     poses = read_poses(args.poses, canvas)
+    clip = args.clip or (None if args.run else beside(args.poses))
     with tempfile.TemporaryDirectory() as folder:
-        clip = args.clip or (None if args.run else beside(args.poses))
+        pictures = pictures_of(clip, Path(folder)) if clip else []
         if args.run:
             pictures = frames_of_run(args.run, poses, read_canvas(args.poses) or canvas)
-        else:
-            pictures = pictures_of(clip, Path(folder)) if clip else []
-        if clip and len(pictures) != len(poses):
+        elif clip and len(pictures) != len(poses):
             print(
-                f"{clip}: {len(pictures)} frames, but {len(poses)} poses: both are shown from their first on"
+                f"{clip}: {len(pictures)} frames, but {len(poses)} poses; both are shown from the first on"
             )
         session = Session(files, canvas, pictures)
         session.read()  # what is wrong with the files is told here
@@ -247,11 +208,9 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("poses", type=path, help="poses in JSON: what sample.py takes as --poses, such as dance.poses.json")
     behind = parser.add_mutually_exclusive_group()
     behind.add_argument(
-        "--clip", type=path, help="video or images behind the poses (default: the video beside)"
+        "--clip", type=path, help="video or images to show behind them (default: beside them)"
     )
-    behind.add_argument(
-        "--run", type=path, help="behind each pose, the frame of this run that is closest to it"
-    )
+    behind.add_argument("--run", type=path, help="shows the frame of this run that is closest to each pose")
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that the poses were found in")
     add("--port", type=whole, default=0, help="where this computer listens (default: any that is free)")
     add("--no-browser", dest="browser", action="store_false", help="print the address only")

@@ -33,6 +33,7 @@ from demo.puppet import pose_of, random_puppet, render
 from device import compute_device
 from metrics.figures import find_and_compare, psnr
 from openpose import load_openpose
+from pictures.behind import beside, frames_of_run, pictures_of
 from poses.pose import load_poses, place_pose, save_poses
 from video import save_image, write_video
 
@@ -178,7 +179,7 @@ def test_control_c_ends_in_one_line(file):
     ("name", "content", "words"),
     [
         ("none.json", None, "no such file"),
-        ("dance.mp4", b"", "python openpose.py dance.mp4 makes them"),
+        ("dance.mp4", b"", "python openpose.py dance.mp4 makes poses"),
         ("dance.json", b"{", "not readable as JSON"),
         ("dance.json", '[{"people": [], "é": 1}]'.encode("utf-16"), "not UTF-8"),
     ],
@@ -203,9 +204,9 @@ def test_behind_the_poses_are_the_clip_beside_them_or_the_closest_frames_of_a_ru
     frames[1] = 200
     write_video(tmp_path / "dance.mp4", frames, 24)
     for name in ("dance.poses.json", "dance.json"):
-        assert edit.beside(tmp_path / name) == tmp_path / "dance.mp4"
+        assert beside(tmp_path / name) == tmp_path / "dance.mp4"
     (tmp_path / "read").mkdir()
-    pictures = edit.pictures_of(tmp_path / "dance.mp4", tmp_path / "read")
+    pictures = pictures_of(tmp_path / "dance.mp4", tmp_path / "read")
     answers = [edit.Session([], None, pictures).picture(frame) for frame in range(3)]
     means = [np.asarray(Image.open(io.BytesIO(answer))).mean() for answer in answers]
     assert np.allclose(means, [0, 200, 0], atol=3)
@@ -214,7 +215,7 @@ def test_behind_the_poses_are_the_clip_beside_them_or_the_closest_frames_of_a_ru
     for number in range(2):
         save_image(tmp_path / "run" / "frames" / f"{number}.png", frames[number])
     save_poses(tmp_path / "run" / "frames.poses.json", [dance[3], dance[20]], 64, 48)
-    closest = edit.frames_of_run(tmp_path / "run", [dance[19], dance[3], dance[4]], (48, 64))
+    closest = frames_of_run(tmp_path / "run", [dance[19], dance[3], dance[4]], (48, 64))
     assert [picture.name for picture in closest] == ["1.png", "0.png", "0.png"]
 
 
