@@ -623,6 +623,21 @@ def test_poses_are_pasted_where_nobody_was(browser, file, tmp_path):
 
 
 @slow
+def test_a_face_that_nobody_had_is_brought_back_in_the_units_of_the_body(browser, file, tmp_path):
+    (frame, *_) = json.loads(file.read_text())
+    frame = {"people": [{KEYS[0]: frame["people"][0][KEYS[0]]}]}
+    path = tmp_path / "body.json"
+    path.write_text(json.dumps(frame))
+    editor = Editor(browser).open_from_disk(path)
+    editor.press("2")
+    editor.press("r")
+    (person,) = json.loads(editor.js("return textOf(files[0])"))["people"]
+    face, nose = np.reshape(person[KEYS[1]], (-1, 3)), person[KEYS[0]][:2]
+    assert person[KEYS[0]] == frame["people"][0][KEYS[0]] and face.shape == (70, 3)
+    assert (face[:, 2] == 1).all() and np.abs(face[:, :2] - nose).max() < 150
+
+
+@slow
 def test_of_openposes_own_folder_only_the_frame_that_was_edited_is_written(browser, file, tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
