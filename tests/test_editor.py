@@ -415,6 +415,25 @@ def test_with_shift_a_point_moves_alone_and_undo_and_redo_go_back_and_on(editor,
 
 
 @slow
+def test_arrow_keys_move_the_chosen_point_and_commas_and_points_the_frame(editor):
+    from selenium.webdriver import Keys
+
+    before = editor.pose(1)
+    editor.press(".")
+    editor.find("rigid").click()
+    editor.find("canvas").click()
+    editor.js("$('point').value = 3; $('point').onchange()")
+    editor.press(Keys.ARROW_RIGHT)
+    editor.press(Keys.SHIFT, Keys.ARROW_UP)
+    assert np.allclose(editor.pose(1)[ELBOW, :2] - before[ELBOW, :2], [1, -10])
+    editor.press(Keys.CONTROL, "z")
+    editor.press(Keys.CONTROL, "z")
+    assert np.array_equal(editor.pose(1), before)
+    editor.press(",")
+    assert editor.js("return state.frame") == 0
+
+
+@slow
 def test_an_edit_holds_and_fades_over_the_chosen_frames(editor):
     poses = [editor.pose(frame) for frame in range(FRAMES)]
     editor.js("go(10)")
