@@ -15,17 +15,18 @@ import webbrowser
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image
 
-from pictures.behind import WIDEST, beside, frames_of_run, pictures_of
-from poses.pose import Pose, load_poses, read_canvas
+from poses.behind import WIDEST, beside, frames_of_run, pictures_of
+from poses.openpose_json import is_json, json_files, missing_numbers, read_people
+from poses.source import read_driver
 from safe.arguments import parse_canvas, path, whole
 from safe.files import replacing
 from safe.footage import read_image
 from safe.process import run_command
-from video import by_number
 
 PAGE = Path(__file__).with_name("editor.html")
 LARGEST = 32_000_000  # bytes of poses that a page is given: 10,000 frames
@@ -44,7 +45,7 @@ class Session:
     """What is edited, and the only files that are ever written."""
 
     files: list[Path]
-    canvas: tuple[int, int] | None  # (height, width), for files that do not say theirs
+    canvas: tuple[int, int]  # (height, width), for files that do not say theirs
     pictures: list[Path]
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     saving: threading.Lock = field(default_factory=threading.Lock)
@@ -61,7 +62,7 @@ class Session:
             except UnicodeDecodeError:
                 raise ValueError(f"{file}: not UTF-8, as JSON must be to be edited") from None
             files.append({"name": file.name, "text": text, "version": version_of(content)})
-        return {"files": files, "canvas": self.canvas and self.canvas[::-1], "pictures": len(self.pictures)}
+        return {"files": files, "canvas": self.canvas[::-1], "pictures": len(self.pictures)}
 
     def picture(self, frame: int) -> bytes:
         """The picture behind a frame, as a JPEG."""
@@ -81,7 +82,7 @@ class Session:
                 raise ValueError(f"{file.name} has changed since it was opened here")
             unfinished.write_bytes(content)
             try:
-                counts = [len(read_poses(each, self.canvas)) for each in (file, unfinished)]
+                counts = [len(read_people(each, self.canvas)[0]) for each in (file, unfinished)]
             except ValueError as error:
                 raise ValueError(str(error).replace(str(unfinished), file.name)) from None
             if counts[0] != counts[1]:
@@ -164,35 +165,30 @@ class Page(BaseHTTPRequestHandler):
         """The terminal is for errors."""
 
 
-def read_poses(path: Path, canvas: tuple[int, int] | None) -> list[Pose]:
-    """Poses as `sample.py` reads them; canvas is (height, width) in pixels, for files that do not say."""
-    return load_poses(path, *(canvas or (None, None))[::-1])
-
-
 def files_of(poses: Path) -> list[Path]:
-    """The JSON files of `--poses`. Raises FileNotFoundError and ValueError for what is none, or a run's own."""
-    if poses.is_dir() and any(poses.glob("*.json")):
-        return sorted((f for f in poses.resolve().glob("*.json") if f.name[0] != "."), key=by_number)
-    if poses.exists() and poses.suffix.lower() != ".json":
+    """The JSON files of `--poses`. Raises ValueError for other files, and for a run's own."""
+    if poses.exists() and not is_json(poses):
         raise ValueError(f"{poses}: no JSON; of footage, python openpose.py {poses.name} makes poses")
     if poses.name == "frames.poses.json" and (poses.parent / "settings.json").exists():
         raise ValueError(f"{poses}: belongs to a run, which must stay as it was trained; edit a copy")
-    return [poses.resolve()]
+    return json_files(poses.resolve()) if poses.is_dir() else [poses.resolve()]
 
 
 def main(args: argparse.Namespace) -> None:
-    files, canvas = files_of(args.poses), args.canvas
-    poses = read_poses(args.poses, canvas)
+    files, driver = files_of(args.poses), read_driver(args.poses, "json", canvas=args.canvas)
     clip = args.clip or (None if args.run else beside(args.poses))
     with tempfile.TemporaryDirectory() as folder:
         pictures = pictures_of(clip, Path(folder)) if clip else []
         if args.run:
-            pictures = frames_of_run(args.run, poses, read_canvas(args.poses) or canvas)
-        elif clip and len(pictures) != len(poses):
+            pictures = frames_of_run(args.run, driver)
+        elif clip and len(pictures) != driver.total:
             print(
-                f"{clip}: {len(pictures)} frames, but {len(poses)} poses; both are shown from the first on"
+                f"{clip}: {len(pictures)} frames, but {driver.total} poses; both are shown from the first on"
             )
-        session = Session(files, canvas, pictures)
+        if len(files) > 1 and any(gaps := missing_numbers(files)):  # the page shows what has a file
+            numbers = (number - 1 for number in accumulate(gap + 1 for gap in gaps))
+            pictures = [pictures[number] for number in numbers if number < len(pictures)]
+        session = Session(files, driver.canvas, pictures)
         session.read()  # what is wrong with the files is told here
         with ThreadingHTTPServer(("127.0.0.1", args.port), partial(Page, session)) as server:
             address = f"http://127.0.0.1:{server.server_port}/{session.token}/"

@@ -33,8 +33,9 @@ from demo.puppet import pose_of, random_puppet, render
 from device import compute_device
 from metrics.figures import find_and_compare, psnr
 from openpose import load_openpose
-from pictures.behind import beside, frames_of_run, pictures_of
+from poses.behind import beside, frames_of_run, pictures_of
 from poses.pose import load_poses, place_pose, save_poses
+from poses.source import read_driver
 from video import save_image, write_video
 
 WIDTH, HEIGHT, FRAMES = 640, 480, 24
@@ -77,7 +78,7 @@ def points(path: Path, frame: int, key: str = KEYS[0]) -> np.ndarray:
 @contextmanager
 def serving(*files: Path, pictures: list[Path] = ()):
     """A session, and a function that asks its server and gives the status and the answer."""
-    session = edit.Session(list(files), None, pictures)
+    session = edit.Session(list(files), (HEIGHT, WIDTH), pictures)
     session.read()
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(edit.Page, session))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -181,7 +182,6 @@ def test_control_c_ends_in_one_line(file):
         ("none.json", None, "no such file"),
         ("dance.mp4", b"", "python openpose.py dance.mp4 makes poses"),
         ("dance.json", b"{", "not readable as JSON"),
-        ("dance.json", '[{"people": [], "é": 1}]'.encode("utf-16"), "not UTF-8"),
     ],
 )
 def test_what_cannot_be_edited_is_told_in_one_line(tmp_path, capsys, name, content, words):
@@ -190,6 +190,12 @@ def test_what_cannot_be_edited_is_told_in_one_line(tmp_path, capsys, name, conte
         path.write_bytes(content)
     with pytest.raises((OSError, ValueError), match=words):
         edit.main(edit.parse_arguments([str(path), "--no-browser"]))
+
+
+def test_json_that_is_no_utf_8_is_told(file):
+    file.write_bytes(file.read_text().encode("utf-16"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        edit.main(edit.parse_arguments([str(file), "--no-browser"]))
 
 
 def test_a_run_is_not_edited(tmp_path, file):
@@ -207,7 +213,7 @@ def test_behind_the_poses_are_the_clip_beside_them_or_the_closest_frames_of_a_ru
         assert beside(tmp_path / name) == tmp_path / "dance.mp4"
     (tmp_path / "read").mkdir()
     pictures = pictures_of(tmp_path / "dance.mp4", tmp_path / "read")
-    answers = [edit.Session([], None, pictures).picture(frame) for frame in range(3)]
+    answers = [edit.Session([], (48, 64), pictures).picture(frame) for frame in range(3)]
     means = [np.asarray(Image.open(io.BytesIO(answer))).mean() for answer in answers]
     assert np.allclose(means, [0, 200, 0], atol=3)
 
@@ -215,7 +221,8 @@ def test_behind_the_poses_are_the_clip_beside_them_or_the_closest_frames_of_a_ru
     for number in range(2):
         save_image(tmp_path / "run" / "frames" / f"{number}.png", frames[number])
     save_poses(tmp_path / "run" / "frames.poses.json", [dance[3], dance[20]], 64, 48)
-    closest = frames_of_run(tmp_path / "run", [dance[19], dance[3], dance[4]], (48, 64))
+    save_poses(tmp_path / "asked.json", [dance[19], dance[3], dance[4]], 64, 48)
+    closest = frames_of_run(tmp_path / "run", read_driver(tmp_path / "asked.json"))
     assert [picture.name for picture in closest] == ["1.png", "0.png", "0.png"]
 
 
@@ -599,14 +606,34 @@ def as_windows(file: Path) -> str:
     return "\ufeff" + file.read_text().replace("\n", "\r\n")
 
 
+def as_signed(file: Path) -> str:
+    """From -1 to 1, as with OpenPose's keypoint_scale 4."""
+    frames = json.loads(file.read_text())
+    for frame in frames:
+        for key in KEYS:
+            points = np.reshape(frame["people"][0][key], (-1, 3)) * (2 / WIDTH, 2 / HEIGHT, 1) - (1, 1, 0)
+            frame["people"][0][key] = points.ravel().tolist()
+    return json.dumps(frames)
+
+
+def as_other_editor(file: Path) -> str:
+    """Bodies alone, of points that may have no score."""
+    frames = []
+    for frame in json.loads(file.read_text()):
+        points = np.reshape(frame["people"][0][KEYS[0]], (-1, 3)).tolist()
+        points = [[*point[:2]] if point[2] else None for point in points]
+        frames.append({"keypoints": [points]})
+    return json.dumps({"width": WIDTH, "height": HEIGHT, "frames": frames})
+
+
 @slow
-@pytest.mark.parametrize("kind", [one_frame, as_body_25, as_windows])
+@pytest.mark.parametrize("kind", [one_frame, as_body_25, as_windows, as_signed, as_other_editor])
 def test_from_the_disk_every_kind_of_json_is_edited_and_downloaded(browser, file, tmp_path, kind):
     path, text = tmp_path / f"{kind.__name__}.json", kind(file)
     path.write_bytes(text.encode())
     editor = Editor(browser).open_from_disk(path)
     assert editor.js("return textOf(files[0])").encode() == text.encode()
-    asked = load_poses(path, WIDTH, HEIGHT)[0]
+    (asked,) = read_driver(path).poses[:1]
     shown = editor.pose(0) / (WIDTH, HEIGHT, 1)
     assert np.allclose(shown[:18], asked.body, atol=1e-5) and np.allclose(
         shown[18:88], asked.face, atol=1e-5
@@ -616,7 +643,7 @@ def test_from_the_disk_every_kind_of_json_is_edited_and_downloaded(browser, file
     moved = editor.drag(place, place + [20, 10]) / (WIDTH, HEIGHT)
     editor.save()
     editor.wait(lambda: (browser.downloads / path.name).exists())
-    (after,) = load_poses(browser.downloads / path.name, WIDTH, HEIGHT)[:1]
+    (after,) = read_driver(browser.downloads / path.name).poses[:1]
     for name, part in vars(asked).items():
         there = part[:, 2] > 0
         assert np.allclose(getattr(after, name)[there, :2], part[there, :2] + moved, atol=1e-5), name
@@ -654,6 +681,18 @@ def test_a_face_that_nobody_had_is_brought_back_in_the_units_of_the_body(browser
     face, nose = np.reshape(person[KEYS[1]], (-1, 3)), person[KEYS[0]][:2]
     assert person[KEYS[0]] == frame["people"][0][KEYS[0]] and face.shape == (70, 3)
     assert (face[:, 2] == 1).all() and np.abs(face[:, :2] - nose).max() < 150
+
+
+@slow
+def test_a_layout_without_a_place_for_faces_says_so(browser, file, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(as_other_editor(file))
+    editor = Editor(browser).open_from_disk(path)
+    editor.press("2")
+    editor.press("r")
+    editor.find("save").click()
+    editor.wait(lambda: "other.json: has no place for faces" in editor.find("status").text)
+    assert editor.find("save").is_enabled()
 
 
 @slow

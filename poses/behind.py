@@ -5,7 +5,8 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
-from poses.pose import Pose, load_poses, place_pose, pose_distance, read_canvas
+from poses.pose import place_pose, pose_distance
+from poses.source import Driver, read_driver
 from video import IMAGES, VIDEOS_WRITTEN, by_number, count_frames, cover
 
 WIDEST = 1280  # pixels
@@ -41,13 +42,14 @@ def beside(poses: Path) -> Path | None:
     return next((video for video in videos if video.is_file()), None)
 
 
-def frames_of_run(run: Path, poses: list[Pose], canvas: tuple[int, int] | None) -> list[Path]:
+def frames_of_run(run: Path, driver: Driver) -> list[Path]:
     """For each pose the training frame that is closest to it, as the paper selects its reference."""
     if not (run / "frames.poses.json").is_file():
         raise FileNotFoundError(f"{run}: no run; make one with: python train.py CLIP")
-    images, known = pictures_of(run / "frames", run), load_poses(run / "frames.poses.json")
-    size = read_canvas(run / "frames.poses.json") or (1, 1)
-    placement = cover(*(canvas or size), *size).placement
-    placed = [place_pose(pose, *placement) for pose in poses]
-    closest = (min(range(len(known)), key=lambda i: pose_distance(known[i], pose)) for pose in placed)
+    known, images = read_driver(run / "frames.poses.json", "json"), pictures_of(run / "frames", run)
+    placement = cover(*driver.canvas, *known.canvas).placement
+    placed = [place_pose(pose, *placement) for pose in driver.poses]
+    closest = (
+        min(range(known.total), key=lambda i: pose_distance(known.poses[i], pose)) for pose in placed
+    )
     return [images[i] for i in closest]
