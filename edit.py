@@ -6,7 +6,6 @@ numbers that were edited, in the file that was opened. The page also works witho
 
 import argparse
 import hashlib
-import io
 import json
 import secrets
 import tempfile
@@ -18,14 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 from pathlib import Path
 
-from PIL import Image
-
-from poses.behind import WIDEST, beside, frames_of_run, pictures_of
+from poses.behind import beside, closest_frames, draw_pictures
 from poses.openpose_json import is_json, json_files, missing_numbers, read_people
 from poses.source import read_driver
 from safe.arguments import parse_canvas, path, whole
 from safe.files import replacing
-from safe.footage import read_image
 from safe.process import run_command
 
 PAGE = Path(__file__).with_name("editor.html")
@@ -46,7 +42,7 @@ class Session:
 
     files: list[Path]
     canvas: tuple[int, int]  # (height, width), for files that do not say theirs
-    pictures: list[Path]
+    pictures: list[Path]  # JPEGs
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     saving: threading.Lock = field(default_factory=threading.Lock)
 
@@ -63,13 +59,6 @@ class Session:
                 raise ValueError(f"{file}: not UTF-8, as JSON must be to be edited") from None
             files.append({"name": file.name, "text": text, "version": version_of(content)})
         return {"files": files, "canvas": self.canvas[::-1], "pictures": len(self.pictures)}
-
-    def picture(self, frame: int) -> bytes:
-        """The picture behind a frame, as a JPEG."""
-        image, written = Image.fromarray(read_image(self.pictures[frame])), io.BytesIO()
-        image.thumbnail((WIDEST, WIDEST))
-        image.save(written, "JPEG", quality=88)
-        return written.getvalue()
 
     def save(self, index: int, version: str, content: bytes) -> str:
         """Replaces a file, whose version must be the one that was edited. Returns the new version.
@@ -112,7 +101,7 @@ class Page(BaseHTTPRequestHandler):
             case ["poses"]:
                 self.answer(200, "application/json", json.dumps(self.session.read()).encode())
             case ["picture", number] if self.is_below(number, self.session.pictures):
-                self.answer(200, "image/jpeg", self.session.picture(int(number)))
+                self.answer(200, "image/jpeg", self.session.pictures[int(number)].read_bytes())
             case [*_]:
                 self.answer(404)
 
@@ -176,15 +165,15 @@ def files_of(poses: Path) -> list[Path]:
 
 def main(args: argparse.Namespace) -> None:
     files, driver = files_of(args.poses), read_driver(args.poses, "json", canvas=args.canvas)
-    clip = args.clip or (None if args.run else beside(args.poses))
+    clip = args.run / "frames" if args.run else args.clip or beside(args.poses)
+    closest = closest_frames(args.run, driver) if args.run else range(driver.total)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = pictures_of(clip, Path(folder)) if clip else []
-        if args.run:
-            pictures = frames_of_run(args.run, driver)
-        elif clip and len(pictures) != driver.total:
+        pictures = draw_pictures(clip, Path(folder)) if clip else []
+        if clip and not args.run and len(pictures) != driver.total:
             print(
                 f"{clip}: {len(pictures)} frames, but {driver.total} poses; both are shown from the first on"
             )
+        pictures = [pictures[number] for number in closest if number < len(pictures)]
         if len(files) > 1 and any(gaps := missing_numbers(files)):  # the page shows what has a file
             numbers = (number - 1 for number in accumulate(gap + 1 for gap in gaps))
             pictures = [pictures[number] for number in numbers if number < len(pictures)]

@@ -33,7 +33,7 @@ from demo.puppet import pose_of, random_puppet, render
 from device import compute_device
 from metrics.figures import find_and_compare, psnr
 from openpose import load_openpose
-from poses.behind import beside, frames_of_run, pictures_of
+from poses.behind import beside, closest_frames, draw_pictures
 from poses.pose import load_poses, place_pose, save_poses
 from poses.source import read_driver
 from video import save_image, write_video
@@ -212,18 +212,14 @@ def test_behind_the_poses_are_the_clip_beside_them_or_the_closest_frames_of_a_ru
     for name in ("dance.poses.json", "dance.json"):
         assert beside(tmp_path / name) == tmp_path / "dance.mp4"
     (tmp_path / "read").mkdir()
-    pictures = pictures_of(tmp_path / "dance.mp4", tmp_path / "read")
-    answers = [edit.Session([], (48, 64), pictures).picture(frame) for frame in range(3)]
-    means = [np.asarray(Image.open(io.BytesIO(answer))).mean() for answer in answers]
+    pictures = draw_pictures(tmp_path / "dance.mp4", tmp_path / "read")
+    means = [np.asarray(Image.open(picture)).mean() for picture in pictures]
     assert np.allclose(means, [0, 200, 0], atol=3)
 
-    (tmp_path / "run" / "frames").mkdir(parents=True)
-    for number in range(2):
-        save_image(tmp_path / "run" / "frames" / f"{number}.png", frames[number])
+    (tmp_path / "run").mkdir()
     save_poses(tmp_path / "run" / "frames.poses.json", [dance[3], dance[20]], 64, 48)
     save_poses(tmp_path / "asked.json", [dance[19], dance[3], dance[4]], 64, 48)
-    closest = frames_of_run(tmp_path / "run", read_driver(tmp_path / "asked.json"))
-    assert [picture.name for picture in closest] == ["1.png", "0.png", "0.png"]
+    assert closest_frames(tmp_path / "run", read_driver(tmp_path / "asked.json")) == [1, 0, 0]
 
 
 # ---- The page ---------------------------------------------------------------------------------------
@@ -759,9 +755,9 @@ def test_the_screen_shows_picture_pose_and_tools_without_scrolling_sideways(brow
         960,
         720,
     )
-    save_image(tmp_path / "12.png", render(puppet, states[12], 960)[0][:720])
+    save_image(tmp_path / "12.jpg", render(puppet, states[12], 960)[0][:720], quality=90)
     for name, size in {"wide": (1280, 800), "narrow": (390, 844)}.items():
-        with serving(tmp_path / "dance.poses.json", pictures=[tmp_path / "12.png"] * 36) as (session, ask):
+        with serving(tmp_path / "dance.poses.json", pictures=[tmp_path / "12.jpg"] * 36) as (session, ask):
             editor = Editor(browser, *size).open_served(session, ask.port)
             editor.set("hold", 2)
             editor.set("fade", 6)
