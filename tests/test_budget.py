@@ -9,7 +9,7 @@ from test_rooms import FILES, OURS, ROOT, reachable
 LONGEST_FILE, LONGEST_FUNCTION = 520, 60
 # The paper's road: the top level without `evaluate.py`, and what of `poses/` following JSON poses imports.
 # The whole house may grow by what is new, but not by saying things twice.
-ROAD, HOUSE = 3900, 15_500
+ROAD, HOUSE = 3900, 15_915
 
 
 def lines(file: Path) -> int:
