@@ -12,9 +12,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -236,9 +236,7 @@ def select_reference(training_poses: Sequence[Pose], target_poses: Sequence[Pose
     distances = np.array([[pose_distance(one, other) for other in target_poses] for one in training_poses])
     comparable = np.isfinite(distances)
     if not comparable.any():
-        raise ValueError(
-            "no training frame shares body keypoints with a target pose: is there a person in them?"
-        )
+        raise ValueError("no training frame shares keypoints with a target pose: is a person in them?")
     sums = np.where(comparable, distances, 0).sum(axis=1)
     return int(np.lexsort((sums, -comparable.sum(axis=1)))[0])
 
@@ -380,7 +378,7 @@ def sample(
     latents = latents.clone()
     contexts = [Context(context)] + ([Context(empty_context)] if guidance != 1 else [])
     slicing = list(slicing or plans(*network_inputs(model).values(), finest_map(model, latents)))
-    inputs, placed = network_inputs(model), {}
+    inputs, placed, share = network_inputs(model), {}, slicing[0].share
 
     def place_hints() -> Tensor | Offloaded:
         """The hints where the way that is tried now wants them."""
@@ -391,10 +389,11 @@ def sample(
         return placed[outside]
 
     def predict(timestep: int) -> Tensor:
+        own = share.own(latents) if share else latents
         compared = contexts if timestep >= guidance_until else contexts[:1]
-        noises = (predict_noise(model, latents, timestep, c, place_hints()) for c in compared)
-        noise, *unguided = noises
-        return unguided[0].lerp_(noise, guidance) if unguided else noise
+        noise, *unguided = (predict_noise(model, own, timestep, c, place_hints()) for c in compared)
+        noise = unguided[0].lerp_(noise, guidance) if unguided else noise
+        return share.whole(noise) if share else noise
 
     timesteps = ddim_timesteps(steps)
     stride = TRAIN_STEPS // steps
@@ -539,13 +538,14 @@ def generate_once(
     seed: int = 0,
     frames_per_slice: int | None = None,
     offload: str = "auto",
+    share: Any = None,
 ) -> Generated:
     """The person of the training frames in M target poses: the whole method.
 
     model: fine-tuned on the run's frames; targets: on the run's canvas, with a person in each; reference: the
     training frame to start from (default: by `select_reference`); source: the training prompt; prompt: the
     target's (default: the same); seed: of fresh noise, where a method wants some; frames_per_slice, offload: see
-    `slicing.plans`: they do not change the result.
+    `slicing.plans`: they do not change the result; share: a `beyond.ranks.Share` of the frames sampled.
     """
     height, width = run.frames.shape[1:3]
     k = select_reference(run.poses, targets) if reference is None else reference
@@ -560,7 +560,7 @@ def generate_once(
         trajectory = invert(model, latent, hint, context, steps, method.fixed_point)
 
     poses = insert_reference(run.poses[k], targets) if method.insert else list(targets)
-    hints = embed_hints(model, poses, height, width)
+    hints = embed_hints(model, poses[share.frames] if share else poses, height, width)
     noise = starting_noise(method, trajectory, len(poses), seed)
     inputs = EditInputs(model, run, k, targets, trajectory, method.parts, method.step_of_edit(steps), seed)
     edits = method.editor(inputs) if method.parts else NO_EDITS
@@ -573,11 +573,10 @@ def generate_once(
         edits.before_step(latents[-len(targets) :], step)
 
     where = network_inputs(model).values()
-    slicing = plans(*where, finest_map(model, noise), frames_per_slice, offload)
-    until = model.guidance_until
-    latents = sample(
-        model, noise, hints, target_context, steps, guidance, empty_context, before_step, slicing, until
-    )
+    ways = plans(*where, finest_map(model, noise[: len(hints)]), frames_per_slice, offload)
+    slicing = [replace(way, share=share) for way in ways]
+    options = steps, guidance, empty_context, before_step, slicing, model.guidance_until
+    latents = sample(model, noise, hints, target_context, *options)
     check_finite(latents, f"step {steps} of sampling")
     key_frame, latents = latents[: len(poses) - len(targets)], latents[-len(targets) :]
     edits.finish(latents)

@@ -77,9 +77,7 @@ def finish_run(folder: Path, trained: dict[str, Tensor], outcome: dict) -> None:
 def refuse_finished(folder: Path) -> None:
     """Raises ValueError for a folder with a finished run."""
     if (folder / "trained.safetensors").exists():
-        (folder / "training_state.pt").unlink(
-            missing_ok=True
-        )  # a process was killed just before it did this
+        (folder / "training_state.pt").unlink(missing_ok=True)  # a process was killed just before this
         advice = "choose another with --run, or delete it"
         raise ValueError(f"{folder}: there is a finished run already; {advice}")
 

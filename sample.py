@@ -25,6 +25,7 @@ from tqdm import tqdm
 from beyond.follow import follow
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
+from beyond.ranks import decode, in_ranks, share_frames
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
 from pictures.pages import PAGE, result_data, write_page
@@ -205,6 +206,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         return None
     # At the most: the video, once more with its sound, and the sheet. All are compressed.
     require_space(out.parent, 2 * len(targets) * run.frames[0].nbytes)
+    share = share_frames(len(targets) + method.insert)
 
     model, weights = load_tuned(run, args.device)
     held = method.parts and method.editor is hold_to_pseudo_video
@@ -216,7 +218,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     print("trained at a learning rate of {learning_rate:g} ({learning_rate_from})".format_map(run.settings))
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
     options = {"guidance": args.guidance, "seed": args.seed, "steps": args.ddim_steps}
-    options |= {"frames_per_slice": args.slice, "offload": args.offload}
+    options |= {"frames_per_slice": args.slice, "offload": args.offload, "share": share}
     options |= {"reference": k, "source": run.settings["prompt"], "prompt": prompt}
     made = generate_or_explain(model, run, targets, method, **options)
     report = report_of(args, run, prompt, method, k, model.guidance_until, weights)
@@ -229,7 +231,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
         "edited_regions": made.regions,
         "remarks": remarks,
     }
-    decoded = decode_latents(model, made.latents)
+    decoded = decode(model, made.latents, share)
     frames = write_result(args, out, run, driver, targets, decoded, report)
     look = f"look at {out.stem}{'.png' if args.no_report else PAGE}"
     print(f"{out}: {len(frames)} frames, from training frame {report['reference']}; {look}")
@@ -237,4 +239,4 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
-    run_command("sample.py", main, args, out_of_memory="frames of this size need a larger card")
+    run_command("sample.py", in_ranks(main), args, out_of_memory="frames of this size need a larger card")

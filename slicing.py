@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Slicing:
     # in a slice of a layer's input; a frame of SD 1.5's finest maps has 1.3 million
     numbers: int = 2**21
     offload: bool = False
+    share: Any = None  # a `beyond.ranks.Share`, where several processes have some of the frames each
 
 
 current = Slicing()
@@ -77,6 +79,10 @@ def frugally(compute: Callable[[], Tensor], ways: list[Slicing]) -> Tensor:
 
     Raises MemoryError when none does.
     """
+    from safe.room import is_out_of_memory
+
+    if ways[0].share:
+        ways[0].share.settle(compute, ways)
     while True:
         try:
             with slices(ways[0]):
@@ -92,18 +98,6 @@ def frugally(compute: Callable[[], Tensor], ways: list[Slicing]) -> Tensor:
         ways.pop(0)  # here the exception is gone, and with it what it held in memory
         finish_fetching()
         torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a graphics card had too little memory: for PyTorch, or for the libraries and the driver below it."""
-    signs = (
-        "CUDA error: out of memory",
-        "MPS backend out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED",
-        "unable to find an engine",  # cuDNN, after none of its ways to convolve got the memory it wants
-    )
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def spans(length: int, numbers: int) -> Iterator[slice]:
@@ -138,11 +132,13 @@ def by_frames(
     return into
 
 
-def by_locations(layer: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+def by_locations(layer: Callable[[Tensor], Tensor], tokens: Tensor, tracks: bool = True) -> Tensor:
     """`layer(tokens)` for a layer to which every location is a track by itself: (B, F, L, C) -> same.
 
-    The tokens' memory may be used for the result.
+    The tokens' memory may be used for the result. tracks: whether the layer looks along them, from frame to frame.
     """
+    if tracks and current.share:
+        return current.share.by_locations(layer, tokens)
     length = tokens.shape[2]
     for locations in spans(length, tokens[:, :, 0].numel()):
         part = layer(tokens[:, :, locations])
@@ -150,6 +146,11 @@ def by_locations(layer: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
             return part
         tokens[:, :, locations] = part
     return tokens
+
+
+def key_frame(tokens: Tensor) -> Tensor:
+    """The clip's first frame, which another process may have: (B, F, L, C) -> (B, L, C)."""
+    return current.share.key_frame(tokens) if current.share else tokens[:, 0]
 
 
 def channel_moments(x: "Tensor | Offloaded") -> tuple[Tensor, Tensor]:
@@ -164,12 +165,13 @@ def channel_moments(x: "Tensor | Offloaded") -> tuple[Tensor, Tensor]:
         means.append(pixels.mean(dim=0))
         variances.append((pixels - means[-1]).square_().mean(dim=0))  # var_mean is six times slower
         shares.append((frames.stop - frames.start) / len(x))
-    if len(shares) == 1:
-        return means[0], variances[0]
-    # All slices but the last are of one size. Filled, because a list's copy to a card would wait for the card.
-    weight = torch.full((len(shares), 1), shares[0], device=means[0].device)
-    weight[-1:].fill_(shares[-1])
-    return merge_moments(torch.stack(means), torch.stack(variances), weight)
+    moments = means[0], variances[0]
+    if len(shares) > 1:
+        # All slices but the last are of one size. Filled, as a list's copy to a card would wait for the card.
+        weight = torch.full((len(shares), 1), shares[0], device=means[0].device)
+        weight[-1:].fill_(shares[-1])
+        moments = merge_moments(torch.stack(means), torch.stack(variances), weight)
+    return current.share.moments(*moments) if current.share else moments
 
 
 def merge_moments(mean: Tensor, variance: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:

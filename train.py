@@ -5,10 +5,11 @@ command goes on from an interrupted run's last checkpoint, at most two minutes b
 """
 
 from command import training_arguments
-from safe.process import before_torch, run_command, stop_in_one_line
+from safe.process import before_torch, refuse_torchrun, run_command, stop_in_one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     stop_in_one_line("train.py")
+    refuse_torchrun("train.py")
     args = training_arguments()
     before_torch()
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import attend
-from slicing import Offloaded, by_frames, by_locations, channel_moments, merge_moments, stored
+from slicing import Offloaded, by_frames, by_locations, channel_moments, key_frame, merge_moments, stored
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Tokens (B, F, H*W, C) -> same, and in the same memory outside autograd."""
-        key_frame_kv = self.attn1.keys_values(self.norm1(x[:, 0]))
+        key_frame_kv = self.attn1.keys_values(self.norm1(key_frame(x)))
         text_kv = context.keys_values(self.attn2)
 
         def layers(x: Tensor) -> Tensor:  # (B, F, L, C), L of the H*W locations
@@ -238,7 +238,7 @@ class BasicTransformerBlock(nn.Module):
             x = x + self.attn2(self.norm2(x), text_kv)
             return x + self.ff(self.norm3(x))
 
-        return by_locations(layers, x)
+        return by_locations(layers, x, tracks=hasattr(self, "attn_temp"))
 
     def temporal_attention(self, h: Tensor) -> Tensor:  # (B, F, L, C) -> same
         attention = self.attn_temp

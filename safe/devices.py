@@ -1,5 +1,6 @@
 """Which of the machine's devices is meant, and whether it is there."""
 
+import os
 import shutil
 
 import torch
@@ -26,4 +27,7 @@ def choose_device(name: str = "auto") -> torch.device:
     elif not there[name]:
         why = CUDA_BUILD if name == "cuda" and other_build else MISSING[name]
         raise ValueError(f"--device {name}: {why}; leave it out, or give another")
-    return torch.device("cpu") if name == "cpu" else torch.device(name, 0)  # as tensors call theirs
+    if name == "cpu":
+        return torch.device("cpu")
+    # Each of torchrun's processes has a card of its own. The number is given as tensors give theirs.
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else 0)

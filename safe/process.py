@@ -30,7 +30,7 @@ def run_command(
     except KeyboardInterrupt:
         leave(130, stopped)
     except RuntimeError as error:
-        from slicing import is_out_of_memory  # not above: it imports torch, which takes seconds
+        from safe.room import is_out_of_memory  # not above: it imports torch, which takes seconds
 
         if not is_out_of_memory(error):
             raise
@@ -42,6 +42,14 @@ def before_torch() -> None:
     # What MPS lacks is then computed on the CPU. Without MPS it does nothing.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     keep_freed_memory()
+
+
+def refuse_torchrun(script: str) -> None:
+    """Ends each of several processes that torchrun has started; the first one says why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("RANK") == "0":
+            sys.stderr.write(f"{script}: uses one graphics card; start it with python, not torchrun\n")
+        sys.exit(2)
 
 
 def keep_freed_memory() -> None:

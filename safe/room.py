@@ -34,6 +34,18 @@ def free_memory(device: torch.device) -> float:
     return min(limits)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a graphics card had too little memory: for PyTorch, or for the libraries and the driver below it."""
+    signs = (
+        "CUDA error: out of memory",
+        "MPS backend out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "unable to find an engine",  # cuDNN, after none of its ways to convolve got the memory it wants
+    )
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
 def require_memory_for_frames(model, device: torch.device, dtype: torch.dtype, shape: tuple) -> None:
     """Raises MemoryError where so many frames, (N, H, W), cannot be encoded on a device with what is free."""
     number, height, width = shape

@@ -15,7 +15,7 @@ from evaluate import parse_arguments
 from posecrafter import widen
 from safe.arguments import DEVICES
 from safe.devices import choose_device
-from slicing import is_out_of_memory
+from safe.room import is_out_of_memory
 
 ROOT = Path(__file__).parents[1]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
