@@ -75,6 +75,8 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--replay", action=yes_or_no, help="sample the key frame as inverted (default: the method's)")
     iterations = "further iterations of each inversion step (default: the method's)"
     add("--fixed-point", type=int, choices=range(21), metavar="N", help=iterations)
+    every = "compute only every N-th step whole: faster, not exact (default: all)"
+    add("--reuse", type=partial(number, kind=int, low=1, high=11), metavar="N", help=every)
     add("--reference", default="auto", help="number of the training frame to start from (default: auto)")
     add("--slice", type=whole, metavar="N", help="frames that a layer takes at a time; changes no result")
     where = "keep what waits for the decoder outside the graphics card (default: auto, if need be)"

@@ -365,6 +365,7 @@ def sample(
     before_step: Callable[[Tensor, int], None] | None = None,
     slicing: Sequence[Slicing] | None = None,
     guidance_until: int = 0,
+    predictor: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """DDIM from noise to clean latents, the whole clip at once.
 
@@ -374,6 +375,7 @@ def sample(
     (Kynkäänniemi et al., 2024, guide in such an interval).
     `before_step(latents, step)` is called before each step, counted from 1, and may change the latents in place.
     `slicing`: ways to fit in memory, the next where one does not; by default those of `slicing.plans`.
+    `predictor`: what to call instead of `predict_noise`.
     """
     latents = latents.clone()
     contexts = [Context(context)] + ([Context(empty_context)] if guidance != 1 else [])
@@ -391,7 +393,8 @@ def sample(
     def predict(timestep: int) -> Tensor:
         own = share.own(latents) if share else latents
         compared = contexts if timestep >= guidance_until else contexts[:1]
-        noise, *unguided = (predict_noise(model, own, timestep, c, place_hints()) for c in compared)
+        see = predictor or predict_noise
+        noise, *unguided = (see(model, own, timestep, each, place_hints()) for each in compared)
         noise = unguided[0].lerp_(noise, guidance) if unguided else noise
         return share.whole(noise) if share else noise
 
@@ -539,13 +542,15 @@ def generate_once(
     frames_per_slice: int | None = None,
     offload: str = "auto",
     share: Any = None,
+    predictor: Callable[..., Tensor] | None = None,
 ) -> Generated:
     """The person of the training frames in M target poses: the whole method.
 
     model: fine-tuned on the run's frames; targets: on the run's canvas, with a person in each; reference: the
     training frame to start from (default: by `select_reference`); source: the training prompt; prompt: the
     target's (default: the same); seed: of fresh noise, where a method wants some; frames_per_slice, offload: see
-    `slicing.plans`: they do not change the result; share: a `beyond.ranks.Share` of the frames sampled.
+    `slicing.plans`: they do not change the result; share: a `beyond.ranks.Share` of the frames sampled;
+    predictor: see `sample`.
     """
     height, width = run.frames.shape[1:3]
     k = select_reference(run.poses, targets) if reference is None else reference
@@ -575,7 +580,7 @@ def generate_once(
     where = network_inputs(model).values()
     ways = plans(*where, finest_map(model, noise[: len(hints)]), frames_per_slice, offload)
     slicing = [replace(way, share=share) for way in ways]
-    options = steps, guidance, empty_context, before_step, slicing, model.guidance_until
+    options = steps, guidance, empty_context, before_step, slicing, model.guidance_until, predictor
     latents = sample(model, noise, hints, target_context, *options)
     check_finite(latents, f"step {steps} of sampling")
     key_frame, latents = latents[: len(poses) - len(targets)], latents[-len(targets) :]

@@ -26,6 +26,7 @@ from beyond.follow import follow
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
 from beyond.ranks import decode, in_ranks, share_frames
+from beyond.reuse import reuse_deep_maps
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
 from pictures.pages import PAGE, result_data, write_page
@@ -219,6 +220,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     print(f"method {method.name} ({method_from}), {args.ddim_steps} steps, on {describe(model)}")
     options = {"guidance": args.guidance, "seed": args.seed, "steps": args.ddim_steps}
     options |= {"frames_per_slice": args.slice, "offload": args.offload, "share": share}
+    options["predictor"] = args.reuse and reuse_deep_maps(args.reuse, args.ddim_steps)
     options |= {"reference": k, "source": run.settings["prompt"], "prompt": prompt}
     made = generate_or_explain(model, run, targets, method, **options)
     report = report_of(args, run, prompt, method, k, model.guidance_until, weights)

@@ -271,4 +271,6 @@ def print_plan(run: Run, method: Method, targets: int, args: Namespace) -> None:
         print(f"{name}, {str(precision).removeprefix('torch.')}: {peak / 1e9:.1f} GB at the peak")
     seconds = seconds_per_frame(model, height, width, device, dtype, sliced)
     minutes = seconds * sum(work.values()) / step / 60
+    if args.reuse:
+        print("what --reuse saves is not counted")
     print(f"on this machine's {device.type}: about {minutes:,.1f} minutes, from a trial of one slice")

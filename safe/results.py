@@ -67,7 +67,7 @@ def report_of(
 
     weights: the files that the networks were filled from. The manifest goes to strangers, so it names no folders.
     """
-    told = {name: getattr(args, name) for name in ("guidance", "ddim_steps", "seed")}
+    told = {name: getattr(args, name) for name in ("guidance", "ddim_steps", "reuse", "seed")}
     told |= {name: getattr(method, name) for name in ("start", "replay", "fixed_point")} | {
         "prompt": prompt,
         "guidance_until": guidance_until,
