@@ -169,8 +169,10 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
         for this, other in ((0, 1), (1, 0)):
             if at[this] is None:
                 fixed = ends[other] if at[other] is None else joints[pair[other]][at[other]][:2]
-                at[this] = len(joints[pair[this]])
-                joints[pair[this]].append(np.append(extend_limb(ink, limb, fixed, ends[this]), INFERRED))
+                place, known = extend_limb(ink, limb, fixed, ends[this]), joints[pair[this]]
+                close = (i for i, joint in enumerate(known) if np.hypot(*(joint[:2] - place)) < 2.5 * ink.radius)
+                at[this] = next(close, len(known))  # two limbs infer the same joint
+                known += [np.append(place, INFERRED)] * (at[this] == len(known))
         links.append(tuple(zip(pair, at)))
     return links
 
