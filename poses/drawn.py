@@ -170,7 +170,9 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
             if at[this] is None:
                 fixed = ends[other] if at[other] is None else joints[pair[other]][at[other]][:2]
                 place, known = extend_limb(ink, limb, fixed, ends[this]), joints[pair[this]]
-                close = (i for i, joint in enumerate(known) if np.hypot(*(joint[:2] - place)) < 2.5 * ink.radius)
+                close = (
+                    i for i, joint in enumerate(known) if np.hypot(*(joint[:2] - place)) < 2.5 * ink.radius
+                )
                 at[this] = next(close, len(known))  # two limbs infer the same joint
                 known += [np.append(place, INFERRED)] * (at[this] == len(known))
         links.append(tuple(zip(pair, at)))
@@ -208,10 +210,17 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
                 break
         else:
             bodies.append(piece)
-    bodies = [body for body in bodies if is_seen(body).sum() >= 3]
+    bodies = [body for body in bodies if is_seen(body).sum() >= 3 and not is_scrap(body, bodies)]
     if len(bodies) > MOST_PEOPLE:
         raise Crowded(f"{len(bodies)} people")
     return bodies
+
+
+def is_scrap(piece: np.ndarray, bodies: list[np.ndarray]) -> bool:
+    """Whether a piece lies within a body that has over twice as many keypoints: a limb that was read twice."""
+    points = piece[is_seen(piece), :2]
+    larger = [body[is_seen(body), :2] for body in bodies if is_seen(body).sum() > 2 * len(points)]
+    return any(((points > b.min(axis=0)) & (points < b.max(axis=0))).all() for b in larger)
 
 
 def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
@@ -224,25 +233,6 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
         return False
     joined = [(piece[a], body[b]) for a, b in (*LIMBS, *LIMBS[:, ::-1]) if piece[a, 2] and body[b, 2]]
     return all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
-
-
-def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:
-    """One body (18, 3) per frame, zeros for nobody: the sequence that is large and leaps least (Viterbi's way)."""
-    largest = max((extent(body) for bodies in people for body in bodies), default=1.0)
-
-    def worth(body: np.ndarray, path: list) -> float:
-        old = next((old for old in reversed(path) if old.any()), body)
-        both = is_seen(body) & is_seen(old)
-        leap = np.linalg.norm((body - old)[both, :2], axis=1).mean() if both.any() else largest
-        return extent(body) / largest - min(2 * leap / largest, 1.0)
-
-    paths: list[tuple] = [(0.0, [])]  # the best sequence that ends in each of the last frame's bodies
-    for bodies in people:
-        ways = [[(value + worth(body, path), path) for value, path in paths] for body in bodies]
-        best = [max(way, key=lambda path: path[0]) for way in ways]
-        best = [(value, [*path, body]) for (value, path), body in zip(best, bodies)]
-        paths = best or [(value, [*path, np.zeros((18, 3))]) for value, path in paths]
-    return max(paths, key=lambda path: path[0])[1]
 
 
 # ---- Faces and hands ----------------------------------------------------------------------------
@@ -399,11 +389,15 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, wrists: np.ndarray) -> np.nd
     x, y = near(is_blue, np.delete(places, own, axis=0)).T
     mask[y, x] = True
     dots, whole = find_dots(mask, ink.radius)
+    if len(dots) < 3:
+        return np.zeros((21, 3))
     pixels = near((ink.bone >= 0) & ~is_blue, places)
-    pixels = pixels[:: 1 + len(pixels) // MOST_MARKS]
+    pixels = pixels[:: 1 + len(pixels) // 4000]
+    # A face beside the hand has its colours too, but no dots.
+    pixels = pixels[np.linalg.norm(pixels[:, None] - dots, axis=2).min(axis=1) < 6 * ink.radius]
     labels = ink.bone[pixels[:, 1], pixels[:, 0]]
     shown = np.bincount(labels, minlength=20)
-    if (shown[::4] >= 3).sum() < 2 or len(dots) < 3:
+    if (shown[::4] >= 3).sum() < 2:
         return np.zeros((21, 3))
     # To begin with, the middle of what is seen of each bone is the middle of that bone.
     middles = [np.median(pixels[labels == bone], axis=0) for bone in np.flatnonzero(shown >= 3)]
@@ -429,22 +423,22 @@ def sampled(frames: np.ndarray) -> np.ndarray:
     return frames[:: max(1, len(frames) // 8)]
 
 
+def place_head(body: np.ndarray) -> np.ndarray:
+    """About where the head of a body (18, 3) is: (x, y)."""
+    seen = body[is_seen(body) & IS_HEAD]
+    return (seen if len(seen) else body[is_seen(body)])[:, :2].mean(axis=0)
+
+
 def read_people(ink: Ink) -> list[tuple[np.ndarray, ...]]:
     """Everybody's body (18, 3), face (70, 3) and hands (21, 3), in pixels of the padded frame."""
     bodies = read_bodies(ink)
     dots, whole = find_dots(ink.white, FACE_DOT * ink.radius) if bodies else (np.zeros((0, 2)), ink.white)
-    heads = [body[is_seen(body) & IS_HEAD] for body in bodies]
-    heads = [
-        (head if len(head) else body[is_seen(body)])[:, :2].mean(axis=0)
-        for head, body in zip(heads, bodies)
-    ]
-    apart = [np.linalg.norm(dots - head, axis=1) for head in heads]
-    wrists = np.concatenate(
-        [body[[4, 7]][is_seen(body[[4, 7]]), :2] for body in bodies] or [np.zeros((0, 2))]
-    )
+    heads = [place_head(body) for body in bodies]
+    whose = [np.argmin([np.hypot(*(dot - head)) for head in heads]) for dot in dots]
+    wrists = np.array([body[wrist, :2] for body in bodies for wrist in (4, 7) if body[wrist, 2]])
     people = []
     for index, body in enumerate(bodies):
-        face = read_face(ink, body, dots[np.argmin(apart, axis=0) == index], whole)
+        face = read_face(ink, body, dots[np.equal(whose, index)], whole)
         hands = [read_hand(ink, body, wrist, wrists) for wrist in (7, 4)]
         people.append((complete_head(body, face), face, *hands))
     return people
@@ -461,12 +455,12 @@ def line_radius(frames: list[np.ndarray]) -> float:
     if not limbs:
         return usual
     lengths = np.array([np.linalg.norm(np.subtract(*ends)) + 1 for _, ends, _ in limbs])
-    halves = (
-        np.array([pixels for _, _, pixels in limbs]) * 2 / np.pi / lengths
-    )  # an ellipse's shorter half axis
-    measured = np.median(halves[lengths >= np.median(lengths)]).clip(0.25 * usual, 2 * usual)
+    areas = np.array([pixels for _, _, pixels in limbs])
+    # An ellipse's area is pi / 4 times its two axes; a drawn one is half a pixel wider.
+    measured = np.median((2 / np.pi * areas / lengths)[lengths >= np.quantile(lengths, 0.67)]) - 0.5
+    measured = float(measured.clip(0.25 * usual, 2 * usual))
     likely = min((usual, usual / 2, 4.0), key=lambda radius: abs(np.log(radius / measured)))
-    return likely if 0.7 < measured / likely < 1.4 else float(measured)
+    return likely if abs(measured / likely - 1) < 0.12 else measured
 
 
 def is_drawn(frames: np.ndarray) -> bool:
@@ -493,6 +487,18 @@ def has_its_colours(frame: np.ndarray) -> bool:
     return bright <= 0.35 * frame[..., 0].size and in_colour >= 0.75 * bright and limbs >= 0.2 * bright
 
 
+def hint_at_drawing(frames: np.ndarray) -> str:
+    """What to say where nobody is found in a clip, uint8 RGB (F, H, W, 3), that may be drawn, or "".
+
+    Footage has shades everywhere; drawings are flat, and what is not their ground is saturated.
+    """
+    frame = put_on_black(frames[len(frames) // 2], *find_ground(sampled(frames))).astype(np.int16)
+    steps, high = np.abs(np.diff(frame, axis=1)).max(axis=2), frame.max(axis=2)
+    saturated = (np.ptp(frame, axis=2) > 0.5 * high)[high > BLACK]
+    is_flat = (steps <= 4).mean() > 0.8 and len(saturated) and saturated.mean() > 0.4
+    return "; if these are drawn skeletons, add --poses-are drawn" if is_flat else ""
+
+
 def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:
     """The people in every frame of a drawn clip, uint8 RGB (F, H, W, 3), those with the most joints first.
 
@@ -504,11 +510,14 @@ def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:
         for index, frame in enumerate(frames):
             covered = (put_on_black(frame, *paper).max(axis=2) > BLACK).mean()
             if covered > MOST_COVERED:
-                raise Crowded(f"{covered:.0%} of frame {index} are not plain ground")
+                what = (
+                    f"{covered:.0%} of frame {index} are not its plain ground, on which skeletons are drawn"
+                )
+                raise ValueError(what)
         radius = line_radius([put_on_black(frame, *paper) for frame in sampled(frames)])
         inks = (read_ink(put_on_black(frame, *paper), radius) for frame in frames)
         people = [[as_pose(person, ink) for person in read_people(ink)] for ink in inks]
-    except Crowded as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}; give --poses-are video for footage") from None
     if not any(map(len, people)):
         raise ValueError(f"{path}: no drawn skeleton in any of the {len(frames)} frames")
@@ -523,10 +532,3 @@ def as_pose(person: tuple[np.ndarray, ...], ink: Ink) -> Pose:
         (0.5 - ink.margin) / height,
     )  # a pixel's centre is half a pixel from its corner
     return place_pose(Pose(*person), 1 / width, 1 / height, x, y)
-
-
-def read_drawn_clip(path: Path, frames: np.ndarray) -> list[Pose]:
-    """The largest person of every frame of `read_drawn_people`, or an empty Pose."""
-    people = read_drawn_people(path, frames)
-    sizes = [[extent(pose.body) for pose in each] for each in people]
-    return [each[np.argmax(size)] if each else Pose() for each, size in zip(people, sizes)]

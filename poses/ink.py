@@ -13,8 +13,8 @@ def find_ground(frames: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
     edge = np.median(frames[:, [0, 0, -1, -1], [0, -1, 0, -1]], axis=(0, 1))
     differs = np.mean([is_unlike(frame, edge) for frame in frames], axis=0)
     # Bars are as straight as rows and columns; around a skeleton the rest of the row is ground.
-    rows, columns = (np.flatnonzero(differs.mean(axis=axis) > 0.1) for axis in (1, 0))
-    if len(rows) > 4 and len(columns) > 4:
+    rows, columns = (np.flatnonzero(differs.mean(axis=axis) > 0.2) for axis in (1, 0))
+    if len(rows) > 4 + len(differs) // 4 and len(columns) > 4 + len(differs[0]) // 4:
         top, bottom, left, right = (
             rows[0] + 2,
             rows[-1] - 1,
