@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from poses.ink import BLACK, Ink, find_ground, label_components, put_on_black, read_ink
+from poses.ink import (
+    BLACK,
+    Ink,
+    find_ground,
+    has_its_colours,
+    label_components,
+    put_on_black,
+    read_ink,
+    sampled,
+)
 from poses.people import extent
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen, place_pose
 
@@ -121,11 +130,14 @@ def extend_limb(ink: Ink, index: int, fixed: np.ndarray, seen: np.ndarray) -> np
     Of ellipses of its width that reach on, the one that covers most of the limb's pixels and fewest black ones.
     """
     length, radius = max(np.linalg.norm(seen - fixed), 1.0), ink.radius
-    along, aside = np.arange(length + 3 * radius)[:, None], np.arange(-int(radius), int(radius) + 1)
+    along = np.arange(0, length + 3 * radius, 0.5)[
+        :, None
+    ]  # a strip along the limb, in steps of half a pixel
+    aside = np.arange(-radius, radius + 0.5, 0.5)
     ahead = (seen - fixed) / length
     x = np.rint(fixed[0] + along * ahead[0] - aside * ahead[1]).astype(int).clip(0, ink.limb.shape[1] - 1)
     y = np.rint(fixed[1] + along * ahead[1] + aside * ahead[0]).astype(int).clip(0, ink.limb.shape[0] - 1)
-    worth = ((ink.limb[y, x] == index) - 1.0 * ink.black[y, x]).ravel()
+    worth = ((ink.limb[y, x] == index) - 1.0 * ink.black[y, x]).ravel() / 4
     reach = np.arange(-0.5, 3, 0.125) * radius
     half = (length + reach)[:, None, None] / 2
     inside = ((along - half) / half.clip(0.5)) ** 2 + (aside / radius) ** 2 < 1
@@ -164,7 +176,7 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
             b, cost_b = nearest(ink, joints[pair[1]], start, end)
             ways.append((cost_a + cost_b, [a, b], [start, end]))
         _, at, ends = min(ways, key=lambda way: way[0])
-        if at == [None, None] and np.linalg.norm(ends[1] - ends[0]) < 3 * ink.radius:
+        if None in at and np.linalg.norm(ends[1] - ends[0]) < 3 * ink.radius:
             continue
         for this, other in ((0, 1), (1, 0)):
             if at[this] is None:
@@ -418,11 +430,6 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, wrists: np.ndarray) -> np.nd
 # ---- Clips --------------------------------------------------------------------------------------
 
 
-def sampled(frames: np.ndarray) -> np.ndarray:
-    """Eight to fifteen frames of a clip, or all of a shorter one, which tell how all of it is drawn."""
-    return frames[:: max(1, len(frames) // 8)]
-
-
 def place_head(body: np.ndarray) -> np.ndarray:
     """About where the head of a body (18, 3) is: (x, y)."""
     seen = body[is_seen(body) & IS_HEAD]
@@ -477,26 +484,6 @@ def is_drawn(frames: np.ndarray) -> bool:
     except Crowded:
         return False
     return sum(any((body[:, 2] == 1).sum() >= 4 for body in each) for each in bodies) > 0.5 * len(frames)
-
-
-def has_its_colours(frame: np.ndarray) -> bool:
-    """Whether a frame (H, W, 3) is mostly black and the rest has the colours of a drawing."""
-    ink, bright = read_ink(frame, 1), (frame.max(axis=2) > BLACK).sum()
-    limbs = (ink.limb >= 0).sum()
-    in_colour = ((ink.joint >= 0) | ink.white).sum() + limbs
-    return bright <= 0.35 * frame[..., 0].size and in_colour >= 0.75 * bright and limbs >= 0.2 * bright
-
-
-def hint_at_drawing(frames: np.ndarray) -> str:
-    """What to say where nobody is found in a clip, uint8 RGB (F, H, W, 3), that may be drawn, or "".
-
-    Footage has shades everywhere; drawings are flat, and what is not their ground is saturated.
-    """
-    frame = put_on_black(frames[len(frames) // 2], *find_ground(sampled(frames))).astype(np.int16)
-    steps, high = np.abs(np.diff(frame, axis=1)).max(axis=2), frame.max(axis=2)
-    saturated = (np.ptp(frame, axis=2) > 0.5 * high)[high > BLACK]
-    is_flat = (steps <= 4).mean() > 0.8 and len(saturated) and saturated.mean() > 0.4
-    return "; if these are drawn skeletons, add --poses-are drawn" if is_flat else ""
 
 
 def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:

@@ -8,6 +8,11 @@ BLACK = 48  # the brightest level of what counts as black
 ALIKE = 32  # levels by which a compressed ground may differ from its colour
 
 
+def sampled(frames: np.ndarray) -> np.ndarray:
+    """Eight to fifteen frames of a clip, or all of a shorter one, which tell how all of it is drawn."""
+    return frames[:: max(1, len(frames) // 8)]
+
+
 def find_ground(frames: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
     """What a clip, uint8 RGB (F, H, W, 3), is drawn on: the colour (3,), and the box inside bars or a border."""
     edge = np.median(frames[:, [0, 0, -1, -1], [0, -1, 0, -1]], axis=(0, 1))
@@ -103,3 +108,23 @@ def label_components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.minimum.at(label, label[second], label[first])
         label = label[label]
     return np.stack([x, y], axis=1), label
+
+
+def has_its_colours(frame: np.ndarray) -> bool:
+    """Whether a frame (H, W, 3) is mostly black and the rest has the colours of a drawing."""
+    ink, bright = read_ink(frame, 1), (frame.max(axis=2) > BLACK).sum()
+    limbs = (ink.limb >= 0).sum()
+    in_colour = ((ink.joint >= 0) | ink.white).sum() + limbs
+    return bright <= 0.35 * frame[..., 0].size and in_colour >= 0.75 * bright and limbs >= 0.2 * bright
+
+
+def hint_at_drawing(frame: np.ndarray) -> str:
+    """What to say where nobody is found in a clip with this frame, uint8 RGB (H, W, 3), that may be drawn, or "".
+
+    Footage has shades everywhere; drawings are flat, and what is not their ground is saturated.
+    """
+    frame = put_on_black(frame, *find_ground(frame[None])).astype(np.int16)
+    steps, high = np.abs(np.diff(frame, axis=1)).max(axis=2), frame.max(axis=2)
+    saturated = (np.ptp(frame, axis=2) > 0.5 * high)[high > BLACK]
+    is_flat = (steps <= 4).mean() > 0.8 and len(saturated) and saturated.mean() > 0.4
+    return "; if these are drawn skeletons, add --poses-are drawn" if is_flat else ""

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from demo.puppet import clip
-from poses.drawn import hint_at_drawing, is_drawn, read_drawn_people
+from poses.drawn import is_drawn, read_drawn_people
+from poses.ink import hint_at_drawing
 from poses.people import extent
 from poses.pose import _LIMB_COLOURS, Pose, draw_pose, has_person, is_seen, load_poses, place_pose
 from video import read_frames, save_image, write_video
@@ -151,9 +152,9 @@ def test_a_clip_of_nobody_is_refused_by_name():
 
 
 def test_a_drawing_that_was_not_recognised_is_hinted_at():
-    assert "--poses-are drawn" in hint_at_drawing(drawing(puppets(1), 512, 512))
+    assert "--poses-are drawn" in hint_at_drawing(drawing(puppets(1), 512, 512)[0])
     noise = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), dtype=np.uint8)
-    assert hint_at_drawing(noise) == ""
+    assert hint_at_drawing(noise[0]) == ""
 
 
 def test_what_is_not_drawn_stays_missing():
