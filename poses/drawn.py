@@ -478,9 +478,12 @@ def is_drawn(frames: np.ndarray) -> bool:
     paper = find_ground(sampled(frames))
     frames = [put_on_black(frame, *paper) for frame in sampled(frames)]
     frames = [frame for frame in frames if (frame > BLACK).any()]  # others show nobody
+    fitting = [frame for frame in frames if has_its_colours(frame)]
+    if len(fitting) <= 0.5 * len(frames):
+        return False
     try:
-        radius = line_radius(frames) if all(map(has_its_colours, frames)) and frames else 0
-        bodies = [read_bodies(read_ink(frame, radius)) for frame in frames if radius]
+        radius = line_radius(fitting)
+        bodies = [read_bodies(read_ink(frame, radius)) for frame in fitting]
     except Crowded:
         return False
     return sum(any((body[:, 2] == 1).sum() >= 4 for body in each) for each in bodies) > 0.5 * len(frames)
@@ -497,10 +500,7 @@ def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:
         for index, frame in enumerate(frames):
             covered = (put_on_black(frame, *paper).max(axis=2) > BLACK).mean()
             if covered > MOST_COVERED:
-                what = (
-                    f"{covered:.0%} of frame {index} are not its plain ground, on which skeletons are drawn"
-                )
-                raise ValueError(what)
+                raise ValueError(f"{covered:.0%} of frame {index} are not its plain ground")
         radius = line_radius([put_on_black(frame, *paper) for frame in sampled(frames)])
         inks = (read_ink(put_on_black(frame, *paper), radius) for frame in frames)
         people = [[as_pose(person, ink) for person in read_people(ink)] for ink in inks]
@@ -514,8 +514,5 @@ def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:
 def as_pose(person: tuple[np.ndarray, ...], ink: Ink) -> Pose:
     """Parts in pixels of the padded frame as a pose on the canvas."""
     height, width = np.subtract(ink.black.shape, 2 * ink.margin)
-    x, y = (
-        (0.5 - ink.margin) / width,
-        (0.5 - ink.margin) / height,
-    )  # a pixel's centre is half a pixel from its corner
+    x, y = (0.5 - ink.margin) / width, (0.5 - ink.margin) / height  # 0.5: a pixel's centre from its corner
     return place_pose(Pose(*person), 1 / width, 1 / height, x, y)

@@ -45,6 +45,8 @@ def put_on_black(frame: np.ndarray, ground: np.ndarray, box: tuple[slice, slice]
     A grey or white ground is taken out of soft edges too: as all inks but white lack red, green or blue, the
     least of the three tells how much of the ground shines through.
     """
+    if ground.max() <= BLACK and box == (slice(None), slice(None)):
+        return frame
     picture, grey = frame[box].astype(np.float32), ground.mean()
     if np.ptp(ground) <= ALIKE / 2:
         low = picture.min(axis=2, keepdims=True)
