@@ -308,8 +308,11 @@ def test_the_command_line_refuses_noise_as_a_drawing(tmp_path):
 
 
 @needs_cases
-def test_the_command_line_refuses_a_case_of_no_drawing(tmp_path):
-    assert_refused_as_driver(CASES / "noise_64x96.mp4", tmp_path, "give --poses-are video")
+def test_a_case_of_no_drawing_is_refused():
+    frames, _ = read_frames(CASES / "noise_64x96.mp4")
+    assert not is_drawn(frames)
+    with pytest.raises(ValueError, match="give --poses-are video"):
+        read_drawn_people(CASES / "noise_64x96.mp4", frames)
 
 
 @needs_cases
