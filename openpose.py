@@ -27,6 +27,7 @@ from tqdm import tqdm, trange
 
 from checkpoint import fill
 from poses import maps
+from poses.ink import hint_at_drawing
 from poses.people import fill_gaps, follow_one, smooth_poses
 from poses.pose import Pose, absences, draw_pose, has_person, is_seen, save_poses
 from public.configs import read_config, read_openpose_sizes
@@ -244,7 +245,7 @@ def find_in_footage(path: Path, clip: Clip, model: str, device: str, *choices) -
     try:
         return find_poses(nets, clip, *choices, progress=True)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}{hint_at_drawing(next(iter(clip)))}") from None
 
 
 # ---- The command line ---------------------------------------------------------------------------

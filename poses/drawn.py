@@ -4,22 +4,31 @@ Colours say which joint a disc is and which limb an ellipse; bodies are put toge
 dots, a hand 21 blue ones and bones in 20 colours: a springy template is moved onto them.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from poses.ink import BLACK, Ink, label_components, read_ink
+from poses.ink import (
+    BLACK,
+    Ink,
+    find_ground,
+    has_its_colours,
+    label_components,
+    put_on_black,
+    read_ink,
+    sampled,
+)
 from poses.people import extent
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen, place_pose
 
+FACE_DOT = 0.75  # the radius of a face's dots in radii of the discs of joints
 INFERRED = 0.5  # score of keypoints whose own mark is covered, where the marks around tell where
 NECK, EARS = 1, (16, 17)
+IS_HEAD = np.isin(np.arange(18), (0, 14, 15, 16, 17))
 LEFT_KNEE = 12  # its disc is as blue as the joints of hands
 
 # Pictures that are no drawings could keep the search busy for ever. Twenty people have less of everything.
-MOST_COVERED = 0.5  # of the frame, by something else than black
-MOST_LOOKUPS = 100_000_000  # of pixels around those of one colour, which are seconds
+MOST_COVERED = 0.5  # of the frame, by something else than its ground
 MOST_MARKS, MOST_GROUPS, MOST_PEOPLE = 1000, 200, 50
 
 
@@ -33,37 +42,42 @@ class Crowded(ValueError):
 # ---- Discs and limbs ----------------------------------------------------------------------------
 
 
-def disc_shares(classes: np.ndarray, pixels: np.ndarray, radius: float) -> np.ndarray:
-    """Which share of the disc around each of the pixels (N, 2) has the pixel's class: (N,)."""
-    reach = np.arange(-int(radius), int(radius) + 1)
-    offsets = reach[np.argwhere(np.hypot(reach, reach[:, None]) <= radius)]
-    flat, width = classes.ravel(), classes.shape[1]
-    if len(pixels) * len(offsets) > MOST_LOOKUPS:
-        raise Crowded(f"{len(pixels)} pixels of one colour")
-    at = pixels @ (1, width)
-    own = flat[at]
-    return sum(flat[at + dy * width + dx] == own for dy, dx in offsets) / len(offsets)
+def around(mask: np.ndarray, centre: np.ndarray, reach: float) -> np.ndarray:
+    """Pixels (N, 2), as (x, y), of a mask (H, W) that lie within `reach` of a centre."""
+    left, top = np.floor(centre - reach).astype(int).clip(0)
+    right, bottom = np.ceil(centre + reach).astype(int).clip(0) + 1
+    y, x = np.nonzero(mask[top:bottom, left:right])
+    points = np.stack([x + left, y + top], axis=1)
+    return points[np.linalg.norm(points - centre, axis=1) <= reach]
 
 
-def pick_spots(pixels: np.ndarray, shares: np.ndarray, least: float, near: float, gap: float) -> np.ndarray:
-    """Rows (x, y, share): centres of the pixels (N, 2) near those of the highest shares, which lie apart."""
-    candidates, shares = pixels[shares >= least], shares[shares >= least]
+def disc_shares(mask: np.ndarray, pixels: np.ndarray, radius: float) -> np.ndarray:
+    """Which share of the disc around each of the pixels (N, 2) lies in a mask (H, W): (N,)."""
+    counts, width = mask.ravel().cumsum(dtype=np.int32), mask.shape[1]
+    rows = np.arange(-int(radius), int(radius) + 1)
+    halves = np.sqrt(radius**2 - rows**2).astype(int)  # each row of the disc is a difference of two counts
+    at = pixels @ (1, width) + (rows * width)[:, None]
+    inside = counts[at + halves[:, None]] - counts[at - halves[:, None] - 1]
+    return inside.sum(axis=0) / (2 * halves + 1).sum()
+
+
+def pick_spots(mask: np.ndarray, shares: np.ndarray, least: float, near: float, gap: float) -> np.ndarray:
+    """Rows (x, y, share): centres of a mask's pixels near those of the highest shares, which lie apart.
+
+    shares: (N,) of the mask's pixels, row by row
+    """
+    pixels, free = np.argwhere(mask)[:, ::-1], np.zeros_like(mask)
+    order = np.argsort(-shares, kind="stable")[: (shares >= least).sum()]
+    free[tuple(pixels[order].T[::-1])] = True
     spots = []
-
-    def around(points: np.ndarray, centre: np.ndarray, reach: float) -> tuple[slice, np.ndarray]:
-        """Which points lie around a centre: a range of rows, as they come row by row, and distances in there."""
-        rows = slice(*np.searchsorted(points[:, 1], (centre[1] - reach - 1, centre[1] + reach + 1)))
-        return rows, np.linalg.norm(points[rows] - centre, axis=1)
-
-    while len(candidates) and shares[best := shares.argmax()] >= 0:
-        if len(spots) == MOST_MARKS:
-            raise Crowded(f"over {MOST_MARKS} discs of one colour")
-        rows, distance = around(pixels, candidates[best], near)
-        centre = pixels[rows][distance <= near].mean(axis=0)
-        spots.append((*centre, shares[best]))
-        rows, distance = around(candidates, centre, gap)
-        shares[rows][distance <= gap] = -1
-        shares[best] = -1
+    for index in order:
+        x, y = pixels[index]
+        if free[y, x]:
+            if len(spots) == MOST_MARKS:
+                raise Crowded(f"over {MOST_MARKS} discs of one colour")
+            centre = around(mask, pixels[index], near).mean(axis=0)
+            spots.append((*centre, shares[index]))
+            free[tuple(around(free, centre, gap).T[::-1])] = free[y, x] = False
     return np.array(spots).reshape(-1, 3)
 
 
@@ -71,16 +85,15 @@ def find_discs(ink: Ink) -> list[np.ndarray]:
     """Discs by class, of 0 to 17: rows (x, y, share of the disc that is seen)."""
     found = []
     for index in range(18):
-        pixels, least = np.argwhere(ink.joint == index)[:, ::-1], 0.4 if index in EARS else 0.6
-        shares = disc_shares(
-            ink.joint, pixels, ink.radius
-        )  # low for ears, which lie under the dots of the jaw
-        found.append(pick_spots(pixels, shares, least, ink.radius + 0.5, 1.5 * ink.radius))
+        # low for ears, which lie under the dots of the jaw
+        mask, least = ink.joint == index, 0.4 if index in EARS else 0.6
+        shares = disc_shares(mask, np.argwhere(mask)[:, ::-1], ink.radius)
+        found.append(pick_spots(mask, shares, least, ink.radius + 0.5, 1.5 * ink.radius))
     return found
 
 
-def find_limbs(ink: Ink) -> list[tuple[int, np.ndarray]]:
-    """What is seen of limbs, the longest first: which limb, and its ends (2, 2), in either order."""
+def find_limbs(ink: Ink) -> list[tuple[int, np.ndarray, int]]:
+    """What is seen of limbs, the longest first: which limb, its ends (2, 2), in either order, and its pixels."""
     pixels, labels = label_components(ink.limb)
     order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
     pieces = np.flatnonzero(counts >= max(4, 0.5 * ink.radius**2))
@@ -94,7 +107,7 @@ def find_limbs(ink: Ink) -> list[tuple[int, np.ndarray]]:
         axis = np.linalg.eigh((piece - centre).T @ (piece - centre))[1][:, 1]
         along = (piece - centre) @ axis
         ends = centre + np.outer([along.min(), along.max()], axis)
-        limbs.append((ink.limb[piece[0, 1], piece[0, 0]], ends))
+        limbs.append((ink.limb[piece[0, 1], piece[0, 0]], ends, len(piece)))
     return sorted(limbs, key=lambda limb: -np.linalg.norm(np.diff(limb[1], axis=0)))
 
 
@@ -116,16 +129,19 @@ def extend_limb(ink: Ink, index: int, fixed: np.ndarray, seen: np.ndarray) -> np
 
     Of ellipses of its width that reach on, the one that covers most of the limb's pixels and fewest black ones.
     """
-    length = max(np.linalg.norm(seen - fixed), 1.0)
-    low = np.floor(np.minimum(fixed, seen) - 4 * ink.radius).astype(int).clip(0)
-    high = np.ceil(np.maximum(fixed, seen) + 4 * ink.radius).astype(int) + 1
-    box = slice(low[1], high[1]), slice(low[0], high[0])
-    worth = (ink.limb[box] == index) - 1.0 * ink.black[box]
-    y, x = np.nonzero(worth)
-    along, aside = in_direction(np.stack([x, y], axis=1) + low, fixed, seen)
-    worth, reach = worth[y, x] * (along >= 0), np.arange(-0.5, 3, 0.125) * ink.radius
-    half = (length + reach)[:, None] / 2
-    values = (((along - half) / half.clip(0.5)) ** 2 + (aside / ink.radius) ** 2 < 1) @ worth
+    length, radius = max(np.linalg.norm(seen - fixed), 1.0), ink.radius
+    along = np.arange(0, length + 3 * radius, 0.5)[
+        :, None
+    ]  # a strip along the limb, in steps of half a pixel
+    aside = np.arange(-radius, radius + 0.5, 0.5)
+    ahead = (seen - fixed) / length
+    x = np.rint(fixed[0] + along * ahead[0] - aside * ahead[1]).astype(int).clip(0, ink.limb.shape[1] - 1)
+    y = np.rint(fixed[1] + along * ahead[1] + aside * ahead[0]).astype(int).clip(0, ink.limb.shape[0] - 1)
+    worth = ((ink.limb[y, x] == index) - 1.0 * ink.black[y, x]).ravel() / 4
+    reach = np.arange(-0.5, 3, 0.125) * radius
+    half = (length + reach)[:, None, None] / 2
+    inside = ((along - half) / half.clip(0.5)) ** 2 + (aside / radius) ** 2 < 1
+    values = inside.reshape(len(reach), -1) @ worth
     reach = reach[values >= values.max() - 0.5].mean()
     return fixed + (seen - fixed) * (1 + reach / length)
 
@@ -139,8 +155,11 @@ def nearest(ink: Ink, places: list[np.ndarray], start: np.ndarray, end: np.ndarr
     ahead, aside = in_direction(points, start, end)
     ahead -= np.linalg.norm(end - start)
     distance = np.hypot(ahead, aside)
-    fits = (ahead > -1.5 * radius - 1) & (np.abs(aside) < 0.7 * radius + 1 + 0.1 * ahead.clip(0))
-    leads = (i for i in np.argsort(distance) if fits[i] and is_covered(ink, end, points[i]))
+    order, fits = (
+        np.argsort(distance),
+        (ahead > -1.5 * radius - 1) & (np.abs(aside) < 0.7 * radius + 1 + 0.1 * ahead.clip(0)),
+    )
+    leads = (i for i in order[fits[order]][:8] if is_covered(ink, end, points[i]))
     return next(((int(i), distance[i]) for i in leads), (None, 3 * radius))
 
 
@@ -150,20 +169,24 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
     Where a limb leads to none because its end is covered, a joint is inferred and added.
     """
     links = []
-    for limb, ends in find_limbs(ink):
+    for limb, ends, _ in find_limbs(ink):
         pair, ways = LIMBS[limb].tolist(), []
         for start, end in (ends, ends[::-1]):
             a, cost_a = nearest(ink, joints[pair[0]], end, start)
             b, cost_b = nearest(ink, joints[pair[1]], start, end)
             ways.append((cost_a + cost_b, [a, b], [start, end]))
         _, at, ends = min(ways, key=lambda way: way[0])
-        if at == [None, None] and np.linalg.norm(ends[1] - ends[0]) < 3 * ink.radius:
+        if None in at and np.linalg.norm(ends[1] - ends[0]) < 3 * ink.radius:
             continue
         for this, other in ((0, 1), (1, 0)):
             if at[this] is None:
                 fixed = ends[other] if at[other] is None else joints[pair[other]][at[other]][:2]
-                at[this] = len(joints[pair[this]])
-                joints[pair[this]].append(np.append(extend_limb(ink, limb, fixed, ends[this]), INFERRED))
+                place, known = extend_limb(ink, limb, fixed, ends[this]), joints[pair[this]]
+                close = (
+                    i for i, joint in enumerate(known) if np.hypot(*(joint[:2] - place)) < 2.5 * ink.radius
+                )
+                at[this] = next(close, len(known))  # two limbs infer the same joint
+                known += [np.append(place, INFERRED)] * (at[this] == len(known))
         links.append(tuple(zip(pair, at)))
     return links
 
@@ -199,10 +222,17 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
                 break
         else:
             bodies.append(piece)
-    bodies = [body for body in bodies if is_seen(body).sum() >= 3]
+    bodies = [body for body in bodies if is_seen(body).sum() >= 3 and not is_scrap(body, bodies)]
     if len(bodies) > MOST_PEOPLE:
         raise Crowded(f"{len(bodies)} people")
     return bodies
+
+
+def is_scrap(piece: np.ndarray, bodies: list[np.ndarray]) -> bool:
+    """Whether a piece lies within a body that has over twice as many keypoints: a limb that was read twice."""
+    points = piece[is_seen(piece), :2]
+    larger = [body[is_seen(body), :2] for body in bodies if is_seen(body).sum() > 2 * len(points)]
+    return any(((points > b.min(axis=0)) & (points < b.max(axis=0))).all() for b in larger)
 
 
 def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
@@ -215,25 +245,6 @@ def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
         return False
     joined = [(piece[a], body[b]) for a, b in (*LIMBS, *LIMBS[:, ::-1]) if piece[a, 2] and body[b, 2]]
     return all(is_covered(ink, a[:2], b[:2]) for a, b in joined)
-
-
-def choose_person(people: list[list[np.ndarray]]) -> list[np.ndarray]:
-    """One body (18, 3) per frame, zeros for nobody: the sequence that is large and leaps least (Viterbi's way)."""
-    largest = max((extent(body) for bodies in people for body in bodies), default=1.0)
-
-    def worth(body: np.ndarray, path: list) -> float:
-        old = next((old for old in reversed(path) if old.any()), body)
-        both = is_seen(body) & is_seen(old)
-        leap = np.linalg.norm((body - old)[both, :2], axis=1).mean() if both.any() else largest
-        return extent(body) / largest - min(2 * leap / largest, 1.0)
-
-    paths: list[tuple] = [(0.0, [])]  # the best sequence that ends in each of the last frame's bodies
-    for bodies in people:
-        ways = [[(value + worth(body, path), path) for value, path in paths] for body in bodies]
-        best = [max(way, key=lambda path: path[0]) for way in ways]
-        best = [(value, [*path, body]) for (value, path), body in zip(best, bodies)]
-        paths = best or [(value, [*path, np.zeros((18, 3))]) for value, path in paths]
-    return max(paths, key=lambda path: path[0])[1]
 
 
 # ---- Faces and hands ----------------------------------------------------------------------------
@@ -277,11 +288,12 @@ HAND_SPRINGS = stiffness(HAND, FROM, TO)
 
 
 def find_dots(mask: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """The centres (N, 2) of a mask's discs, which may overlap, and all pixels (M, 2) around which a disc fits."""
-    pixels = np.argwhere(mask)[:, ::-1]
+    """The centres (N, 2) of a mask's discs, which may overlap, and the pixels around which a disc fits."""
+    pixels, whole = np.argwhere(mask)[:, ::-1], np.zeros_like(mask)
     shares = disc_shares(mask, pixels, 0.9 * radius)  # what is left of discs whose edges are soft
-    spots = pick_spots(pixels, shares, 0.85, max(0.5 * radius, 1.5), max(1.4 * radius, 1.5))
-    return spots[:, :2], pixels[shares >= 0.85]
+    spots = pick_spots(mask, shares, 0.85, max(0.5 * radius, 1.5), max(1.4 * radius, 1.5))
+    whole[tuple(pixels[shares >= 0.85].T[::-1])] = True
+    return spots[:, :2], whole
 
 
 def on_bones(points: np.ndarray, pixels: np.ndarray, bones: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -330,7 +342,7 @@ def settle(points: np.ndarray, dots: np.ndarray, whole: np.ndarray, radius: floa
     nearest = distance.argmin(axis=1)
     mutual = distance.argmin(axis=0)[nearest] == np.arange(len(points))
     exact = (mutual & (distance.min(axis=1) < 1.2 * radius))[:, None]
-    blot = np.linalg.norm(points[:, None] - whole, axis=2).min(axis=1, keepdims=True) < 0.75 * radius + 0.5
+    blot = np.array([[len(around(whole, point, 0.75 * radius + 0.5)) > 0] for point in points])
     part = np.where(
         exact,
         np.pad(dots[nearest], ((0, 0), (0, 1)), constant_values=1),
@@ -340,10 +352,12 @@ def settle(points: np.ndarray, dots: np.ndarray, whole: np.ndarray, radius: floa
     return part if explained > 0.8 and is_seen(part).mean() > 0.6 else np.zeros_like(part)
 
 
-def read_face(ink: Ink, body: np.ndarray) -> np.ndarray:
-    """The face (70, 3) in pixels, or zeros where there is none, or none that looks like one."""
-    radius = 0.75 * ink.radius  # 3 pixels where discs of joints have 4
-    dots, whole = find_dots(ink.white, radius)
+def read_face(ink: Ink, body: np.ndarray, dots: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The face (70, 3) in pixels, or zeros where there is none, or none that looks like one.
+
+    dots, whole: those of this face, as `find_dots` gives them
+    """
+    radius = FACE_DOT * ink.radius
     if len(dots) < 20:
         return np.zeros((70, 3))
     tilt = np.arctan2(*((dots.mean(axis=0) - body[NECK, :2]) * (1, -1))) if body[NECK, 2] else 0.0
@@ -364,33 +378,43 @@ def complete_head(body: np.ndarray, face: np.ndarray) -> np.ndarray:
     return body
 
 
-def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int) -> np.ndarray:
+def read_hand(ink: Ink, body: np.ndarray, own: int, wrists: np.ndarray) -> np.ndarray:
     """The hand (21, 3) in pixels at a body's `own` wrist, or zeros where its bones cannot be told apart.
 
-    A finger counts if pixels of its bones are seen, and most of them where it is.
+    wrists: (N, 2), everybody's. A finger counts if pixels of its bones are seen, and most of them where it is.
     """
     places = np.where(is_seen(body)[:, None], body[:, :2], np.inf)
-    wrist, other = places[[own, opposite]]
+    wrist = places[own]
+    if not is_seen(body)[own]:
+        return np.zeros((21, 3))
 
     def near(mask: np.ndarray, discs: np.ndarray) -> np.ndarray:
         """Pixels (N, 2) of a mask that are the hand's, without discs of the body, which have the same colours."""
-        points = np.argwhere(mask)[:, ::-1]
-        distance, elsewhere = (np.linalg.norm(points - place, axis=1) for place in (wrist, other))
-        points = points[(distance < 0.35 * extent(body)) & (distance < elsewhere)]
+        points = around(mask, wrist, min(0.35 * extent(body), 64 * ink.radius))
+        distance = np.linalg.norm(points - wrist, axis=1)
+        for other in wrists:
+            closer = distance <= np.linalg.norm(points - other, axis=1)
+            points, distance = points[closer], distance[closer]
         return points[(np.linalg.norm(points[:, None] - discs, axis=2) > 1.3 * ink.radius).all(axis=1)]
 
     is_blue, mask = ink.joint == LEFT_KNEE, np.zeros_like(ink.black)
     x, y = near(is_blue, np.delete(places, own, axis=0)).T
     mask[y, x] = True
     dots, whole = find_dots(mask, ink.radius)
+    if len(dots) < 3:
+        return np.zeros((21, 3))
     pixels = near((ink.bone >= 0) & ~is_blue, places)
+    pixels = pixels[:: 1 + len(pixels) // 4000]
+    # A face beside the hand has its colours too, but no dots.
+    pixels = pixels[np.linalg.norm(pixels[:, None] - dots, axis=2).min(axis=1) < 6 * ink.radius]
     labels = ink.bone[pixels[:, 1], pixels[:, 0]]
     shown = np.bincount(labels, minlength=20)
-    if (shown[::4] >= 3).sum() < 2 or len(dots) < 3:
+    if (shown[::4] >= 3).sum() < 2:
         return np.zeros((21, 3))
     # To begin with, the middle of what is seen of each bone is the middle of that bone.
     middles = [np.median(pixels[labels == bone], axis=0) for bone in np.flatnonzero(shown >= 3)]
-    root = whole[np.linalg.norm(whole - wrist, axis=1).argmin()]
+    blue = np.argwhere(whole)[:, ::-1]
+    root = blue[np.linalg.norm(blue - wrist, axis=1).argmin()]
     weights = np.vstack([(np.eye(21)[FROM] + np.eye(21)[TO])[shown >= 3] / 2, np.eye(21)[:1]])
     matrix = weights.T @ weights + 10 * HAND_SPRINGS + 1e-6 * np.eye(21)
     start = np.linalg.solve(matrix, weights.T @ [*middles, root] + 1e-6 * root)
@@ -406,78 +430,89 @@ def read_hand(ink: Ink, body: np.ndarray, own: int, opposite: int) -> np.ndarray
 # ---- Clips --------------------------------------------------------------------------------------
 
 
-def drawing_radii(height: int, width: int) -> list[float]:
-    """What the radius of discs may be: `draw_pose` scales it on large canvases, the public annotators do not."""
-    scaled = 4 * min(max(1.0, min(height, width) / 512), max(height, width) / 512)
-    return [scaled, 4.0] if scaled > 4 else [scaled]
+def place_head(body: np.ndarray) -> np.ndarray:
+    """About where the head of a body (18, 3) is: (x, y)."""
+    seen = body[is_seen(body) & IS_HEAD]
+    return (seen if len(seen) else body[is_seen(body)])[:, :2].mean(axis=0)
+
+
+def read_people(ink: Ink) -> list[tuple[np.ndarray, ...]]:
+    """Everybody's body (18, 3), face (70, 3) and hands (21, 3), in pixels of the padded frame."""
+    bodies = read_bodies(ink)
+    dots, whole = find_dots(ink.white, FACE_DOT * ink.radius) if bodies else (np.zeros((0, 2)), ink.white)
+    heads = [place_head(body) for body in bodies]
+    whose = [np.argmin([np.hypot(*(dot - head)) for head in heads]) for dot in dots]
+    wrists = np.array([body[wrist, :2] for body in bodies for wrist in (4, 7) if body[wrist, 2]])
+    people = []
+    for index, body in enumerate(bodies):
+        face = read_face(ink, body, dots[np.equal(whose, index)], whole)
+        hands = [read_hand(ink, body, wrist, wrists) for wrist in (7, 4)]
+        people.append((complete_head(body, face), face, *hands))
+    return people
+
+
+def line_radius(frames: list[np.ndarray]) -> float:
+    """The radius in pixels of the discs of joints, which is half the width of limbs, in frames (H, W, 3) on black.
+
+    `draw_pose` scales it on large canvases, the public annotators do not, and a video may have been scaled since.
+    """
+    height, width, _ = frames[0].shape
+    usual = 4 * min(max(1.0, min(height, width) / 512), max(height, width) / 512)
+    limbs = [limb for frame in frames for limb in find_limbs(read_ink(frame, usual))]
+    if not limbs:
+        return usual
+    lengths = np.array([np.linalg.norm(np.subtract(*ends)) + 1 for _, ends, _ in limbs])
+    areas = np.array([pixels for _, _, pixels in limbs])
+    # An ellipse's area is pi / 4 times its two axes; a drawn one is half a pixel wider.
+    measured = np.median((2 / np.pi * areas / lengths)[lengths >= np.quantile(lengths, 0.67)]) - 0.5
+    measured = float(measured.clip(0.25 * usual, 2 * usual))
+    likely = min((usual, usual / 2, 4.0), key=lambda radius: abs(np.log(radius / measured)))
+    return likely if abs(measured / likely - 1) < 0.12 else measured
 
 
 def is_drawn(frames: np.ndarray) -> bool:
-    """Whether a clip, uint8 RGB (F, H, W, 3), shows drawn skeletons on black and nothing else.
+    """Whether a clip, uint8 RGB (F, H, W, 3), shows drawn skeletons on a plain ground and nothing else.
 
-    Black has to cover most of a frame, the rest to have the drawing's few colours, and a body to be made out.
+    The ground has to cover most of a frame, the rest to have the drawing's few colours, and a body to be made out.
     """
-    drawn = inked = 0
-    for frame in frames[:: max(1, len(frames) // 8)]:
-        bright = (frame.max(axis=2) > BLACK).sum()
-        inked += bright > 0
-        if 0 < bright <= 0.35 * frame[..., 0].size:
-            inks = [read_ink(frame, radius) for radius in drawing_radii(*frame.shape[:2])]
-            limbs = inks[0].limb >= 0
-            in_colour = (inks[0].joint >= 0) | limbs | inks[0].white
-            if in_colour.sum() >= 0.75 * bright and limbs.sum() >= 0.2 * bright:
-                with suppress(Crowded):
-                    drawn += any((body[:, 2] == 1).sum() >= 4 for ink in inks for body in read_bodies(ink))
-    return drawn > 0.5 * inked
+    paper = find_ground(sampled(frames))
+    frames = [put_on_black(frame, *paper) for frame in sampled(frames)]
+    frames = [frame for frame in frames if (frame > BLACK).any()]  # others show nobody
+    fitting = [frame for frame in frames if has_its_colours(frame)]
+    if len(fitting) <= 0.5 * len(frames):
+        return False
+    try:
+        radius = line_radius(fitting)
+        bodies = [read_bodies(read_ink(frame, radius)) for frame in fitting]
+    except Crowded:
+        return False
+    return sum(any((body[:, 2] == 1).sum() >= 4 for body in each) for each in bodies) > 0.5 * len(frames)
 
 
-def read_drawn(frames: np.ndarray) -> list[Pose]:
-    """The pose of the main person in every frame of a drawn clip, uint8 RGB (F, H, W, 3).
+def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:
+    """The people in every frame of a drawn clip, uint8 RGB (F, H, W, 3), those with the most joints first.
 
-    Of several people the one who is large throughout is followed. Keypoints whose mark is seen have the score 1,
-    those that only what is around them tells `INFERRED`. Fewer than three keypoints of a body are an empty Pose.
-    Raises ValueError for what is no drawing on black.
+    Keypoints whose mark is seen have the score 1, those that only what is around them tells `INFERRED`.
+    Raises ValueError, naming the clip's `path`, for what is no drawing on a plain ground, or of nobody.
     """
-    for index, frame in enumerate(frames):
-        covered = (frame.max(axis=2) > BLACK).mean()
-        if covered > MOST_COVERED:
-            what = f"{covered:.0%} of frame {index} are not black, and drawn skeletons lie on black"
-            raise ValueError(f"{what}; make the background black, or give --poses-are video for footage")
-
-    def follow(frames: np.ndarray, radius: float) -> list[np.ndarray]:
-        return choose_person([read_bodies(read_ink(frame, radius)) for frame in frames])
-
-    def keypoints(radius: float) -> int:
-        try:
-            return sum(is_seen(body).sum() for body in follow(frames[:: max(1, len(frames) // 8)], radius))
-        except Crowded:  # by parts of larger marks; if by anything else, it is so with the other radius
-            return -1
-
-    radii = drawing_radii(*frames.shape[1:3])
-    radius = max(radii, key=keypoints) if len(radii) > 1 else radii[0]
     try:
-        bodies = follow(frames, radius)
-        return [read_pose(frame, body, radius) for frame, body in zip(frames, bodies)]
-    except Crowded as error:
-        raise ValueError(f"{error}; give --poses-are video for footage") from None
-
-
-def read_drawn_clip(path: Path, frames: np.ndarray) -> list[Pose]:
-    """`read_drawn`. Errors name the clip's `path`."""
-    try:
-        return read_drawn(frames)
+        paper = find_ground(sampled(frames))
+        for index, frame in enumerate(frames):
+            covered = (put_on_black(frame, *paper).max(axis=2) > BLACK).mean()
+            if covered > MOST_COVERED:
+                raise ValueError(f"{covered:.0%} of frame {index} are not its plain ground")
+        radius = line_radius([put_on_black(frame, *paper) for frame in sampled(frames)])
+        inks = (read_ink(put_on_black(frame, *paper), radius) for frame in frames)
+        people = [[as_pose(person, ink) for person in read_people(ink)] for ink in inks]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}; give --poses-are video for footage") from None
+    if not any(map(len, people)):
+        raise ValueError(f"{path}: no drawn skeleton in any of the {len(frames)} frames")
+    return people
 
 
-def read_pose(frame: np.ndarray, body: np.ndarray, radius: float) -> Pose:
-    """The pose of a body (18, 3), in pixels of the padded frame, with its face and hands."""
-    if not body.any():
-        return Pose()
-    ink, (height, width, _) = read_ink(frame, radius), frame.shape
-    face = read_face(ink, body)
-    hands = [read_hand(ink, body, *wrists) for wrists in ((7, 4), (4, 7))]
-    x, y = (0.5 - ink.margin) / np.array(
-        [width, height]
-    )  # a pixel's centre is half a pixel from its corner
-    return place_pose(Pose(complete_head(body, face), face, *hands), 1 / width, 1 / height, x, y)
+def as_pose(person: tuple[np.ndarray, ...], ink: Ink) -> Pose:
+    """Parts in pixels of the padded frame as a pose on the canvas."""
+    height, width = np.subtract(ink.black.shape, 2 * ink.margin)
+    x, y = (0.5 - ink.margin) / width, (0.5 - ink.margin) / height  # 0.5: a pixel's centre from its corner
+    return place_pose(Pose(*person), 1 / width, 1 / height, x, y)

@@ -63,10 +63,10 @@ def read_driver(
     clip = open_clip(path, within)
     canvas, fps = clip.shape[1:3], clip.fps
     if kind != "video":
-        from poses.drawn import is_drawn, read_drawn_clip
+        from poses.drawn import is_drawn, read_drawn_people
 
         if kind == "drawn" or is_drawn(read_frames(path, within[:: max(1, len(within) // 16)])[0]):
-            people = [[pose] for pose in read_drawn_clip(path, read_frames(path, within)[0])]
+            people = read_drawn_people(path, read_frames(path, within)[0])
             return Driver(follow(path, people, canvas, person), within, total, canvas, fps)
 
     options = model, device, person, smooth, whole_bodies

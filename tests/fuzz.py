@@ -33,7 +33,7 @@ from beyond.retarget import retarget
 from clip import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from openpose import OpenPose
-from poses.drawn import read_drawn
+from poses.drawn import read_drawn_people
 from poses.pose import Pose, draw_pose, save_poses
 from poses.source import read_driver
 from public.configs import read_config, read_openpose_sizes, read_sizes
@@ -194,7 +194,7 @@ def targets() -> dict[str, tuple[SearchStrategy, Callable]]:
         "tokenizer": (st.text(), lambda text: tokenizer()(text)),
         "drawings": (
             st.tuples(sides, sides, st.integers(0, 2**32), st.booleans()).map(drawing),
-            read_drawn,
+            lambda frames: read_drawn_people(Path("drawing"), frames),
         ),
         "safetensors": (
             mutated(valid["weights.safetensors"]) | st.binary(max_size=200),

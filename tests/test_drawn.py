@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from demo.puppet import clip
-from poses.drawn import is_drawn, read_drawn
-from poses.pose import Pose, draw_pose, has_person, is_seen, load_poses, place_pose
+from poses.drawn import is_drawn, read_drawn_people
+from poses.ink import hint_at_drawing
+from poses.people import extent
+from poses.pose import _LIMB_COLOURS, Pose, draw_pose, has_person, is_seen, load_poses, place_pose
 from video import read_frames, save_image, write_video
 
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
@@ -42,6 +44,12 @@ def through_jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=quality)  # 4:2:0, as videos have it
     return np.asarray(Image.open(file))
+
+
+def read_drawn(frames: np.ndarray) -> list[Pose]:
+    """The largest person of every frame."""
+    people = read_drawn_people(Path("clip.mp4"), frames)
+    return [max(each, key=lambda pose: extent(pose.body), default=Pose()) for each in people]
 
 
 def errors(read: list[Pose], true: list[Pose], height: int, width: int) -> tuple[np.ndarray, float]:
@@ -88,6 +96,67 @@ def test_a_drawn_body_is_read_back_from_a_video(tmp_path):
     assert np.median(distances) < 1 and np.quantile(distances, 0.95) < 8 and share > 0.85
 
 
+def on_ground(frame: np.ndarray, colour: tuple[int, ...]) -> np.ndarray:
+    return np.where(frame.any(axis=2, keepdims=True), frame, np.uint8(colour))
+
+
+def with_border(frame: np.ndarray) -> np.ndarray:
+    return np.pad(frame, ((40, 40), (60, 60), (0, 0)), constant_values=128)
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "share"),
+    [
+        (lambda frame: on_ground(frame, (255, 255, 255)), (1, 1, 0, 0), 0.7),  # white dots hide the head
+        (lambda frame: on_ground(frame, (40, 60, 120)), (1, 1, 0, 0), 0.9),
+        (lambda frame: through_jpeg(on_ground(frame, (128, 128, 128)), 90), (1, 1, 0, 0), 0.85),
+        (with_border, (512 / 632, 512 / 592, 60 / 632, 40 / 592), 0.9),
+        (lambda frame: np.asarray(Image.fromarray(frame).reduce(2)), (1, 1, 0, 0), 0.8),
+        (lambda frame: through_jpeg(frame, 75), (1, 1, 0, 0), 0.85),
+    ],
+    ids=["white", "blue", "grey jpeg", "border", "half", "jpeg 75"],
+)
+def test_drawings_are_read_on_any_plain_ground_and_at_any_scale(change, place, share):
+    frames = np.stack([change(frame) for frame in drawing(puppets(2), 512, 512)])
+    true = [place_pose(pose, *place) for pose in puppets(2)]
+    assert is_drawn(frames)
+    distances, found = errors(read_drawn(frames), true, *frames.shape[1:3])
+    assert np.median(distances) < 1.2 and found > share
+
+
+def test_limbs_as_bright_as_openpose_was_sure_are_read(monkeypatch):
+    dim = np.random.default_rng(0).uniform(0.5, 1, (18, 1))
+    monkeypatch.setattr("poses.pose._LIMB_COLOURS", [tuple(map(int, c)) for c in dim * _LIMB_COLOURS])
+    frames = drawing(puppets(2), 512, 512)
+    distances, share = errors(read_drawn(frames), puppets(2), 512, 512)
+    assert is_drawn(frames) and np.median(distances) < 1 and share > 0.9
+
+
+def test_everybody_is_read_with_face_and_hands():
+    left, right = ([place_pose(pose, 0.5, 1, x, 0) for pose in puppets(1)] for x in (0, 0.5))
+    frames = np.maximum(drawing(left, 512, 1024), drawing(right, 512, 1024))
+    (people,) = read_drawn_people(Path("clip.mp4"), frames)
+    assert len(people) == 2
+    for read, true in zip(sorted(people, key=lambda pose: pose.body[1, 0]), (*left, *right)):
+        assert np.median(errors([read], [true], 512, 1024)[0]) < 1
+        assert (
+            is_seen(read.face).sum() > 60
+            and is_seen(read.left_hand).any()
+            and is_seen(read.right_hand).any()
+        )
+
+
+def test_a_clip_of_nobody_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^empty\.mp4: no drawn skeleton in any of the 3 frames"):
+        read_drawn_people(Path("empty.mp4"), np.zeros((3, 256, 256, 3), np.uint8))
+
+
+def test_a_drawing_that_was_not_recognised_is_hinted_at():
+    assert "--poses-are drawn" in hint_at_drawing(drawing(puppets(1), 512, 512)[0])
+    noise = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), dtype=np.uint8)
+    assert hint_at_drawing(noise[0]) == ""
+
+
 def test_what_is_not_drawn_stays_missing():
     poses = puppets()
     for pose in poses:
@@ -107,8 +176,8 @@ def test_drawn_hands_are_read_back():
             both = is_seen(a) & is_seen(b)  # also tells left from right: hands are far apart
             distances += list(512 * np.linalg.norm((a - b)[both, :2], axis=1))
             count += is_seen(b).sum()
-    assert len(distances) > 0.5 * count
-    assert np.median(distances) < 2 and np.quantile(distances, 0.95) < 10
+    assert len(distances) > 0.95 * count
+    assert np.median(distances) < 1 and np.quantile(distances, 0.95) < 4
 
 
 def test_a_hand_that_is_not_drawn_stays_missing():
@@ -197,8 +266,7 @@ def half_of_one_colour(colour: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("frames", "told"),
     [
-        (255 - drawing(puppets(1), 256, 256), "are not black"),
-        (sparse_noise(64, 96, 0.4), "parts of skeletons that do not touch"),
+        (sparse_noise(64, 96, 0.9), "are not its plain ground"),
         (sparse_noise(512, 512, 0.4, 8), "parts of skeletons that do not touch"),
         (sparse_noise(512, 512, 0.4, 3), "pieces of limbs"),
         (half_of_one_colour((255, 0, 0)), "of one colour"),
@@ -236,10 +304,24 @@ def assert_refused_as_driver(drawn: Path, folder: Path, told: str) -> None:
 def test_the_command_line_refuses_noise_as_a_drawing(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
     write_video(tmp_path / "noise.mp4", noise, 8)
-    assert_refused_as_driver(tmp_path / "noise.mp4", tmp_path, "are not black, and drawn skeletons lie on")
+    assert_refused_as_driver(tmp_path / "noise.mp4", tmp_path, "are not its plain ground")
 
 
 @needs_cases
-@pytest.mark.parametrize("name", ["noise_64x96.mp4", "users/drawn_on_white.png"])
-def test_the_command_line_refuses_a_case_of_no_drawing(tmp_path, name):
-    assert_refused_as_driver(CASES / name, tmp_path, "make the background black, or give --poses-are video")
+def test_a_case_of_no_drawing_is_refused():
+    frames, _ = read_frames(CASES / "noise_64x96.mp4")
+    assert not is_drawn(frames)
+    with pytest.raises(ValueError, match="give --poses-are video"):
+        read_drawn_people(CASES / "noise_64x96.mp4", frames)
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    "name", ["drawn_on_white.png", "drawn_one_blank_frame.mp4", "drawn_shrunk_by_half.mp4"]
+)
+def test_users_drawings_are_read(name):
+    frames, _ = read_frames(CASES / "users" / name)
+    assert is_drawn(frames)
+    people = read_drawn_people(Path(name), frames)
+    assert [index for index, each in enumerate(people) if not each] == ([3] if "blank" in name else [])
+    assert np.median([is_seen(pose.body).sum() for each in people for pose in each[:1]]) >= 13
