@@ -215,9 +215,8 @@ def embedding(rows: int, width: int) -> nn.Embedding:
     A normal distribution there is written in Python, and importing it brings in PyTorch's compiler: seconds.
     """
     weight = torch.empty(rows, width)
-    return (
-        nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
-    )
+    meta = weight.is_meta
+    return nn.Embedding.from_pretrained(weight, freeze=False) if meta else nn.Embedding(rows, width)
 
 
 class TextEncoder(nn.Module):
@@ -236,11 +235,10 @@ class TextEncoder(nn.Module):
             if not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=std)
         embeddings = {"token_embedding": token_embedding, "position_embedding": position_embedding}
+        sizes = config.width, config.heads, config.layers, config.mlp_width
         parts = {
             "embeddings": nn.ModuleDict(embeddings),
-            "encoder": transformer(
-                config.width, config.heads, config.layers, config.mlp_width, causal=True
-            ),
+            "encoder": transformer(*sizes, causal=True),
             "final_layer_norm": nn.LayerNorm(config.width),
         }
         self.text_model = nn.ModuleDict(parts)

@@ -23,9 +23,7 @@ def parser_of_both(usage: str, about: str, command: list[str] | None) -> argpars
     parser.set_defaults(command=shlex.join(["python", parser.prog, *words]))
     add = parser.add_argument
     add("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
-    add(
-        "--person", type=whole, default=1, help="whom of several people to follow (default: 1, the largest)"
-    )
+    add("--person", type=whole, default=1, help="whom to follow (default: 1, the largest)")
     add("--range", type=parse_range, metavar="A:B", help="only these frames (default: all)")
     seed = partial(number, kind=int, low=-(10**12), high=10**12)  # training makes millions of seeds of it
     add("--seed", type=seed, default=0, help="of all random noise (default: 0)")

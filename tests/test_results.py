@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from command import sampling_arguments
-from safe.files import replacing_set, whole_folder
+from safe.files import whole_folder
 from safe.provenance import comment, mark_video, png_marks
-from safe.results import BESIDE, check_out, verify, write_report
+from safe.results import BESIDE, claiming, replacing_result, verify, write_report
 from video import save_image, write_video
 
 ENDINGS = (".mp4", *BESIDE)
@@ -24,7 +24,7 @@ MANIFEST = {
 
 
 def write(out: Path, level: int = 0, page: bool = True) -> None:
-    with replacing_set(out, ENDINGS) as folder:
+    with replacing_result(out) as folder:
         frames = np.full((2, 32, 32, 3), level, np.uint8)
         write_video(folder / out.name, frames, 8, comment(MANIFEST))
         mark_video(folder / out.name, MANIFEST)
@@ -33,6 +33,12 @@ def write(out: Path, level: int = 0, page: bool = True) -> None:
         if page:
             (folder / out.name).with_suffix(".html").write_text("<!DOCTYPE html>[]")
         write_report(folder / out.name, {"manifest": MANIFEST, "ddim_steps": 3})
+
+
+def check_out(*given) -> None:
+    """What `sample.py` says of its `--out` before it begins."""
+    with claiming(*given):
+        pass
 
 
 @pytest.fixture
