@@ -80,7 +80,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     where = "keep what waits for the decoder outside the graphics card (default: auto, if need be)"
     add("--offload", choices=("auto", "always", "never"), default="auto", help=where)
     add("--plan", action="store_true", help="only predict computation, memory and time")
-    fps = partial(number, kind=float)
+    fps = partial(number, kind=float, low=0.1, high=1000)
     add("--fps", type=fps, help="frames per second (default: the driver's, or the clip's for JSON)")
     add("--no-audio", action="store_true", help="leave the driver's sound out")
     add("--no-report", action="store_true", help="leave out the page (.html) that shows the result")
