@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safe.arguments import LONGEST_PROMPT
 from safe.files import read_json, read_text
 
 # ---------------------------------------------------------------- prompt -> tokens
@@ -36,7 +37,6 @@ BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enum
 SYMBOL_BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
 WORD_END = "</w>"
 LARGEST_FILE = 20_000_000  # bytes: CLIP's own have 4 MB
-LONGEST_PROMPT = 2000  # characters: five times what fits, and merging takes the square of it
 
 
 def split_words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 from public.adapters import parse_lora
-from safe.arguments import DEVICE, number, parse_canvas, parse_range, path, whole
+from safe.arguments import DEVICE, number, parse_canvas, parse_range, path, prompt, whole
 from safe.results import Verify
 
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
@@ -44,7 +44,7 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     lora = {"type": parse_lora, "action": "append", "default": [], "metavar": "FILE[:WEIGHT]"}
     add("--lora", **lora, help="merge this LoRA into the model; several are added up (default weight: 1)")
     add("--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)")
-    add("--prompt", default="a person", help="what the clip shows (default: %(default)r)")
+    add("--prompt", type=prompt, default="a person", help="what the clip shows (default: %(default)r)")
     add("--steps", type=whole, help="training steps (default: the paper's, 100 for 8 frames)")
     rate = partial(number, kind=float, high=1)
     add("--lr", type=rate, help="learning rate (default: the model's; the paper states 0.003)")
@@ -64,7 +64,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     build = "give the poses the proportions and the place on the ground of the run's person"
     add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")
     add("--run", type=path, help="run folder that train.py made (default: the newest)")
-    add("--prompt", help="target prompt, such as 'a person, red hair' (default: the training prompt)")
+    add("--prompt", type=prompt, help="such as 'a person, red hair' (default: the training prompt)")
     scale = partial(number, kind=float, low=-30, high=30)  # farther out, nothing is left of the person
     add("--guidance", type=scale, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
     add("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")

@@ -146,8 +146,11 @@ def would_call(name: str) -> str:
     return f"wants to call {name:.100} {why}"
 
 
-class Bounded(io.FileIO):
+class Bounded(io.BufferedReader):
     """A file of which nothing is read that would fill the memory at once, such as a list of millions of names."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
 
     def read(self, size: int = -1) -> bytes:
         if size > LARGEST_HEADER:

@@ -50,6 +50,21 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+LONGEST_PROMPT = 2000  # characters: five times what fits, and merging tokens takes the square of it
+
+
+def prompt(text: str) -> str:
+    """A text whose bytes are UTF-8; what a terminal passes on may be others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no text in UTF-8") from None
+    if len(text) > LONGEST_PROMPT:
+        told = f"a prompt of {len(text)} characters: at most {LONGEST_PROMPT} are read"
+        raise argparse.ArgumentTypeError(told)
+    return text
+
+
 def parse_range(text: str) -> range:
     """ "0:36" -> range(0, 36)."""
     start, _, stop = text.partition(":")

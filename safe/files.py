@@ -159,6 +159,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     The folder is made, and removed again where nothing was put into it. Raises OSError where another works.
     """
+    if files := [each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()]:
+        raise NotADirectoryError(f"{folder}: {files[0]} is a file, not a folder; choose another --run")
     # Windows cannot lock a folder.
     lock = folder if os.name != "nt" else folder / ".lock"
     told = "another process works there; wait for it, or choose another --run"
@@ -225,9 +227,9 @@ def take(lock: Path, flags: int) -> int | None:
 # ---- Reading ------------------------------------------------------------------------------------
 
 LARGEST_JSON = 250_000_000  # bytes
-MOST_MEMORY = 1_600_000_000  # bytes to read a JSON file with: 50 minutes of poses with face and hands
+MOST_MEMORY = 1_600_000_000  # bytes to read a JSON file with: 45 minutes of poses with face and hands
 # What each of these characters may cost in bytes of objects, measured with CPython 3.11.
-COSTS = {b"[": 72, b"{": 72, b":": 70, b",": 44, b'"': 30}
+COSTS = {b"[": 104, b"{": 72, b":": 70, b",": 44, b'"': 30}
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON) -> object:
@@ -240,8 +242,7 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> object:
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a JSON file that is read here")
     content, collecting = path.read_bytes(), gc.isenabled()
-    text = len(content) * (2 if content.isascii() else 5)
-    if (needed := text + sum(content.count(each) * cost for each, cost in COSTS.items())) > MOST_MEMORY:
+    if (needed := memory_to_read(content)) > MOST_MEMORY:
         raise ValueError(
             f"{path}: may take {needed / 1e9:.1f} GB of memory to read, which is too much; split it"
         )
@@ -255,6 +256,13 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> object:
     finally:
         if collecting:
             gc.enable()
+
+
+def memory_to_read(content: bytes) -> int:
+    """Bytes that a JSON text and what is made of it take at most."""
+    # As bytes, as text, and as strings in that; characters take one byte each, or up to four.
+    text = len(content) * (3 if content.isascii() else 9)
+    return text + sum(content.count(each) * cost for each, cost in COSTS.items())
 
 
 # What other files begin with that get the name of the one that was wanted.

@@ -52,12 +52,15 @@ def replacing_result(out: Path) -> Iterator[Path]:
 
 def check_place(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
     """Raises ValueError where a result cannot lie, or would replace an input."""
+    if not out.name:
+        raise ValueError(f"{out}: is a folder; choose another --out")
     endings = endings_of(out)
     written = [out.with_suffix(ending).resolve() for ending in endings]
     wrong = [f"would overwrite {path}" for path in inputs if path.resolve() in written]
     folders = [path for path in inputs if path.is_dir() and path.resolve() == written[0].parent]
     wrong += [f"would lie among the frames in {folder}" for folder in folders]
-    wrong += [f"{folder} is a file, not a folder" for folder in out.parents if folder.is_file()]
+    files = [folder for folder in out.parents if folder.exists() and not folder.is_dir()]
+    wrong += [f"{folder} is a file, not a folder" for folder in files]
     if out.suffix.lower() not in videos:
         wrong.append(f"a video's name must end in {' or '.join(videos)}")
     wrong += ["is a folder" for _ in range(out.is_dir())]
