@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safe.arguments import LONGEST_PROMPT
 from safe.files import read_json, read_text
 
 # ---------------------------------------------------------------- prompt -> tokens
@@ -36,7 +37,6 @@ BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enum
 SYMBOL_BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
 WORD_END = "</w>"
 LARGEST_FILE = 20_000_000  # bytes: CLIP's own have 4 MB
-LONGEST_PROMPT = 2000  # characters: five times what fits, and merging takes the square of it
 
 
 def split_words(text: str) -> list[str]:
@@ -215,9 +215,8 @@ def embedding(rows: int, width: int) -> nn.Embedding:
     A normal distribution there is written in Python, and importing it brings in PyTorch's compiler: seconds.
     """
     weight = torch.empty(rows, width)
-    return (
-        nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
-    )
+    meta = weight.is_meta
+    return nn.Embedding.from_pretrained(weight, freeze=False) if meta else nn.Embedding(rows, width)
 
 
 class TextEncoder(nn.Module):
@@ -236,11 +235,10 @@ class TextEncoder(nn.Module):
             if not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=std)
         embeddings = {"token_embedding": token_embedding, "position_embedding": position_embedding}
+        sizes = config.width, config.heads, config.layers, config.mlp_width
         parts = {
             "embeddings": nn.ModuleDict(embeddings),
-            "encoder": transformer(
-                config.width, config.heads, config.layers, config.mlp_width, causal=True
-            ),
+            "encoder": transformer(*sizes, causal=True),
             "final_layer_norm": nn.LayerNorm(config.width),
         }
         self.text_model = nn.ModuleDict(parts)

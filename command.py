@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 from public.adapters import parse_lora
-from safe.arguments import DEVICE, number, parse_canvas, parse_range, path, whole
+from safe.arguments import DEVICE, number, parse_canvas, parse_range, path, prompt, whole
 from safe.results import Verify
 
 METHOD_NAMES = ("paper", "body", "held")  # of `beyond.pseudo.METHODS`
@@ -23,9 +23,7 @@ def parser_of_both(usage: str, about: str, command: list[str] | None) -> argpars
     parser.set_defaults(command=shlex.join(["python", parser.prog, *words]))
     add = parser.add_argument
     add("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
-    add(
-        "--person", type=whole, default=1, help="whom of several people to follow (default: 1, the largest)"
-    )
+    add("--person", type=whole, default=1, help="whom to follow (default: 1, the largest)")
     add("--range", type=parse_range, metavar="A:B", help="only these frames (default: all)")
     seed = partial(number, kind=int, low=-(10**12), high=10**12)  # training makes millions of seeds of it
     add("--seed", type=seed, default=0, help="of all random noise (default: 0)")
@@ -46,7 +44,7 @@ def training_arguments(command: list[str] | None = None) -> argparse.Namespace:
     lora = {"type": parse_lora, "action": "append", "default": [], "metavar": "FILE[:WEIGHT]"}
     add("--lora", **lora, help="merge this LoRA into the model; several are added up (default weight: 1)")
     add("--frames", type=int, default=8, help="training frames, taken uniformly (default: 8)")
-    add("--prompt", default="a person", help="what the clip shows (default: %(default)r)")
+    add("--prompt", type=prompt, default="a person", help="what the clip shows (default: %(default)r)")
     add("--steps", type=whole, help="training steps (default: the paper's, 100 for 8 frames)")
     rate = partial(number, kind=float, high=1)
     add("--lr", type=rate, help="learning rate (default: the model's; the paper states 0.003)")
@@ -66,7 +64,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     build = "give the poses the proportions and the place on the ground of the run's person"
     add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")
     add("--run", type=path, help="run folder that train.py made (default: the newest)")
-    add("--prompt", help="target prompt, such as 'a person, red hair' (default: the training prompt)")
+    add("--prompt", type=prompt, help="such as 'a person, red hair' (default: the training prompt)")
     scale = partial(number, kind=float, low=-30, high=30)  # farther out, nothing is left of the person
     add("--guidance", type=scale, default=1.0, help="guidance scale; 3 to change attributes (default: 1)")
     add("--ddim-steps", type=int, default=50, help="sampling steps (default: 50)")
@@ -82,7 +80,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     where = "keep what waits for the decoder outside the graphics card (default: auto, if need be)"
     add("--offload", choices=("auto", "always", "never"), default="auto", help=where)
     add("--plan", action="store_true", help="only predict computation, memory and time")
-    fps = partial(number, kind=float)
+    fps = partial(number, kind=float, low=0.1, high=1000)
     add("--fps", type=fps, help="frames per second (default: the driver's, or the clip's for JSON)")
     add("--no-audio", action="store_true", help="leave the driver's sound out")
     add("--no-report", action="store_true", help="leave out the page (.html) that shows the result")

@@ -14,7 +14,7 @@ from pictures.sheets import contact_sheet
 from posecrafter import trainable_parameters
 from poses.pose import Pose, draw_pose, load_poses, save_poses
 from safe.files import replacing, write_json
-from safe.settings import LAYOUT, check_inputs, made_by_whom, mark_of, read_run_settings
+from safe.settings import LAYOUT, check_inputs, made_by_whom, mark_of, read_run_settings, refuse_others
 from safe.tensors import check_values
 from video import read_frames, save_image
 
@@ -75,7 +75,8 @@ def finish_run(folder: Path, trained: dict[str, Tensor], outcome: dict) -> None:
 
 
 def refuse_finished(folder: Path) -> None:
-    """Raises ValueError for a folder with a finished run."""
+    """Raises ValueError for a folder with a finished run, or with other files."""
+    refuse_others(folder)
     if (folder / "trained.safetensors").exists():
         (folder / "training_state.pt").unlink(missing_ok=True)  # a process was killed just before this
         advice = "choose another with --run, or delete it"

@@ -37,9 +37,9 @@ from poses.source import Driver, read_driver
 from public.adapters import recall_loras
 from public.places import PARTS, locate_parts, weight_file
 from run import Run, load_run, load_trained, name_of, newest_run
-from safe.files import replacing_set, require_space
+from safe.files import require_space
 from safe.provenance import comment, mark_video, png_marks
-from safe.results import BESIDE, check_out, report_of, write_report
+from safe.results import claiming, replacing_result, report_of, write_report
 from safe.settings import inputs_of, mark_of
 from safe.sound import add_sound, has_sound
 from video import VIDEOS_WRITTEN, save_image, write_video
@@ -167,7 +167,7 @@ def write_result(
             yield frame
 
     fps, manifest = args.fps or driver.fps or run.settings["fps"], report["manifest"]
-    with replacing_set(out, (out.suffix, *BESIDE)) as folder:
+    with replacing_result(out) as folder:
         place = folder / out.name
         write_video(place, kept(), fps, comment(manifest))
         sound = bool(driver.fps) and not args.no_audio and has_sound(args.poses)
@@ -199,7 +199,14 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
     prompt = run.settings["prompt"] if args.prompt is None else args.prompt
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
-    check_out(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)])
+    with claiming(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)]):
+        return make_result(args, out, run, prompt, method, method_from)
+
+
+def make_result(
+    args: argparse.Namespace, out: Path, run: Run, prompt: str, method: Method, method_from: str
+) -> np.ndarray | None:
+    """`main`, once it is clear what is to be made and where."""
     driver, targets, ratios, remarks = read_targets(args, run)
     k = choose_reference(args.reference, run, targets)
     if args.plan:

@@ -40,6 +40,7 @@ from posecrafter import (
 from poses.pose import Pose, has_person, place_pose, poses_text
 from poses.source import read_driver, uniform_frames
 from public.adapters import remember_loras
+from public.places import locate_parts
 from run import begin_run, finish_run, name_of, refuse_finished
 from safe.files import alone_in, replacing
 from safe.provenance import VERSION
@@ -269,6 +270,7 @@ def main(args: argparse.Namespace) -> None:
 def make_run(args: argparse.Namespace, folder: Path) -> None:
     refuse_finished(folder)
     remember_loras(args.lora)  # here, before poses are looked for, a missing file is told
+    locate_parts(args.model, args.controlnet, args.vae)
     clip, poses = read_training_frames(args, folder / "poses")
     device, dtype = compute_device(args.device, training=True)
     model = load_model(args.model, args.controlnet, args.vae, device, dtype, args.lora)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from public.configs import read_json
+from public.formats import TensorFile
 from public.layouts import LATENT_SCALE, check_latent_scale
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "weights"
@@ -13,7 +14,7 @@ PARTS = ("unet", "controlnet", "vae", "text_encoder")
 def locate_parts(
     name: str | Path, controlnet: str | Path | None = None, vae: str | Path | None = None
 ) -> dict[str, Path]:
-    """`locate`, with ControlNet and VAE from elsewhere if given."""
+    """`locate`, with ControlNet and VAE from elsewhere if given. Raises as `TensorFile` for other files."""
     sources = locate(name)
     for part, path in (("controlnet", controlnet), ("vae", vae)):
         if path:
@@ -23,6 +24,8 @@ def locate_parts(
                 expected = latent_scale(sources["vae"]) if part in sources else LATENT_SCALE
                 check_latent_scale(f"{path}/config.json", latent_scale(Path(path)), expected)
             sources[part] = Path(path)
+    for path in {sources[part] for part in PARTS if part in sources and sources[part].is_file()}:
+        TensorFile(path)  # here, before anything is downloaded, a file without weights is told
     return sources
 
 

@@ -1,7 +1,11 @@
 """Types of arguments: what a user typed is checked where it is read."""
 
 import argparse
+import errno
 import math
+import os
+import re
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +33,36 @@ whole = partial(number, kind=int, high=10_000_000)
 
 
 def path(text: str) -> Path:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file or folder")
+    """A name of a file or folder, which need not exist."""
+    wrong = "is no name of a file or folder" if not text or "\0" in text else ""
+    if re.match("[a-z]+://", text):
+        wrong = "is an address; download the file first"
+    if not wrong:
+        try:
+            mode = os.stat(text).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
+                wrong = "is neither a file nor a folder"
+        except OSError as error:  # most often there is nothing
+            if error.errno == errno.ELOOP:
+                wrong = "is a symbolic link to itself"
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
     return Path(text)
+
+
+LONGEST_PROMPT = 2000  # characters: five times what fits, and merging tokens takes the square of it
+
+
+def prompt(text: str) -> str:
+    """A text whose bytes are UTF-8; what a terminal passes on may be others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no text in UTF-8") from None
+    if len(text) > LONGEST_PROMPT:
+        told = f"a prompt of {len(text)} characters: at most {LONGEST_PROMPT} are read"
+        raise argparse.ArgumentTypeError(told)
+    return text
 
 
 def parse_range(text: str) -> range:

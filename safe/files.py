@@ -1,11 +1,13 @@
 """Files are written whole or not at all, by one process at a time, and read without trust."""
 
 import errno
+import gc
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,9 +59,10 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what processes that were killed left unfinished in a folder."""
     if os.name == "nt" or not folder.is_dir():  # asking whether a process lives would end it on Windows
         return
-    for path in folder.glob(".*.*"):
-        match = LEFTOVER.fullmatch(path.name)
+    for name in os.listdir(folder):
+        match = name[0] == "." and LEFTOVER.fullmatch(name)
         if match and not is_alive(int(match[2])):
+            path = folder / name
             with suppress(OSError):  # of somebody else, or on a read-only disk
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -75,11 +78,16 @@ def is_alive(process: int) -> bool:
 
 
 @contextmanager
-def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
+def replacing_set(
+    out: Path, endings: tuple[str, ...], in_the_way: Callable[[], list[str]] = list
+) -> Iterator[Path]:
     """A folder for files called as `out` with these endings, which replace those beside `out` together.
 
     They are moved once all are written, the last one last: where that is missing, a set is not whole. A process
     that is killed while it moves them leaves the folder with the rest, and `finish_set` moves that.
+
+    in_the_way: says, just before they are moved, what must not be replaced. If anything, the set stays together in
+        a folder beside it, and OSError says where.
     """
     remove_leftovers(out.parent)
     unfinished = out.parent / f".{out.stem}.{os.getpid()}"
@@ -88,6 +96,9 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
         with naming(out):
             unfinished.mkdir(parents=True)
             yield unfinished
+            if wrong := in_the_way():
+                os.rename(unfinished, kept := free_folder(out))
+                raise OSError(f"{out}: would overwrite {wrong[0]}; the result lies in {kept} instead")
             for ending in endings:  # what the new set lacks would be left beside it
                 if not (unfinished / out.with_suffix(ending).name).exists():
                     out.with_suffix(ending).unlink(missing_ok=True)
@@ -100,6 +111,12 @@ def replacing_set(out: Path, endings: tuple[str, ...]) -> Iterator[Path]:
         with suppress(OSError):  # not empty: all went well
             for folder in made:
                 folder.rmdir()
+
+
+def free_folder(out: Path) -> Path:
+    """A name beside `out` that nothing has yet."""
+    names = (out.with_name(f"{out.stem}_{number}") for number in itertools.count(2))
+    return next(path for path in names if not path.exists())
 
 
 def whole_folder(out: Path) -> Path:
@@ -142,51 +159,125 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     The folder is made, and removed again where nothing was put into it. Raises OSError where another works.
     """
+    if files := [each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()]:
+        raise NotADirectoryError(f"{folder}: {files[0]} is a file, not a folder; choose another --run")
+    # Windows cannot lock a folder.
+    lock = folder if os.name != "nt" else folder / ".lock"
+    told = "another process works there; wait for it, or choose another --run"
+    with locked(lock, folder, folder, told):
+        yield
+
+
+@contextmanager
+def alone_with(out: Path) -> Iterator[None]:
+    """Keeps other processes from what `replacing_set` writes beside `out`, as `alone_in` does from a folder."""
+    told = "another process is making it; wait for it, or choose another --out"
+    with locked(out.with_name(f".{out.stem}.lock"), out.parent, out, told):
+        yield
+
+
+@contextmanager
+def locked(lock: Path, folder: Path, named: Path, told: str) -> Iterator[None]:
+    """Holds a lock, a folder or a file in it. Raises OSError: that it is taken, or could not be made (`named`)."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    with naming(folder):
+    with naming(named):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder if os.name != "nt" else folder / ".lock"  # Windows cannot lock a folder
-        handle = os.open(lock, os.O_RDONLY if lock is folder else os.O_RDWR | os.O_CREAT)
+        handle = take(lock, os.O_RDONLY if lock == folder else os.O_RDWR | os.O_CREAT)
+    if handle is None:
+        raise OSError(f"{named}: {told}")
     try:
-        if lock is folder:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        taken = False
-    except (
-        OSError
-    ) as error:  # there are network folders without locks, where work must be possible all the same
-        taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-    try:
-        if taken:
-            raise OSError(f"{folder}: another process works there; wait for it, or choose another --run")
         yield
     finally:
-        with suppress(OSError):  # not empty
+        if os.name == "nt":  # where only what is closed can be removed
+            os.close(handle)
+        with suppress(OSError):
+            if lock != folder:
+                lock.unlink()
             for each in made:
-                each.rmdir()
-        os.close(handle)
+                each.rmdir()  # fails where it is not empty
+        if os.name != "nt":  # last: whoever has opened the file meanwhile finds it removed
+            os.close(handle)
+
+
+def take(lock: Path, flags: int) -> int | None:
+    """Opens and locks a file or folder; None where another process has locked it."""
+    while True:
+        handle = os.open(lock, flags)
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (
+            OSError
+        ) as error:  # there are network folders without locks, where work must be possible all the same
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                os.close(handle)
+                return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                return handle
+        os.close(handle)  # its last holder removed it between the two calls: once more
 
 
 # ---- Reading ------------------------------------------------------------------------------------
 
-LARGEST_JSON = 250_000_000  # bytes: an hour of poses
+LARGEST_JSON = 250_000_000  # bytes
+MOST_MEMORY = 1_600_000_000  # bytes to read a JSON file with: 45 minutes of poses with face and hands
+# What each of these characters may cost in bytes of objects, measured with CPython 3.11.
+COSTS = {b"[": 104, b"{": 72, b":": 70, b",": 44, b'"': 30}
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON) -> object:
-    """What a JSON file holds. Raises OSError, and ValueError for what is no JSON, or above `largest` bytes."""
+    """What a JSON file holds.
+
+    Raises OSError, and ValueError for what is no JSON, above `largest` bytes, or would take too much memory.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError(f"{path}: is no file")
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a JSON file that is read here")
+    content, collecting = path.read_bytes(), gc.isenabled()
+    if (needed := memory_to_read(content)) > MOST_MEMORY:
+        raise ValueError(
+            f"{path}: may take {needed / 1e9:.1f} GB of memory to read, which is too much; split it"
+        )
+    gc.disable()  # what is made here has no circles, and looking for them takes most of the time
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except RecursionError:
         raise ValueError(f"{path}: not readable as JSON (nested too deep)") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+        raise ValueError(f"{path}: not readable as JSON ({mistaken(content) or error})") from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def memory_to_read(content: bytes) -> int:
+    """Bytes that a JSON text and what is made of it take at most."""
+    # As bytes, as text, and as strings in that; characters take one byte each, or up to four.
+    text = len(content) * (3 if content.isascii() else 9)
+    return text + sum(content.count(each) * cost for each, cost in COSTS.items())
+
+
+# What other files begin with that get the name of the one that was wanted.
+MISTAKEN = {
+    (b"version https://git-lfs",): "a Git LFS pointer: get the file itself with `git lfs pull`",
+    (b"<!doctype html", b"<html"): "a web page: download the file itself",
+    (b"\x1f\x8b", b"PK\3\4"): "an archive: unpack it first",
+}
+
+
+def mistaken(head: bytes) -> str | None:
+    """What a file is that begins so, if it is none of what is read here; None for anything else."""
+    start = head[:64].lstrip().lower()
+    told = (what for starts, what in MISTAKEN.items() if start.startswith(tuple(map(bytes.lower, starts))))
+    return next(told, None if head else "the file is empty")
 
 
 def read_text(path: Path, largest: int) -> str:

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import TextIO
 
 
 def run_command(
@@ -24,7 +26,8 @@ def run_command(
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.default_int_handler)
     try:
-        main(args)
+        with redirect_stdout(Shown(sys.stdout)):
+            main(args)
     except (ArithmeticError, MemoryError, OSError, ValueError) as error:
         leave(2, in_words(error) or f"out of memory: {out_of_memory}")
     except KeyboardInterrupt:
@@ -79,6 +82,21 @@ def in_words(error: Exception) -> str:
 def printable(text: str) -> str:
     """A line whose terminal escapes and line breaks, as names and contents of files may have them, are shown."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Shown:
+    """A stream on which names of files do no harm: escapes are shown, and so is what it has no letters for."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        shown = "\n".join(map(printable, text.split("\n")))
+        return self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def stop_in_one_line(script: str) -> None:

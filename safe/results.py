@@ -3,10 +3,16 @@
 import argparse
 import hashlib
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from safe.files import finish_set, read_json, write_json
+from safe.files import alone_with, finish_set, read_json, replacing_set, write_json
+from safe.process import Shown, in_words, printable
 from safe.provenance import SYNTHETIC, VERSION, file_hash, read_manifest
 
 REPORT = ".json"  # how a report's name ends
@@ -14,29 +20,59 @@ REPORT = ".json"  # how a report's name ends
 BESIDE = (".png", ".poses.json", ".html", REPORT)
 
 
-def check_out(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
-    """Raises ValueError where a result cannot lie, or would replace an input or what this program did not write.
+LONGEST_NAME = 200  # bytes of a video's name; systems allow 255, of which unfinished files take some
 
-    First moves a result to its place that a killed process had written, but not moved.
+
+def endings_of(out: Path) -> tuple[str, ...]:
+    return out.suffix, *BESIDE
+
+
+@contextmanager
+def claiming(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> Iterator[None]:
+    """Keeps the files of a result for this process.
+
+    First moves a result to its place that a killed process had written, but not moved. Raises ValueError where a
+    result cannot lie, or would replace an input or what this program did not write, and OSError where another
+    process is making it.
     """
-    endings = (out.suffix, *BESIDE)
+    check_place(out, videos, inputs)
+    with alone_with(out):
+        finish_set(out, endings_of(out))
+        if wrong := not_ours(out):
+            raise ValueError(f"{out}: would overwrite {wrong[0]}; move it away, or choose another --out")
+        yield
+
+
+@contextmanager
+def replacing_result(out: Path) -> Iterator[Path]:
+    """A folder for the files of a result, as `replacing_set` has it; what others wrote meanwhile stays."""
+    with replacing_set(out, endings_of(out), partial(not_ours, out)) as folder:
+        yield folder
+
+
+def check_place(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
+    """Raises ValueError where a result cannot lie, or would replace an input."""
+    if not out.name:
+        raise ValueError(f"{out}: is a folder; choose another --out")
+    endings = endings_of(out)
     written = [out.with_suffix(ending).resolve() for ending in endings]
     wrong = [f"would overwrite {path}" for path in inputs if path.resolve() in written]
     folders = [path for path in inputs if path.is_dir() and path.resolve() == written[0].parent]
     wrong += [f"would lie among the frames in {folder}" for folder in folders]
-    wrong += [f"{folder} is a file, not a folder" for folder in out.parents if folder.is_file()]
+    files = [folder for folder in out.parents if folder.exists() and not folder.is_dir()]
+    wrong += [f"{folder} is a file, not a folder" for folder in files]
     if out.suffix.lower() not in videos:
         wrong.append(f"a video's name must end in {' or '.join(videos)}")
     wrong += ["is a folder" for _ in range(out.is_dir())]
+    long = len(os.fsencode(out.name)) > LONGEST_NAME
+    wrong += [f"a video's name may have {LONGEST_NAME} bytes at most" for _ in range(long)]
     if wrong:
         raise ValueError(f"{out}: {wrong[0]}; choose another --out")
-    finish_set(out, endings)
-    if wrong := not_ours(out, endings):
-        raise ValueError(f"{out}: would overwrite {wrong[0]}; move it away, or choose another --out")
 
 
-def not_ours(out: Path, endings: tuple[str, ...]) -> list[str]:
+def not_ours(out: Path) -> list[str]:
     """Which files of a result that is to be replaced are not as this program wrote them."""
+    endings = endings_of(out)
     files = [out.with_suffix(ending) for ending in endings if out.with_suffix(ending).exists()]
     report = out.with_suffix(REPORT)
     if not files:
@@ -147,6 +183,8 @@ class Verify(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, _, path: Path, *__) -> None:
         try:
-            parser.exit(0 if verify(path) else 2)
+            with redirect_stdout(Shown(sys.stdout)):
+                same = verify(path)
         except (OSError, ValueError) as error:
-            parser.exit(2, f"{parser.prog}: {error}\n")
+            parser.exit(2, f"{parser.prog}: {printable(in_words(error))}\n")
+        parser.exit(0 if same else 2)

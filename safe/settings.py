@@ -98,7 +98,7 @@ def read_run_settings(folder: Path) -> dict:
     Raises OSError, and ValueError, in one line that names the file and the field, for one that is damaged or was
     made by a program that knows more than this one.
     """
-    path, advice = folder / "settings.json", f"delete {folder} and train again"
+    path, advice = folder / "settings.json", f"if it is a run, delete {folder} and train again"
     try:
         found = read_json(path)
     except ValueError as error:
@@ -114,6 +114,13 @@ def read_run_settings(folder: Path) -> dict:
     if missing := [name for name in FIELDS if name in needed(found) and name not in found]:
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))} ({made_by_whom(found)}); {advice}")
     return {"learning_rate_from": "unknown"} | {name: found[name] for name in FIELDS if name in found}
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises ValueError for a folder of files that are no run's: a run would be mixed with them."""
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    if "settings.json" not in names and (others := names - {"poses"}):
+        raise ValueError(f"{folder}: holds {min(others)}, so it is no run; choose another with --run")
 
 
 def needed(settings: dict) -> set[str]:

@@ -15,9 +15,11 @@ import random
 import resource
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -44,6 +46,7 @@ from openpose import OpenPose, load_openpose
 from poses.pose import save_poses
 from public import layouts
 from public.configs import read_openpose_sizes, read_sizes
+from public.formats import TensorFile
 from public.hub import OPENPOSE_CONTROL, PUBLIC_FILES, SD15, public_files
 from public.places import DEMO
 from unet import UNet, UNetConfig
@@ -1311,3 +1314,54 @@ def test_loading_all_of_sd15_takes_little_more_memory_than_its_weights(
     assert sum(p.numel() for network in networks for p in network.parameters()) == 1_481_296_827
     print(f"{size / 1e9:.2f} GB of weights in {took:.1f} s, peak {peak / size:.3f} times that")
     assert peak / size < 1.15
+
+
+# ---- Files that list far more than a model has ------------------------------------------------------
+
+
+def many_members(path: Path) -> None:
+    """A zip archive whose directory has 400,000 entries of one name."""
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *[0] * 6, 0, 0, 0, 1, *[0] * 4, 0, 0) + b"a"
+    directory = entry * 400_000
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, len(directory), 0, 0)
+    path.write_bytes(directory + end)
+
+
+def many_tensors(path: Path) -> None:
+    """A safetensors file with a header of 18 MB."""
+    each = b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = b"{" + b",".join(each % number for number in range(300_000)) + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def long_line(path: Path) -> None:
+    """A pickle as before PyTorch 1.6 with a number of 40 million digits."""
+    path.write_bytes(b"\x80\x02I" + b"1" * 40_000_000)
+
+
+def one_member_in_many(path: Path) -> None:
+    """A zip archive whose entries all mean the same megabyte."""
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+        archive.writestr("data.pkl", bytes(1_000_000))
+        archive.filelist *= 100
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (many_members, "truncated, corrupt or no file of weights"),
+        (many_tensors, "lists far more than a model's tensors; use another file"),
+        (long_line, "truncated, corrupt or no file of weights"),
+        (one_member_in_many, "truncated, corrupt or no file of weights"),
+    ],
+)
+def test_a_file_that_lists_far_more_than_it_holds_is_refused_soon(tmp_path, make, words):
+    path = tmp_path / "weights.bin"
+    make(path)
+    tracemalloc.start()
+    started = time.process_time()
+    with pytest.raises(ValueError, match=f"weights.bin: {words}"):
+        TensorFile(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000_000 and time.process_time() - started < 5

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811
 
+import io
 import json
 import os
 import random
@@ -23,12 +24,16 @@ from safetensors.torch import load_file, save_file
 # `workplace` and `trained` are its fixtures, taken from there.
 from test_commands import SAMPLE, TRAIN, main, refusal, trained, workplace  # noqa: F401
 
+import evaluate
 import safe.files
+import sample
 import train
 from command import sampling_arguments, training_arguments
 from posecrafter import training_loss
+from poses.pose import load_poses
 from run import load_run
 from safe.process import in_words, printable, run_command
+from safe.results import verify
 from safe.settings import FIELDS, read_run_settings
 from safe.tensors import load_state
 from video import write_video
@@ -295,6 +300,37 @@ time.monotonic = rushing
     shutil.rmtree(folder)
 
 
+def test_the_second_of_two_that_make_one_video_says_so_and_stops(workplace, trained, monkeypatch):
+    command = *SAMPLE, "--run", "runs/first", "--out", "twice.mp4"
+    generate, lines = sample.generate, []
+
+    def meanwhile(*given, **options):
+        other = start(workplace, of_script("sample.py"), *command[1:])
+        _, err = other.communicate(timeout=120)
+        lines.append((other.returncode, err.splitlines()[-1]))
+        return generate(*given, **options)
+
+    monkeypatch.setattr(sample, "generate", meanwhile)
+    main(workplace, *command)
+    told = "twice.mp4: another process is making it; wait for it, or choose another --out"
+    assert lines == [(2, f"sample.py: {told}")]
+    assert verify(workplace / "twice.mp4") and not hidden(workplace)
+
+
+def test_a_run_is_not_mixed_with_files_of_others(workplace, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refusal(workplace, *FOUR, "--run", tmp_path)
+    assert line == f"{tmp_path}: holds notes.txt, so it is no run; choose another with --run"
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
+    line = refusal(workplace, *FOUR, "--run", tmp_path)
+    assert line.endswith(f"if it is a run, delete {tmp_path} and train again")
+    line = refusal(workplace, *FOUR, "--run", tmp_path / "notes.txt")
+    assert (
+        line == f"{tmp_path}/notes.txt: {tmp_path}/notes.txt is a file, not a folder; choose another --run"
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 # ---- The disk -----------------------------------------------------------------------------------
 
 
@@ -381,6 +417,64 @@ def test_training_asks_for_room_before_it_begins(workplace, small_disk):
         main(workplace, *FOUR, "--run", small_disk / "run")
     assert "\n" not in str(refused.value)
     assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
+@pytest.fixture
+def result(workplace, trained, small_disk) -> Path:
+    """A result on a small disk."""
+    main(workplace, *SAMPLE, "--run", trained, "--out", small_disk / "out.mp4")
+    return small_disk / "out.mp4"
+
+
+# By the names of the files: while the first is written nothing lies there, while the last is all others do.
+@pytest.mark.parametrize(
+    "ending", [pytest.param(".mp4", marks=pytest.mark.slow), ".poses.json", ".png", ".json"]
+)
+def test_a_full_disk_leaves_the_old_result_whole(
+    workplace, trained, small_disk, result, monkeypatch, ending
+):
+    before = contents(small_disk)
+    with monkeypatch.context() as patches:
+        patches.setattr(safe.files, "naming", filling(small_disk, f"out{ending}"))
+        with pytest.raises(OSError) as refused:
+            main(workplace, *SAMPLE, "--run", trained, "--out", result, "--seed", 1)
+    line = str(refused.value)
+    assert line.startswith(f"{small_disk}/out{ending}: could not be written") and "full" in line
+    assert "\n" not in line and not hidden(small_disk)
+    (small_disk / "filler").unlink()
+    assert contents(small_disk) == before and verify(result)
+    main(workplace, *SAMPLE, "--run", trained, "--out", result, "--seed", 1)
+    assert (
+        verify(result) and contents(small_disk).keys() == before.keys() and contents(small_disk) != before
+    )
+
+
+def test_a_disk_that_fills_up_while_poses_are_kept_is_one_line(workplace, trained, small_disk, monkeypatch):
+    import openpose
+
+    run, found = small_disk / "run", load_poses(workplace / "clip.json")
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("samples"))
+    before = contents(small_disk)
+    monkeypatch.setattr(openpose, "find_in_footage", lambda *_, **__: fill(small_disk) or found)
+    with pytest.raises(
+        OSError, match=r"run/poses/clip\.\w+\.poses\.json: could not be written: the disk is full$"
+    ):
+        main(workplace, "sample.py", "--poses", "clip.mp4", "--poses-are", "video", "--run", run)
+    (small_disk / "filler").unlink()
+    assert contents(small_disk) == before and not hidden(small_disk)
+
+
+@pytest.mark.parametrize("ending", [".metrics.json", ".metrics.png", ".worst.png"])
+def test_a_full_disk_leaves_old_figures_whole(small_disk, monkeypatch, ending):
+    frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    write_video(small_disk / "out.mp4", frames, 8)
+    (small_disk / f"out{ending}").write_text("old")
+    command = [str(small_disk / "out.mp4"), "--truth", str(small_disk / "out.mp4")]
+    monkeypatch.setattr(safe.files, "naming", filling(small_disk, f"out{ending}"))
+    with pytest.raises(OSError) as refused:
+        evaluate.main(evaluate.parse_arguments(command))
+    assert str(refused.value) == f"{small_disk}/out{ending}: could not be written: the disk is full"
+    assert (small_disk / f"out{ending}").read_text() == "old" and not hidden(small_disk)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "png"])
@@ -518,7 +612,10 @@ def test_runs_of_older_and_newer_programs(workplace, copied):
     del older["prompt"]
     (copied / "settings.json").write_text(json.dumps(older))
     line = refusal(workplace, *SAMPLE, "--run", "runs/copied")
-    assert "lacks prompt (made by PoseCrafter before 1.0.0); delete runs/copied and train again" in line
+    assert (
+        "lacks prompt (made by PoseCrafter before 1.0.0); if it is a run, delete runs/copied and train again"
+        in line
+    )
     (copied / "settings.json").write_text(json.dumps(settings | {"layout": 2, "version": "3.1"}))
     line = refusal(workplace, *SAMPLE, "--run", "runs/copied")
     assert "made by PoseCrafter 3.1, which this one (1.0.0) cannot read" in line
@@ -552,6 +649,21 @@ def last_words(error: BaseException, capsys) -> str:
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\n") and err[:-1].isprintable()
     return err[:-1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_what_a_command_prints_is_shown_by_any_terminal(encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    run_command("script.py", lambda _: print("a\x1b[31m\udcff\x9b 漢.mp4\nis there"), None)
+    sys.stdout.flush()
+    shown = "漢" if encoding == "utf-8" else "\\u6f22"
+    assert raw.getvalue().decode(encoding).split() == [
+        r"a\x1b[31m\udcff\x9b",
+        f"{shown}.mp4",
+        "is",
+        "there",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -591,6 +703,15 @@ def test_reasons_are_in_words():
         (training_arguments, ["clip.mp4", "--steps", "9" * 20], "above 0 and below 10,000,000"),
         (training_arguments, ["clip.mp4", "--size", "9" * 400], "above 0 and below 10,000,000"),
         (training_arguments, ["clip.mp4", "--person", "0"], "'0' is not a whole number above 0"),
+        (sampling_arguments, ["--poses", "https://a.b/c.mp4"], "is an address; download the file first"),
+        (sampling_arguments, ["--poses", os.devnull], "is neither a file nor a folder"),
+        (sampling_arguments, ["--verify", os.devnull], "is neither a file nor a folder"),
+        (training_arguments, [os.devnull], "argument clip: '/dev/null' is neither a file nor a folder"),
+        (training_arguments, ["a", "--vae", os.devnull], "argument --vae: '/dev/null' is neither"),
+        (sampling_arguments, ["--poses=a", "--prompt", "\udcff"], "is no text in UTF-8"),
+        (training_arguments, ["a", "--prompt", "a" * 2001], "a prompt of 2001 characters: at most 2000"),
+        (sampling_arguments, ["--poses=a", "--fps=1e-9"], "is not a number above 0.1 and below 1,000"),
+        (sampling_arguments, ["--poses=a", "--fps=1e9"], "is not a number above 0.1 and below 1,000"),
         (sampling_arguments, ["--poses", "\0"], "argument --poses: '\\x00' is no name of a file"),
         (
             sampling_arguments,
@@ -615,3 +736,32 @@ def test_seeds_up_to_the_last_that_is_taken_make_numbers():
         # As `train.train` makes a step's noise of it, up to the last step that can be asked for.
         random = torch.Generator().manual_seed(taken * 1_000_003 + 10_000_000)
         assert torch.randn(2, generator=random).isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_links_to_themselves_are_told_at_once(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    for name, words in (("pipe.mp4", "is neither a file"), ("loop.mp4", "is a symbolic link to itself")):
+        for parse, options in ((training_arguments, []), (sampling_arguments, ["--poses"])):
+            with pytest.raises(SystemExit):
+                parse([*options, str(tmp_path / name)])
+            assert f"{name}' {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--model", "--controlnet", "--vae"])
+@pytest.mark.parametrize("case", ["cyclic.pth", "a web page"])
+def test_a_file_without_weights_is_told_before_anything_is_downloaded(
+    workplace, tmp_path, monkeypatch, option, case
+):
+    path = tmp_path / "weights.pth"
+    if case == "cyclic.pth":
+        cyclic = {}
+        cyclic["state_dict"] = cyclic
+        torch.save(cyclic, path)
+    else:
+        path.write_text("<!DOCTYPE html><html>not found</html>")
+    for name in ("checkpoint.public_files", "train.read_training_frames"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something was begun"))
+    line = refusal(workplace, "train.py", "clip.mp4", "--model", "model", option, path)
+    assert line.startswith(f"{path}: ") and ("no tensors by name" in line or "a web page" in line)

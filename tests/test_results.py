@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from command import sampling_arguments
-from safe.files import replacing_set, whole_folder
+from safe.files import whole_folder
 from safe.provenance import comment, mark_video, png_marks
-from safe.results import BESIDE, check_out, verify, write_report
+from safe.results import BESIDE, claiming, replacing_result, verify, write_report
 from video import save_image, write_video
 
 ENDINGS = (".mp4", *BESIDE)
@@ -23,8 +23,9 @@ MANIFEST = {
 }
 
 
-def write(out: Path, level: int = 0, page: bool = True) -> None:
-    with replacing_set(out, ENDINGS) as folder:
+def write(out: Path, level: int = 0, page: bool = True, meanwhile: Path | None = None) -> None:
+    """Writes a result; meanwhile somebody else writes another file."""
+    with replacing_result(out) as folder:
         frames = np.full((2, 32, 32, 3), level, np.uint8)
         write_video(folder / out.name, frames, 8, comment(MANIFEST))
         mark_video(folder / out.name, MANIFEST)
@@ -33,6 +34,14 @@ def write(out: Path, level: int = 0, page: bool = True) -> None:
         if page:
             (folder / out.name).with_suffix(".html").write_text("<!DOCTYPE html>[]")
         write_report(folder / out.name, {"manifest": MANIFEST, "ddim_steps": 3})
+        if meanwhile:
+            meanwhile.write_text("mine")
+
+
+def check_out(*given) -> None:
+    """What `sample.py` says of its `--out` before it begins."""
+    with claiming(*given):
+        pass
 
 
 @pytest.fixture
@@ -104,6 +113,59 @@ def test_a_result_that_waits_is_moved_before_anything_is_judged(out):
     check_out(out, (".mp4",), [])
     assert out.read_bytes() == new and verify(out)
     assert len(list(out.parent.iterdir())) == 5
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_that_comes_while_a_result_is_made_stays_and_so_does_the_result(tmp_path, ending):
+    out, kept = tmp_path / "out.mp4", tmp_path / "out_2" / "out.mp4"
+    with claiming(out, (".mp4",), []):
+        with pytest.raises(
+            OSError, match=rf"would overwrite .*out{ending}, .*; the result lies in .*out_2 instead"
+        ):
+            write(out, meanwhile=out.with_suffix(ending))
+    assert out.with_suffix(ending).read_text() == "mine" and verify(kept)
+    assert {path.name for path in tmp_path.iterdir()} == {f"out{ending}", "out_2"}
+    with pytest.raises(ValueError, match=r"would overwrite .* move it away"):
+        check_out(out, (".mp4",), [])
+
+
+def test_a_result_that_was_changed_while_its_successor_was_made_stays(out):
+    with (
+        claiming(out, (".mp4",), []),
+        pytest.raises(OSError, match=r"would overwrite .*out\.mp4, which is not"),
+    ):
+        write(out, meanwhile=out)
+    assert out.read_text() == "mine" and verify(out.parent / "out_2" / "out.mp4")
+
+
+def test_one_result_is_made_by_one_process(out):
+    with claiming(out, (".mp4",), []):
+        for other in (out, out.with_suffix(".mov")):  # whose sheet and report have the same names
+            with pytest.raises(
+                OSError, match=r"out\.m.*: another process is making it; wait for it, or choose"
+            ):
+                check_out(other, (".mp4", ".mov"), [])
+        check_out(out.with_name("else.mp4"), (".mp4",), [])
+    assert len(list(out.parent.iterdir())) == 5
+    check_out(out, (".mp4",), [])
+
+
+def test_a_name_that_is_too_long_for_unfinished_files_is_told_before_anything_is_made(tmp_path):
+    check_out(tmp_path / f"{'ü' * 98}.mp4", (".mp4",), [])
+    with pytest.raises(ValueError, match="may have 200 bytes at most; choose another --out"):
+        check_out(tmp_path / f"{'ü' * 99}.mp4", (".mp4",), [])
+
+
+def test_places_that_are_none_are_told(tmp_path):
+    (tmp_path / "file").touch()
+    for out, words in (
+        (Path("."), r"\.: is a folder"),
+        (tmp_path / "file" / "a.mp4", "file is a file, not a folder"),
+    ):
+        with pytest.raises(ValueError, match=rf"{words}; choose another --out$"):
+            check_out(out, (".mp4",), [])
+    with pytest.raises(ValueError, match="/dev/null is a file, not a folder"):
+        check_out(Path("/dev/null/a.mp4"), (".mp4",), [])
 
 
 # ---- --verify -----------------------------------------------------------------------------------
