@@ -168,7 +168,7 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
 
     Where a limb leads to none because its end is covered, a joint is inferred and added.
     """
-    links = []
+    links, taken = [], set()
     for limb, ends, _ in find_limbs(ink):
         pair, ways = LIMBS[limb].tolist(), []
         for start, end in (ends, ends[::-1]):
@@ -176,8 +176,10 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
             b, cost_b = nearest(ink, joints[pair[1]], start, end)
             ways.append((cost_a + cost_b, [a, b], [start, end]))
         _, at, ends = min(ways, key=lambda way: way[0])
-        if None in at and np.linalg.norm(ends[1] - ends[0]) < 3 * ink.radius:
+        if at == [None, None] and np.linalg.norm(ends[1] - ends[0]) < 3 * ink.radius:
             continue
+        if None in at and not taken.isdisjoint((limb, *end) for end in enumerate(at)):
+            continue  # a scrap beside the whole limb, which came before
         for this, other in ((0, 1), (1, 0)):
             if at[this] is None:
                 fixed = ends[other] if at[other] is None else joints[pair[other]][at[other]][:2]
@@ -188,6 +190,7 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
                 at[this] = next(close, len(known))  # two limbs infer the same joint
                 known += [np.append(place, INFERRED)] * (at[this] == len(known))
         links.append(tuple(zip(pair, at)))
+        taken |= {(limb, *end) for end in enumerate(at)}
     return links
 
 

@@ -65,7 +65,8 @@ def workplace(tmp_path_factory) -> Path:
     for i, frame in enumerate(frames):
         save_image(folder / "images" / f"{i}.png", frame)
     save_poses(folder / "clip.json", poses, SIZE, SIZE)
-    save_poses(folder / "gap.json", [*poses[:5], Pose(), Pose(), *poses[7:]], SIZE, SIZE)
+    # More frames without a person than are bridged.
+    save_poses(folder / "gap.json", [*poses[:5], *[Pose()] * 6, *poses[11:]], SIZE, SIZE)
     return folder
 
 
