@@ -769,3 +769,12 @@ def test_a_file_without_weights_is_told_before_anything_is_downloaded(
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something was begun"))
     line = refusal(workplace, "train.py", "clip.mp4", "--model", "model", option, path)
     assert line.startswith(f"{path}: ") and ("no tensors by name" in line or "a web page" in line)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_evaluation_does_not_wait_for_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for options in ([str(tmp_path / "pipe.mp4")], ["a.mp4", "--truth", str(tmp_path / "pipe.mp4")]):
+        with pytest.raises(SystemExit):
+            evaluate.parse_arguments(options)
+        assert "pipe.mp4' is neither a file nor a folder" in capsys.readouterr().err
