@@ -28,7 +28,7 @@ from pictures.pages import add_figures
 from poses.pose import Pose, place_pose
 from poses.source import read_driver
 from public.places import model_path
-from safe.arguments import DEVICE, parse_canvas, parse_range
+from safe.arguments import DEVICE, parse_canvas, parse_range, path
 from video import cover, fit_frame, read_frames, save_image
 
 # Each metric's title, which way is better, how it is printed, and what it needs.
@@ -134,15 +134,15 @@ def network_figures(
 def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("result", type=Path, help="video or folder of frames")
-    add("--truth", type=Path, help="the true frames, a video or a folder")
-    add("--train", type=Path, help="the training frames, such as runs/NAME/frames, or a clip")
-    add("--poses", type=Path, help="the poses asked for, such as the .poses.json that sample.py wrote")
+    add("result", type=path, help="video or folder of frames")
+    add("--truth", type=path, help="the true frames, a video or a folder")
+    add("--train", type=path, help="the training frames, such as runs/NAME/frames, or a clip")
+    add("--poses", type=path, help="the poses asked for, such as the .poses.json that sample.py wrote")
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that the poses were found in")
     add("--range", type=parse_range, metavar="A:B", help="frames of truth and poses that the result shows")
     add("--fit", action="store_true", help="scale and crop the truth to the result's size")
     add("--full", action="store_true", help="also metrics by public networks, downloaded once (2.1 GB)")
-    add("--weights", type=Path, help="folder to look for the public networks' files in")
+    add("--weights", type=path, help="folder to look for the public networks' files in")
     add("--model", default="sd15", help="whose OpenPose finds the result's poses (default: sd15)")
     add("--device", **DEVICE)
     return parser.parse_args(command)

@@ -613,7 +613,7 @@ def test_sampling_refuses(workplace, trained, options, words):
         (training_arguments, "--lr", "-1", "'-1' is not a number above 0 and below 1"),
         (sampling_arguments, "--slice", "0", "'0' is not a whole number above 0"),
         (sampling_arguments, "--fps", "0", "'0' is not a number above 0"),
-        (sampling_arguments, "--fps", "inf", "'inf' is not a number above 0 and below inf"),
+        (sampling_arguments, "--fps", "inf", "'inf' is not a number above 0.1 and below 1,000"),
         (sampling_arguments, "--guidance", "nan", "'nan' is not a number"),
         (sampling_arguments, "--guidance", "31", "'31' is not a number above -30 and below 30"),
         (sampling_arguments, "--fixed-point", "-1", "invalid choice: -1"),

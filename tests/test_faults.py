@@ -464,17 +464,21 @@ def test_a_disk_that_fills_up_while_poses_are_kept_is_one_line(workplace, traine
     assert contents(small_disk) == before and not hidden(small_disk)
 
 
-@pytest.mark.parametrize("ending", [".metrics.json", ".metrics.png", ".worst.png"])
-def test_a_full_disk_leaves_old_figures_whole(small_disk, monkeypatch, ending):
+@pytest.mark.parametrize("kind", ["out.metrics.json", "out.metrics*.png", "out*worst*.png"])
+def test_a_full_disk_leaves_old_figures_whole(small_disk, monkeypatch, kind):
     frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     write_video(small_disk / "out.mp4", frames, 8)
-    (small_disk / f"out{ending}").write_text("old")
-    command = [str(small_disk / "out.mp4"), "--truth", str(small_disk / "out.mp4")]
-    monkeypatch.setattr(safe.files, "naming", filling(small_disk, f"out{ending}"))
+    write_video(small_disk / "truth.mp4", frames[::-1], 8)
+    command = [str(small_disk / "out.mp4"), "--truth", str(small_disk / "truth.mp4")]
+    evaluate.main(evaluate.parse_arguments(command))
+    before = contents(small_disk)
+    (written,) = small_disk.glob(kind)
+    monkeypatch.setattr(safe.files, "naming", filling(small_disk, written.name))
     with pytest.raises(OSError) as refused:
         evaluate.main(evaluate.parse_arguments(command))
-    assert str(refused.value) == f"{small_disk}/out{ending}: could not be written: the disk is full"
-    assert (small_disk / f"out{ending}").read_text() == "old" and not hidden(small_disk)
+    assert str(refused.value) == f"{written}: could not be written: the disk is full"
+    (small_disk / "filler").unlink()
+    assert contents(small_disk) == before and not hidden(small_disk)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "png"])
@@ -765,3 +769,12 @@ def test_a_file_without_weights_is_told_before_anything_is_downloaded(
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something was begun"))
     line = refusal(workplace, "train.py", "clip.mp4", "--model", "model", option, path)
     assert line.startswith(f"{path}: ") and ("no tensors by name" in line or "a web page" in line)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_evaluation_does_not_wait_for_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for options in ([str(tmp_path / "pipe.mp4")], ["a.mp4", "--truth", str(tmp_path / "pipe.mp4")]):
+        with pytest.raises(SystemExit):
+            evaluate.parse_arguments(options)
+        assert "pipe.mp4' is neither a file nor a folder" in capsys.readouterr().err
