@@ -501,8 +501,7 @@ def read_drawn_people(path: Path, frames: np.ndarray) -> list[list[Pose]]:
     try:
         paper = find_ground(sampled(frames))
         for index, frame in enumerate(frames):
-            covered = (put_on_black(frame, *paper).max(axis=2) > BLACK).mean()
-            if covered > MOST_COVERED:
+            if (covered := (put_on_black(frame, *paper).max(axis=2) > BLACK).mean()) > MOST_COVERED:
                 raise ValueError(f"{covered:.0%} of frame {index} are not its plain ground")
         radius = line_radius([put_on_black(frame, *paper) for frame in sampled(frames)])
         inks = (read_ink(put_on_black(frame, *paper), radius) for frame in frames)
