@@ -14,10 +14,13 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image, ImageOps
 
+from safe.files import mistaken
+
 LONGEST_ASPECT = 16  # beyond it pictures show nobody, and enlarged for a network they take for ever
 MOST_PIXELS = 2**26  # of a video's frame: twice 8K
 DECODING_THREADS = 4  # each holds a frame of its own
 NO_VIDEO = "not a readable video, or one without pictures"
+NO_FOOTAGE = ("tty", "concat", "hls", "dash")  # texts, which libav would paint or follow to other files
 # By default libav rounds down and repeats colour samples between YUV and RGB: a frame that is written and read
 # would come back one grey level darker, with coloured edges off by many.
 EXACT_COLOUR = "bicubic+accurate_rnd+full_chroma_int"
@@ -140,6 +143,9 @@ def last_moment(path: Path) -> float:
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple]:
     """A video's container and its stream of pictures, which is no cover. Raises OSError for what is no video."""
+    with path.open("rb") as file:
+        if what := mistaken(file.read(64)):
+            raise OSError(f"{path}: not a readable video ({what})")
     # A relative path might have a colon, before which libav would see a protocol; and a playlist that is called
     # a video must not lead into the network.
     options = {"protocol_whitelist": "file"}
@@ -150,7 +156,7 @@ def open_video(path: Path) -> Iterator[tuple]:
                 for stream in container.streams.video
                 if stream.codec_context and not stream.disposition & Disposition.attached_pic
             ]
-            if not streams:
+            if not streams or container.format.name in NO_FOOTAGE:
                 raise OSError(f"{path}: {NO_VIDEO}")
             yield container, streams[0]
     except av.FFmpegError:

@@ -550,3 +550,20 @@ def test_a_sheet_is_saved_whole(tmp_path):
     save_image(tmp_path / "sheet.png", sheet)
     assert np.array_equal(read_frames(tmp_path / "sheet.png")[0][0], np.asarray(sheet))
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html><title>404</title>", "a web page: download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"", "the file is empty"),
+        (b"notes on a dance\n" * 200, "a readable video, or one without pictures"),
+        (b"#EXTM3U\n#EXTINF:1,\nother.ts\n", "a readable video, or one without pictures"),
+    ],
+)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.txt"])
+def test_what_is_no_footage_is_called_by_its_name(tmp_path, content, words, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=rf"{name}: not .*{words}"):
+        count_frames(tmp_path / name)
