@@ -33,10 +33,8 @@ def write_h264(path: Path, frames: Iterable[np.ndarray], fps: float, comment: st
             picture.pts, picture.time_base = written - 1, 1 / rate
             out.mux(stream.encode(picture))
         out.mux(stream.encode())
-    with open_video(path) as (
-        container,
-        stream,
-    ):  # libav says nothing when the disk fills up at the very end
+    # libav says nothing when the disk fills up at the very end.
+    with open_video(path) as (container, stream):
         arrived = sum(1 for _ in decode(container, stream, True, []))
     if arrived != written:
         raise OSError(f"{path}: could not be written whole; is the disk full?")
