@@ -23,7 +23,7 @@ def parser_of_both(usage: str, about: str, command: list[str] | None) -> argpars
     parser.set_defaults(command=shlex.join(["python", parser.prog, *words]))
     add = parser.add_argument
     add("--poses-are", choices=KINDS, help="what --poses is (default: found out)")
-    add("--person", type=whole, default=1, help="whom to follow (default: 1, the largest)")
+    add("--person", type=whole, default=1, help="whom to follow (default: 1, the most prominent)")
     add("--range", type=parse_range, metavar="A:B", help="only these frames (default: all)")
     seed = partial(number, kind=int, low=-(10**12), high=10**12)  # training makes millions of seeds of it
     add("--seed", type=seed, default=0, help="of all random noise (default: 0)")
@@ -62,7 +62,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that JSON was found in")
     add("--smooth", action="store_true", help="take the jitter out of poses found in footage")
     build = "give the poses the proportions and the place on the ground of the run's person"
-    add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the training clip's)")
+    add("--retarget", action=yes_or_no, help=f"{build} (default: unless they are the person's own)")
     add("--run", type=path, help="run folder that train.py made (default: the newest)")
     add("--prompt", type=prompt, help="such as 'a person, red hair' (default: the training prompt)")
     scale = partial(number, kind=float, low=-30, high=30)  # farther out, nothing is left of the person
@@ -77,7 +77,7 @@ def sampling_arguments(command: list[str] | None = None) -> argparse.Namespace:
     add("--reuse", type=partial(number, kind=int, low=1, high=11), metavar="N", help=every)
     add("--reference", default="auto", help="number of the training frame to start from (default: auto)")
     add("--slice", type=whole, metavar="N", help="frames that a layer takes at a time; changes no result")
-    where = "keep what waits for the decoder outside the graphics card (default: auto, if need be)"
+    where = "keep what waits for the decoder outside the GPU (default: auto, if need be)"
     add("--offload", choices=("auto", "always", "never"), default="auto", help=where)
     add("--plan", action="store_true", help="only predict computation, memory and time")
     fps = partial(number, kind=float, low=0.1, high=1000)

@@ -1,4 +1,4 @@
-"""How much a clip flickers: against the true frames, or along the motion that its own poses tell."""
+"""How much a clip flickers: beside the true frames, or along the motion that its poses have."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A page beside each result, and in each run: one HTML file that is looked at without a network or a library.
+"""A page beside each result, and in each run: one HTML file that needs no network and no library.
 
 A page is `page.html` with its data in it, as JSON. The page's script lays the data out, always as text.
 """

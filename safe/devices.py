@@ -1,4 +1,4 @@
-"""Which of the machine's devices is meant, and whether it is there."""
+"""Which device `--device` means, and whether the machine has it."""
 
 import os
 import shutil

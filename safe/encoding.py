@@ -1,4 +1,4 @@
-"""Videos are written with libav, and its errors become the system's."""
+"""Writes videos with libav, whose errors become OSErrors."""
 
 import os
 from collections.abc import Iterable, Iterator

@@ -333,7 +333,7 @@ def attempts(found: Found, inputs: SearchStrategy, target: Callable, number: int
         found.count += 1
         # Of this process's own time, because busy machines take longer; also where it would never end.
         signal.setitimer(signal.ITIMER_VIRTUAL, SLOW)
-        started = sum(os.times()[:4])  # that of ffmpeg counts too
+        started = sum(os.times()[:4])  # that of its own children counts too
         try:
             with suppress(*REFUSED), redirect_stdout(None), warnings.catch_warnings(action="ignore"):
                 target(given_input)
