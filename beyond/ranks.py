@@ -1,8 +1,8 @@
 """Several processes share the frames of a clip, a GPU each: `torchrun --nproc-per-node 4 -- sample.py ...`.
 
 Every process does by itself what is cheap: it reads run and poses, inverts the reference, and edits and moves the
-latents of the whole clip. It predicts noise and decodes frames for its own share alone. The first process also
-looks for poses, prints and writes.
+latents of the whole clip. It predicts noise and decodes frames for its share alone. The first one also looks for
+poses, prints and writes.
 
 Three things in the networks look across frames (see `unet.py`), and here the processes exchange
 
