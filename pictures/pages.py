@@ -17,9 +17,9 @@ from PIL import Image
 
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen
 from poses.source import Driver, uniform_frames
-from safe.files import finish_set, read_json, read_text, replacing, replacing_set
+from safe.files import alone_with, finish_set, read_json, read_text, replacing, replacing_set
 from safe.provenance import SYNTHETIC
-from safe.results import BESIDE, REPORT, not_ours, write_report
+from safe.results import REPORT, endings_of, not_ours, write_report
 from safe.settings import FIELDS, inputs_of
 from video import cover, fit_frame, read_frames, write_video
 
@@ -242,29 +242,26 @@ def add_figures(result: Path, titles: dict[str, str], truth: np.ndarray | None =
     titles: of the metrics, by name. Page and report are replaced together. Returns the page; None where there is
     none, or where one of the result's files is not as it was written.
     """
-    endings, page, report = (result.suffix, *BESIDE), result.with_suffix(PAGE), result.with_suffix(REPORT)
-    finish_set(result, endings)
-    if not (page.is_file() and report.is_file()) or not_ours(result, endings):
-        return None
-    data = read_data(page)
-    measured = read_json(result.with_suffix(".metrics.json"))
-    data["figures"] = [
-        {
-            "title": compared(each),
-            "rows": [[titles.get(n, n), f"{v:.4g}"] for n, v in each["metrics"].items()],
-        }
-        for each in measured.get("measurements", [measured])
-    ]
-    if truth is not None and (video := encoded("truth", "the true frames", truth, data["fps"])):
-        data["videos"] = [each for each in data["videos"] if each["name"] != "truth"] + [video]
-    with replacing_set(result, (PAGE, REPORT)) as folder:
-        write_page(folder / page.name, data)
-        write_report(folder / result.name, read_json(report))
+    page, report = result.with_suffix(PAGE), result.with_suffix(REPORT)
+    with alone_with(result):
+        finish_set(result, endings_of(result))
+        if not (page.is_file() and report.is_file()) or not_ours(result):
+            return None
+        data = read_data(page)
+        data["figures"] = []
+        for each in read_json(result.with_suffix(".metrics.json"))["measurements"]:
+            rows = [[titles.get(name, name), f"{value:.4g}"] for name, value in each["metrics"].items()]
+            data["figures"].append({"title": compared(each), "rows": rows})
+        if truth is not None and (video := encoded("truth", "the true frames", truth, data["fps"])):
+            data["videos"] = [each for each in data["videos"] if each["name"] != "truth"] + [video]
+        with replacing_set(result, (PAGE, REPORT)) as folder:
+            write_page(folder / page.name, data)
+            write_report(folder / result.name, read_json(report))
     return page
 
 
 def compared(measurement: dict) -> str:
     """What a result was compared with, such as "truth: dance.mp4, range: 0:48"."""
-    inputs = measurement.get("inputs") or {"truth": measurement.get("truth")}
+    inputs = measurement["inputs"]
     values = (Path(each).name if isinstance(each, str) else told(each) for each in inputs.values())
     return ", ".join(f"{name}: {value}" for name, value in zip(inputs, values))
