@@ -75,9 +75,7 @@ class Session:
             except ValueError as error:
                 raise ValueError(str(error).replace(str(unfinished), file.name)) from None
             if counts[0] != counts[1]:
-                raise ValueError(
-                    f"{file.name} has {counts[0]} frames, and what was to be saved {counts[1]}"
-                )
+                raise ValueError(f"{file.name} has {counts[0]} frames, what was to be saved {counts[1]}")
         return version_of(content)
 
 
@@ -170,9 +168,8 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures = draw_pictures(clip, Path(folder)) if clip else []
         if clip and not args.run and len(pictures) != driver.total:
-            print(
-                f"{clip}: {len(pictures)} frames, but {driver.total} poses; both are shown from the first on"
-            )
+            counts = f"{len(pictures)} frames, but {driver.total} poses"
+            print(f"{clip}: {counts}; both are shown from the first on")
         pictures = [pictures[number] for number in closest if number < len(pictures)]
         if len(files) > 1 and any(gaps := missing_numbers(files)):  # the page shows what has a file
             numbers = (number - 1 for number in accumulate(gap + 1 for gap in gaps))
@@ -191,11 +188,9 @@ def parse_arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("poses", type=path, help="poses in JSON: what sample.py takes as --poses, such as dance.poses.json")
-    behind = parser.add_mutually_exclusive_group()
-    behind.add_argument(
-        "--clip", type=path, help="video or images to show behind them (default: beside them)"
-    )
-    behind.add_argument("--run", type=path, help="shows the frame of this run that is closest to each pose")
+    behind = parser.add_mutually_exclusive_group().add_argument
+    behind("--clip", type=path, help="video or images to show behind them (default: beside them)")
+    behind("--run", type=path, help="shows the frame of this run that is closest to each pose")
     add("--canvas", type=parse_canvas, metavar="WxH", help="size of the video that the poses were found in")
     add("--port", type=whole, default=0, help="where this computer listens (default: any that is free)")
     add("--no-browser", dest="browser", action="store_false", help="print the address only")

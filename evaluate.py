@@ -58,19 +58,15 @@ def read_truth(args: argparse.Namespace, result: np.ndarray) -> np.ndarray:
         placing = cover(*truth.shape[1:3], height, width)
         truth = np.stack([fit_frame(frame, placing) for frame in truth])
     if truth.shape != result.shape:
-        raise ValueError(
-            f"{args.truth}: {truth.shape[2]}x{truth.shape[1]} pixels, but {args.result} has {width}x{height}; "
-            "--fit scales and crops the truth as train.py does a clip"
-        )
+        sizes = f"{truth.shape[2]}x{truth.shape[1]} pixels, but {args.result} has {width}x{height}"
+        raise ValueError(f"{args.truth}: {sizes}; --fit scales and crops the truth as train.py does a clip")
     return truth
 
 
 def check_count(path: Path, count: int, what: str, result: Path, frames: int) -> None:
     if count != frames:
-        told = (
-            f"{count} {what}, but {result} has {frames} frames; say with --range A:B which of them it shows"
-        )
-        raise ValueError(f"{path}: {told}")
+        counts = f"{count} {what}, but {result} has {frames} frames"
+        raise ValueError(f"{path}: {counts}; say with --range A:B which of them it shows")
 
 
 def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[Pose], list[Pose]]:
@@ -162,9 +158,8 @@ def frame_figures(result: np.ndarray, truth: np.ndarray | None, asked: list[Pose
 
 def inputs_of(args: argparse.Namespace) -> dict[str, str | bool]:
     """What a result is compared with, and how, as far as it was said."""
-    inputs = {
-        name: str(path.resolve()) for name in ("truth", "train", "poses") if (path := getattr(args, name))
-    }
+    files = {name: getattr(args, name) for name in ("truth", "train", "poses")}
+    inputs = {name: str(file.resolve()) for name, file in files.items() if file}
     if args.range:
         inputs["range"] = f"{args.range.start}:{args.range.stop}"
     if args.canvas:
@@ -214,15 +209,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if pictures:
         save_image(pictures[0], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
         save_image(pictures[1], worst_frames(result, truth, by_frame["psnr"]))
+    series = {name: values.tolist() for name, values in by_frame.items()}
     measurement = {
         "number": number,
         "inputs": inputs,
         "metrics": figures,
         "left_out": left_out,
-        "by_frame": {
-            name: [x if np.isfinite(x) else None for x in values.tolist()]
-            for name, values in by_frame.items()
-        },
+        "by_frame": {name: [x if np.isfinite(x) else None for x in each] for name, each in series.items()},
         "pictures": [picture.name for picture in pictures],
     }
     written = write_measurement(args.result, result, measured, measurement)

@@ -175,9 +175,8 @@ def detect_bodies(nets: OpenPose, frames: np.ndarray | Clip, progress: bool = Fa
     device = next(nets.body.parameters()).device
     people, coming = [], iter(frames)
     for _ in trange(0, len(frames), AT_ONCE, desc="bodies", unit="batch", disable=not progress):
-        small = [
-            maps.body_input(torch.tensor(frame[None], device=device)) for frame in islice(coming, AT_ONCE)
-        ]
+        batch = (torch.tensor(frame[None], device=device) for frame in islice(coming, AT_ONCE))
+        small = [maps.body_input(frame) for frame in batch]
         pafs, heatmaps = nets.body(torch.cat(small))
         for of_frame in zip(heatmaps, pafs):
             bodies = maps.decode_bodies(*of_frame, height, width)
@@ -224,10 +223,9 @@ def find_poses(
         raise ValueError(f"no person in any of the {len(frames)} frames; {few}")
     poses = fill_gaps(follow_one(people, frames.shape[2] / frames.shape[1], person))
     whole = range(len(frames)) if whole_bodies is None else whole_bodies
-    looked_at = zip(range(max(whole, default=-1) + 1), frames)
-    for index, frame in tqdm(
-        looked_at, "hands and faces", max(whole, default=-1) + 1, disable=not progress
-    ):
+    number = max(whole, default=-1) + 1
+    looked_at = tqdm(zip(range(number), frames), "hands and faces", number, disable=not progress)
+    for index, frame in looked_at:
         if index in whole:
             poses[index] = add_parts(nets, maps.enlarged(frame), poses[index])
     poses = fill_gaps(poses)

@@ -14,6 +14,7 @@ import numpy as np
 
 from beyond.hands import bring_hands
 from beyond.retarget import proportions, retarget
+from poses.openpose_json import unfold
 from poses.pose import Pose, is_seen, name_frames, place_pose
 from poses.source import Driver, read_driver
 from safe.files import read_json
@@ -55,11 +56,9 @@ def follow(
         own = "these are the person's proportions, as far as can be measured"
         remark(f"{own}: followed literally; --retarget overrules that")
         return targets, None, remarks
-    remark(f"retargeted to the person's proportions: {in_words(ratios)}; {LITERALLY}")
+    told = f"retargeted to the person's proportions: {in_words(ratios)}"
+    remark(f"{told}; --no-retarget follows the poses literally")
     return moved, ratios, remarks
-
-
-LITERALLY = "--no-retarget follows the poses literally"
 
 
 def in_words(ratios: dict[str, float]) -> str:
@@ -72,8 +71,8 @@ def in_words(ratios: dict[str, float]) -> str:
 def on_canvas(driver: Driver, run) -> list[Pose]:
     """The driver's poses on the canvas of a `Run`, which it covers as the training frames did."""
     height, width = run.frames.shape[1:3]
-    placing = cover(*driver.canvas, height, width)
-    return [place_pose(pose, *placing.placement) for pose in driver.poses]
+    placement = cover(*driver.canvas, height, width).placement
+    return [place_pose(pose, *placement) for pose in driver.poses]
 
 
 def is_own(args: argparse.Namespace, run, driver: Driver) -> bool:
@@ -97,11 +96,7 @@ def says_whose(path: Path) -> set[str]:
     """What the frames of a JSON file that was read already say of their proportions, "None" for nothing."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return set()
-    frames = read_json(path)
-    frames = [
-        frame for frame in (frames if isinstance(frames, list) else [frames]) if isinstance(frame, dict)
-    ]
-    return {str(frame.get("proportions_of")) for frame in frames}
+    return {str(frame.get("proportions_of")) for frame in unfold(read_json(path))}
 
 
 def distances(a: Pose, b: Pose, aspect: float) -> np.ndarray:

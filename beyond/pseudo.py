@@ -169,11 +169,8 @@ def hidden(pose: Pose, masks: Masks) -> dict[str, float]:
     """By keys of LENT: the share of pixels under other parts, and that of landmarks outside; 1 if not seen."""
     shares = dict.fromkeys(LENT, 1.0)
     for lent, (names, told_by, joined) in LENT.items():
-        own, others, landmarks = (
-            union(masks, names),
-            union(masks, NAMES - names - joined),
-            getattr(pose, told_by),
-        )
+        own, others = union(masks, names), union(masks, NAMES - names - joined)
+        landmarks = getattr(pose, told_by)
         points = landmarks[is_seen(landmarks), :2]
         if own.any() and len(points):
             outside = ((points < 0) | (points > 1)).any(axis=1)
@@ -242,9 +239,8 @@ def pseudo_video(
         lending = {reference, *frame_of.values()}
         moved = {frame: list(body_parts(target, poses[frame], *size)) for frame in lending}
         canvas = torch.cat([background, 0 * ones])
-        for name in dict.fromkeys(
-            part.name for part in body_parts(target, target, *size)
-        ):  # from far to near
+        names = [part.name for part in body_parts(target, target, *size)]  # from far to near
+        for name in dict.fromkeys(names):
             for frame in dict.fromkeys((frame_of.get(name, reference), reference)):
                 image, person, head = cut(frame)
                 parts = [part for part in moved[frame] if part.name == name]

@@ -45,9 +45,8 @@ def frame_warp_error(frames: np.ndarray, poses: Sequence[Pose]) -> np.ndarray:
     values = []
     for t in trange(len(frames) - 1, desc="warp error", leave=False):
         parts, parts_there = (list(body_parts(*poses[t : t + 2][::way], height, width)) for way in (-1, 1))
-        (here, inner), (there, inner_there) = (
-            visible(each, height, width) for each in (parts, parts_there)
-        )
+        here, inner = visible(parts, height, width)
+        there, inner_there = visible(parts_there, height, width)
         names_there = np.array([part.name for part in parts_there] + [""])
         before, after = (torch.tensor(frame).permute(2, 0, 1).float() for frame in frames[t : t + 2])
         differences = [torch.empty(0)]

@@ -38,9 +38,8 @@ def read_measurements(result: Path, frames: np.ndarray) -> list[dict]:
         return []
     read = read_json(path)
     entries = read.get("measurements") if isinstance(read, dict) else None
-    if not isinstance(entries, list) or not all(
-        isinstance(each, dict) and each.get("number") == number for number, each in enumerate(entries, 1)
-    ):
+    numbered = enumerate(entries, 1) if isinstance(entries, list) else [(1, None)]
+    if not all(isinstance(each, dict) and each.get("number") == number for number, each in numbered):
         raise ValueError(f"{path}: holds no measurements as evaluate.py writes them; move it away")
     return entries if read.get("frames_sha256") == hash_of(frames) else []
 

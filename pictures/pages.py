@@ -116,10 +116,8 @@ def page_data(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[
     remarks = []
     if outcome.get("worse"):
         losses = " to ".join(f"{loss:.4f}" for _, loss in (loss["fixed"][0], loss["fixed"][-1]))
-        lower = f"{settings['learning_rate'] / 10:g}"
-        remarks = [
-            f"Training made the model worse: {losses} on fixed noises. Train again with --lr {lower}."
-        ]
+        worse = f"Training made the model worse: {losses} on fixed noises"
+        remarks.append(f"{worse}. Train again with --lr {settings['learning_rate'] / 10:g}.")
     return {
         "width": width,
         "height": height,
@@ -206,11 +204,10 @@ def unedited(report: dict, frames: int) -> list[str]:
     if not report["edit"]:
         return []
     regions = dict.fromkeys(("face", "left_hand", "right_hand"), 0) | report["edited_regions"]
-    missed = [
-        f"{words(part)} in {frames - n} of {frames} frames" for part, n in regions.items() if n < frames
-    ]
+    missed = {words(part): frames - n for part, n in regions.items() if n < frames}
+    told = ", ".join(f"{part} in {n} of {frames} frames" for part, n in missed.items())
     why = "they are not seen in both poses, or turned too far"
-    return [f"Parts left unedited, because {why}: {', '.join(missed)}."] if missed else []
+    return [f"Parts left unedited, because {why}: {told}."] if missed else []
 
 
 def words(name: str) -> str:

@@ -130,10 +130,8 @@ def extend_limb(ink: Ink, index: int, fixed: np.ndarray, seen: np.ndarray) -> np
     Of ellipses of its width that reach on, the one that covers most of the limb's pixels and fewest black ones.
     """
     length, radius = max(np.linalg.norm(seen - fixed), 1.0), ink.radius
-    along = np.arange(0, length + 3 * radius, 0.5)[
-        :, None
-    ]  # a strip along the limb, in steps of half a pixel
-    aside = np.arange(-radius, radius + 0.5, 0.5)
+    # A strip along the limb, in steps of half a pixel.
+    along, aside = np.arange(0, length + 3 * radius, 0.5)[:, None], np.arange(-radius, radius + 0.5, 0.5)
     ahead = (seen - fixed) / length
     x = np.rint(fixed[0] + along * ahead[0] - aside * ahead[1]).astype(int).clip(0, ink.limb.shape[1] - 1)
     y = np.rint(fixed[1] + along * ahead[1] + aside * ahead[0]).astype(int).clip(0, ink.limb.shape[0] - 1)
@@ -155,10 +153,8 @@ def nearest(ink: Ink, places: list[np.ndarray], start: np.ndarray, end: np.ndarr
     ahead, aside = in_direction(points, start, end)
     ahead -= np.linalg.norm(end - start)
     distance = np.hypot(ahead, aside)
-    order, fits = (
-        np.argsort(distance),
-        (ahead > -1.5 * radius - 1) & (np.abs(aside) < 0.7 * radius + 1 + 0.1 * ahead.clip(0)),
-    )
+    fits = (ahead > -1.5 * radius - 1) & (np.abs(aside) < 0.7 * radius + 1 + 0.1 * ahead.clip(0))
+    order = np.argsort(distance)
     leads = (i for i in order[fits[order]][:8] if is_covered(ink, end, points[i]))
     return next(((int(i), distance[i]) for i in leads), (None, 3 * radius))
 
@@ -184,9 +180,8 @@ def join(ink: Ink, joints: list[list[np.ndarray]]) -> list[tuple]:
             if at[this] is None:
                 fixed = ends[other] if at[other] is None else joints[pair[other]][at[other]][:2]
                 place, known = extend_limb(ink, limb, fixed, ends[this]), joints[pair[this]]
-                close = (
-                    i for i, joint in enumerate(known) if np.hypot(*(joint[:2] - place)) < 2.5 * ink.radius
-                )
+                away = (np.hypot(*(joint[:2] - place)) for joint in known)
+                close = (i for i, distance in enumerate(away) if distance < 2.5 * ink.radius)
                 at[this] = next(close, len(known))  # two limbs infer the same joint
                 known += [np.append(place, INFERRED)] * (at[this] == len(known))
         links.append(tuple(zip(pair, at)))
@@ -346,11 +341,8 @@ def settle(points: np.ndarray, dots: np.ndarray, whole: np.ndarray, radius: floa
     mutual = distance.argmin(axis=0)[nearest] == np.arange(len(points))
     exact = (mutual & (distance.min(axis=1) < 1.2 * radius))[:, None]
     blot = np.array([[len(around(whole, point, 0.75 * radius + 0.5)) > 0] for point in points])
-    part = np.where(
-        exact,
-        np.pad(dots[nearest], ((0, 0), (0, 1)), constant_values=1),
-        blot * np.pad(points, ((0, 0), (0, 1)), constant_values=INFERRED),
-    )
+    sure, guessed = np.insert(dots[nearest], 2, 1, axis=1), np.insert(points, 2, INFERRED, axis=1)
+    part = np.where(exact, sure, blot * guessed)
     explained = (distance.min(axis=0) < 1.5 * radius).mean()
     return part if explained > 0.8 and is_seen(part).mean() > 0.6 else np.zeros_like(part)
 

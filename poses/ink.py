@@ -20,12 +20,8 @@ def find_ground(frames: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
     # Bars are as straight as rows and columns; around a skeleton the rest of the row is ground.
     rows, columns = (np.flatnonzero(differs.mean(axis=axis) > 0.2) for axis in (1, 0))
     if len(rows) > 4 + len(differs) // 4 and len(columns) > 4 + len(differs[0]) // 4:
-        top, bottom, left, right = (
-            rows[0] + 2,
-            rows[-1] - 1,
-            columns[0] + 2,
-            columns[-1] - 1,
-        )  # within soft edges
+        # Within soft edges.
+        top, bottom, left, right = rows[0] + 2, rows[-1] - 1, columns[0] + 2, columns[-1] - 1
         box = frames[:, top:bottom, left:right]
         sides = np.concatenate([box[:, 0], box[:, -1], box[:, :, 0], box[:, :, -1]], axis=1)
         ground = np.median(sides, axis=(0, 1))
@@ -79,9 +75,8 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
     (red, green, blue), high, low = np.moveaxis(rgb, 2, 0), rgb.max(axis=2), rgb.min(axis=2)
     chroma = (high - low).clip(1)
     from_red, from_green, from_blue = (green - blue) / chroma, (blue - red) / chroma, (red - green) / chroma
-    hue = np.where(
-        high == red, from_red % 6, np.where(high == green, from_green + 2, from_blue + 4)
-    )  # 0 to 6
+    hue = np.where(high == green, from_green + 2, from_blue + 4)
+    hue = np.where(high == red, from_red % 6, hue)  # 0 to 6
     coloured, bright = (high > BLACK) & (chroma > 0.5 * high), high > 0.75 * 255
     body_hue, bone_hue = np.rint(hue * 3).astype(int) % 18, np.rint(hue / 0.3).astype(int) % 20
     return Ink(

@@ -112,9 +112,8 @@ def _read_file(path: Path) -> list[tuple[str, dict]]:
     for index, frame in enumerate(frames):
         if not isinstance(frame, dict) or "people" not in frame:
             keys = ", ".join(map(repr, [*frame][:8]))[:100] if isinstance(frame, dict) else "no object"
-            raise ValueError(
-                f'{path}: frame {index}: not an OpenPose frame, which has "people", but {keys or "empty"}'
-            )
+            told = f'not an OpenPose frame, which has "people", but {keys or "empty"}'
+            raise ValueError(f"{path}: frame {index}: {told}")
     return [(f"{path}: frame {index}", frame) for index, frame in enumerate(frames)]
 
 
@@ -135,9 +134,8 @@ def unfold(content: object) -> list:
     for index, frame in enumerate(frames):
         if isinstance(frame, dict) and "people" not in frame and isinstance(frame.get("keypoints"), list):
             points = frame["keypoints"]
-            several = any(
-                isinstance(point, list) for each in points if isinstance(each, list) for point in each
-            )
+            inner = [value for each in points if isinstance(each, list) for value in each]
+            several = any(isinstance(value, list) for value in inner)
             people = [{KEYS["body"][0]: each} for each in (points if several else [points])]
             frames[index] = frame | {"people": people}
     return frames
@@ -228,11 +226,7 @@ def _without_strays(path: Path, people: list[list[Pose]]) -> list[list[Pose]]:
 # Each unit's scale and offset to fractions of the canvas; None is the canvas's own. "-1 to 1" is OpenPose's
 # --keypoint_scale 4.
 UNITS = {"pixels": None, "fractions": (1, 0), "-1 to 1": (0.5, 0.5)}
-BESIDE = {
-    "face": [0, 14, 15, 16, 17],
-    "left_hand": [7],
-    "right_hand": [4],
-}  # a part's keypoints of the body
+BESIDE = {"face": [0, 14, 15, 16, 17], "left_hand": [7], "right_hand": [4]}  # keypoints of the body
 
 
 def units_of(

@@ -31,9 +31,8 @@ class Track:
         if both.any():
             apart = np.linalg.norm((body - expected)[both, :2], axis=1).mean()
         else:  # of their centres
-            apart = np.linalg.norm(
-                np.subtract(*(each[is_seen(each), :2].mean(axis=0) for each in (body, expected)))
-            )
+            centres = (each[is_seen(each), :2].mean(axis=0) for each in (body, expected))
+            apart = np.linalg.norm(np.subtract(*centres))
         return apart / max(*map(extent, recent), 1e-3)
 
 

@@ -1,11 +1,12 @@
 """Which LoRAs a model is changed by: as the command line says it, and as a run remembers it. Imports no torch."""
 
 import argparse
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from safe.provenance import file_hash
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,14 @@ def parse_lora(text: str) -> LoRA:
         # A colon may belong to the file's name.
         if text and (not colon or Path(text).is_file()):
             return LoRA(text)
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not a file and its weight, such as style.safetensors:0.7"
-    )
+    told = "is not a file and its weight, such as style.safetensors:0.7"
+    raise argparse.ArgumentTypeError(f"{text!r} {told}")
 
 
 def digest(lora: LoRA) -> str:
     if not Path(lora.file).is_file():
         raise FileNotFoundError(f"{lora.file}: no such file, given as LoRA")
-    with open(lora.file, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(Path(lora.file))
 
 
 def remember_loras(loras: Sequence[LoRA]) -> list[dict] | None:

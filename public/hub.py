@@ -100,9 +100,8 @@ def download(files: list[PublicFile]) -> Path:
         except (OSError, RuntimeError, HTTPError) as error:  # the second is hf_xet's
             reason = " ".join(str(error).split())
             raise OSError(f"{file}: download failed, run the same command again ({reason})") from None
-    raise FileNotFoundError(
-        f"{files[0]}: not at {constants.ENDPOINT}; if you have it elsewhere, give its path"
-    )
+    advice = "if you have it elsewhere, give its path"
+    raise FileNotFoundError(f"{files[0]}: not at {constants.ENDPOINT}; {advice}")
 
 
 def size_of(files: Iterable[PublicFile]) -> str:

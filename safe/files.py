@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 # ---- Writing ------------------------------------------------------------------------------------
@@ -153,8 +153,7 @@ def require_space(folder: Path, needed: int) -> None:
         raise OSError(f"{folder}: {wanted}; make room, or choose another folder")
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> AbstractContextManager[None]:
     """Keeps other processes out of a run folder. The lock ends with its process, however that ends.
 
     The folder is made, and removed again where nothing was put into it. Raises OSError where another works.
@@ -164,16 +163,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     # Windows cannot lock a folder.
     lock = folder if os.name != "nt" else folder / ".lock"
     told = "another process works there; wait for it, or choose another --run"
-    with locked(lock, folder, folder, told):
-        yield
+    return locked(lock, folder, folder, told)
 
 
-@contextmanager
-def alone_with(out: Path) -> Iterator[None]:
+def alone_with(out: Path) -> AbstractContextManager[None]:
     """Keeps other processes from what `replacing_set` writes beside `out`, as `alone_in` does from a folder."""
     told = "another process is making it; wait for it, or choose another --out"
-    with locked(out.with_name(f".{out.stem}.lock"), out.parent, out, told):
-        yield
+    return locked(out.with_name(f".{out.stem}.lock"), out.parent, out, told)
 
 
 @contextmanager
@@ -212,9 +208,7 @@ def take(lock: Path, flags: int) -> int | None:
                 import fcntl
 
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (
-            OSError
-        ) as error:  # there are network folders without locks, where work must be possible all the same
+        except OSError as error:  # other errors: network folders without locks, where work must be possible
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 os.close(handle)
                 return None
@@ -243,9 +237,8 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> object:
         raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a JSON file that is read here")
     content, collecting = path.read_bytes(), gc.isenabled()
     if (needed := memory_to_read(content)) > MOST_MEMORY:
-        raise ValueError(
-            f"{path}: may take {needed / 1e9:.1f} GB of memory to read, which is too much; split it"
-        )
+        told = f"may take {needed / 1e9:.1f} GB of memory to read, which is too much"
+        raise ValueError(f"{path}: {told}; split it")
     gc.disable()  # what is made here has no circles, and looking for them takes most of the time
     try:
         return json.loads(content)

@@ -111,9 +111,8 @@ def even_out(seconds: np.ndarray, last: float, claimed: float) -> tuple[float, S
     if np.abs(seconds * fps - np.arange(count)).max() <= UNEVEN:
         return float(fps), None
     span += last if 0 < last < span else 1 / measured
-    fps = next(
-        (rate for rate in COMMON_RATES if abs(rate * span / count - 1) < 0.01), round(count / span, 2)
-    )
+    near = (rate for rate in COMMON_RATES if abs(rate * span / count - 1) < 0.01)
+    fps = next(near, round(count / span, 2))
     middles = (np.arange(max(1, round(span * fps))) + 0.5) / fps
     return float(fps), (np.searchsorted(seconds, middles, side="right") - 1).tolist()
 
@@ -151,14 +150,11 @@ def open_video(path: Path) -> Iterator[tuple]:
     options = {"protocol_whitelist": "file"}
     try:
         with av.open(str(path.resolve()), options=options, metadata_errors="replace") as container:
-            streams = [
-                stream
-                for stream in container.streams.video
-                if stream.codec_context and not stream.disposition & Disposition.attached_pic
-            ]
-            if not streams or container.format.name in NO_FOOTAGE:
+            streams = [stream for stream in container.streams.video if stream.codec_context]
+            pictures = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+            if not pictures or container.format.name in NO_FOOTAGE:
                 raise OSError(f"{path}: {NO_VIDEO}")
-            yield container, streams[0]
+            yield container, pictures[0]
     except av.FFmpegError:
         raise OSError(f"{path}: {NO_VIDEO}") from None
 
@@ -195,8 +191,8 @@ def read_video(path: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
                     to_rgb = converter(frame, "rgb24", *size)
                 if rgb is None:
                     rgb = to_rgb(frame).to_ndarray()
-                    rgb = np.flip(rgb.swapaxes(0, 1) if found.turned else rgb, found.flips)
-                    rgb = np.ascontiguousarray(rgb)
+                    rgb = rgb.swapaxes(0, 1) if found.turned else rgb
+                    rgb = np.ascontiguousarray(np.flip(rgb, found.flips))
                 yield rgb
                 done += 1
             if done == len(indices):
@@ -257,9 +253,8 @@ def check_size(path: Path, height: int, width: int) -> None:
 def check_aspect(path: Path, width: int, height: int) -> None:
     """Raises ValueError for a picture that is far longer one way than the other."""
     if max(width, height) > LONGEST_ASPECT * min(width, height):
-        raise ValueError(
-            f"{path}: {width}x{height} pixels are too long and narrow to show a person; crop it"
-        )
+        told = f"{width}x{height} pixels are too long and narrow to show a person"
+        raise ValueError(f"{path}: {told}; crop it")
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,6 @@ from safe.provenance import SYNTHETIC, VERSION, file_hash, read_manifest
 REPORT = ".json"  # how a report's name ends
 # What lies beside a video: the sheet, the poses, the page if there is one, and the report, which comes last.
 BESIDE = (".png", ".poses.json", ".html", REPORT)
-
-
 LONGEST_NAME = 200  # bytes of a video's name; systems allow 255, of which unfinished files take some
 
 
@@ -43,11 +41,9 @@ def claiming(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> Iterator
         yield
 
 
-@contextmanager
-def replacing_result(out: Path) -> Iterator[Path]:
+def replacing_result(out: Path) -> AbstractContextManager[Path]:
     """A folder for the files of a result, as `replacing_set` has it; what others wrote meanwhile stays."""
-    with replacing_set(out, endings_of(out), partial(not_ours, out)) as folder:
-        yield folder
+    return replacing_set(out, endings_of(out), partial(not_ours, out))
 
 
 def check_place(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
@@ -63,9 +59,10 @@ def check_place(out: Path, videos: tuple[str, ...], inputs: list[Path]) -> None:
     wrong += [f"{folder} is a file, not a folder" for folder in files]
     if out.suffix.lower() not in videos:
         wrong.append(f"a video's name must end in {' or '.join(videos)}")
-    wrong += ["is a folder" for _ in range(out.is_dir())]
-    long = len(os.fsencode(out.name)) > LONGEST_NAME
-    wrong += [f"a video's name may have {LONGEST_NAME} bytes at most" for _ in range(long)]
+    if out.is_dir():
+        wrong.append("is a folder")
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        wrong.append(f"a video's name may have {LONGEST_NAME} bytes at most")
     if wrong:
         raise ValueError(f"{out}: {wrong[0]}; choose another --out")
 
@@ -154,9 +151,7 @@ def verify(path: Path) -> bool:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a video or a sheet that sample.py wrote")
     if (manifest := read_manifest(path)) is None:
-        raise ValueError(
-            f"{path}: has no marks of PoseCrafter; it was made otherwise, or they were removed"
-        )
+        raise ValueError(f"{path}: has no marks of PoseCrafter: made otherwise, or they were removed")
     print(f"{path}: {SYNTHETIC}")
     for name, value in manifest.items():
         for within, each in value.items() if isinstance(value, dict) else [("", value)]:
@@ -166,15 +161,13 @@ def verify(path: Path) -> bool:
     hashes = read_hashes(report) if report.exists() else None
     same = bool(hashes) and hashes.get(path.name) == file_hash(path)
     if same:
-        print(f"{path}: is the file that was written: {report.name} has its SHA-256")
+        found = f"is the file that was written: {report.name} has its SHA-256"
     elif hashes:
-        print(f"{path}: WAS CHANGED after it was written: {report.name} has another SHA-256")
-    elif report.exists():
-        print(
-            f"{path}: whether it was changed cannot be said: {report} is no report, or was changed itself"
-        )
+        found = f"WAS CHANGED after it was written: {report.name} has another SHA-256"
     else:
-        print(f"{path}: whether it was changed cannot be said: its report {report.name} is not beside it")
+        why = "is no report, or was changed itself" if report.exists() else "is not beside it"
+        found = f"whether it was changed cannot be said: {report.name} {why}"
+    print(f"{path}: {found}")
     return same
 
 

@@ -19,9 +19,8 @@ def free_memory(device: torch.device) -> float:
     limits = [float("inf")]
     with suppress(OSError, StopIteration):  # Linux
         lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(
-            1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        )
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        limits.append(1024 * int(available.split()[1]))
     with suppress(OSError, ValueError):  # a container; "max" where it has no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     with suppress(AttributeError, ValueError):  # other Unix
@@ -46,14 +45,19 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
+def require_memory(device: torch.device, needed: float, frames: str, instead: str) -> None:
+    """Raises MemoryError where a device has fewer bytes free than these frames need."""
+    if needed > (free := free_memory(device)):
+        sizes = f"at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free"
+        raise MemoryError(f"{frames} need {sizes}; give {instead}")
+
+
 def require_memory_for_frames(model, device: torch.device, dtype: torch.dtype, shape: tuple) -> None:
     """Raises MemoryError where so many frames, (N, H, W), cannot be encoded on a device with what is free."""
     number, height, width = shape
     # The VAE takes one frame at a time; the least that it holds are two maps of full resolution.
     needed = height * width * (3 * number + 2 * model.vae.config.widths[0] * dtype.itemsize)
-    if needed > (free := free_memory(device)):
-        sizes = f"at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free"
-        raise MemoryError(f"{number} frames of {width}x{height} need {sizes}; give a smaller --size")
+    require_memory(device, needed, f"{number} frames of {width}x{height}", "a smaller --size")
 
 
 def require_space_for_training(checkpoint: Path, trained: Iterable[Tensor], frames: np.ndarray) -> None:
@@ -68,8 +72,5 @@ def require_memory_for_footage(path: Path, shape: tuple) -> None:
     number, height, width, _ = shape
     # While it decodes, libav holds four frames at the least, most in 1.5 bytes a pixel.
     needed = height * width * (3 * number + 4 * 1.5)
-    if needed > (free := free_memory(torch.device("cpu"))):
-        sizes = f"at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free"
-        raise MemoryError(
-            f"{path}: {number} frames of {width}x{height} need {sizes}; give a shorter --range"
-        )
+    frames = f"{path}: {number} frames of {width}x{height}"
+    require_memory(torch.device("cpu"), needed, frames, "a shorter --range")

@@ -83,10 +83,7 @@ FIELDS: dict[str, Field] = {
     "learning_rate": number(1),
     "learning_rate_from": TEXT,
     "seed": whole(-(2**63), 2**63),
-    "inputs": (
-        "a SHA-256",
-        lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
-    ),
+    "inputs": ("a SHA-256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)),
 }
 # All that folders without a layout number must have.
 NEEDED_ONCE = {"clip", "poses", "frames", "fps", "model", "controlnet", "vae", "prompt", "learning_rate"}
@@ -155,6 +152,5 @@ def check_inputs(folder: Path, settings: dict, frames: np.ndarray, poses: Path) 
     """Raises ValueError where frames or poses are not those that the run was trained on."""
     if "layout" in settings and hash_inputs(frames, poses.read_bytes()) != settings["inputs"]:
         changed = "its frames/ or frames.poses.json were changed after training"
-        raise ValueError(
-            f"{folder}: {changed}; put back what was there, or delete the folder and train again"
-        )
+        advice = "put back what was there, or delete the folder and train again"
+        raise ValueError(f"{folder}: {changed}; {advice}")

@@ -15,24 +15,20 @@ from safe.footage import survey
 RATE = 48_000  # samples per second
 
 
-def has_sound(path: str | Path) -> bool:
+def has_sound(path: Path) -> bool:
     """Whether this is a video, or another file, with a sound track."""
-    with (
-        suppress(av.FFmpegError),
-        av.open(str(Path(path).resolve()), metadata_errors="replace") as container,
-    ):
+    with suppress(av.FFmpegError), av.open(str(path.resolve()), metadata_errors="replace") as container:
         return bool(container.streams.audio)
     return False
 
 
-def add_sound(path: str | Path, source: str | Path, start: float, seconds: float) -> None:
+def add_sound(path: Path, source: Path, start: float, seconds: float) -> None:
     """Lays `seconds` of another video's sound under a silent video, in place, from `start` seconds on.
 
     `start` counts from the first picture of the source, and from its first sound where it has no pictures; where
     there is no sound yet, or no more, it is silent. Raises OSError when the sound cannot be read, and then leaves
     the video as it was.
     """
-    path, source = Path(path), Path(source)
     with suppress(OSError, ValueError):  # sound alone
         start += survey(source).start
     with replacing(path) as unfinished:
@@ -49,11 +45,7 @@ def add_sound(path: str | Path, source: str | Path, start: float, seconds: float
                 streams = copied(silent, pictures), encoded(samples, sound)
                 for packet in heapq.merge(*streams, key=lambda packet: packet.dts * packet.time_base):
                     out.mux(packet)
-        except (
-            av.FFmpegError,
-            IndexError,
-            ValueError,
-        ) as error:  # the latter for headers that make no sense
+        except (av.FFmpegError, IndexError, ValueError) as error:  # the last two: headers without sense
             raise OSError(f"{source}: its sound could not be copied ({error})") from None
 
 
