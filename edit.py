@@ -75,7 +75,8 @@ class Session:
             except ValueError as error:
                 raise ValueError(str(error).replace(str(unfinished), file.name)) from None
             if counts[0] != counts[1]:
-                raise ValueError(f"{file.name} has {counts[0]} frames, what was to be saved {counts[1]}")
+                told = f"has {counts[0]} frames, and what was to be saved {counts[1]}"
+                raise ValueError(f"{file.name} {told}")
         return version_of(content)
 
 

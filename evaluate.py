@@ -210,11 +210,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         save_image(pictures[0], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
         save_image(pictures[1], worst_frames(result, truth, by_frame["psnr"]))
     series = {name: values.tolist() for name, values in by_frame.items()}
-    measurement = {
-        "number": number,
-        "inputs": inputs,
-        "metrics": figures,
-        "left_out": left_out,
+    measurement = {"number": number, "inputs": inputs, "metrics": figures, "left_out": left_out} | {
         "by_frame": {name: [x if np.isfinite(x) else None for x in each] for name, each in series.items()},
         "pictures": [picture.name for picture in pictures],
     }

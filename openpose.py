@@ -33,7 +33,7 @@ from poses.pose import Pose, absences, draw_pose, has_person, is_seen, save_pose
 from public.configs import read_config, read_openpose_sizes
 from public.hub import public_files
 from public.places import model_path
-from safe.arguments import DEVICE
+from safe.arguments import DEVICE, path, whole
 from safe.devices import choose_device
 from video import IMAGES, Clip, open_clip, save_image, write_video
 
@@ -158,8 +158,8 @@ def load_openpose(name: str | Path = "sd15", device: str | torch.device = "cpu")
         openpose = read_config(folder, lambda config: OpenPose(**read_openpose_sizes(config))) or OpenPose()
     own = {part: folder / f"{part}.safetensors" for part in OPENPOSE_PARTS}
     files = own if folder.is_dir() else public_files(OPENPOSE_PARTS, half=False)
-    for part, path in files.items():
-        fill(openpose.get_submodule(part), part, path, device, torch.float32)
+    for part, file in files.items():
+        fill(openpose.get_submodule(part), part, file, device, torch.float32)
     return openpose.eval()
 
 
@@ -258,9 +258,9 @@ def overlay(frame: np.ndarray, pose: Pose) -> np.ndarray:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("clip", type=Path, help="video, image or folder of images")
-    add("--out", type=Path, help="the JSON to write (default: CLIP.poses.json, beside the clip)")
-    add("--person", type=int, default=1, help="1: the most prominent (default), ...")
+    add("clip", type=path, help="video, image or folder of images")
+    add("--out", type=path, help="the JSON to write (default: CLIP.poses.json, beside the clip)")
+    add("--person", type=whole, default=1, help="1: the most prominent (default), ...")
     add("--body-only", action="store_true", help="no hands and face: some thirty times faster")
     add("--smooth", action="store_true", help="take the jitter out of the keypoints")
     add("--model", default="sd15", help="whose networks: sd15, demo or a folder (default: sd15)")

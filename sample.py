@@ -122,18 +122,16 @@ def load_tuned(run: Run, on: str) -> tuple[Model, dict[str, Path]]:
     return model, {part: weight_file(sources[part], half) for part in PARTS} | {"trained": trained}
 
 
-def generate_or_explain(
-    model: Model, run: Run, targets: list[Pose], method: Method, **options
-) -> Generated:
+def generate_or_explain(model: Model, run: Run, poses: list[Pose], method: Method, **options) -> Generated:
     """`generate`. Raises MemoryError with how much memory would do, and FloatingPointError with what may help."""
     try:
-        return generate(model, run, targets, method, **options)
+        return generate(model, run, poses, method, **options)
     except FloatingPointError as error:
         advice = "give a --guidance nearer to 1, or train again with a lower --lr"
         raise FloatingPointError(f"{run.folder}: {error}; {advice}") from None
     except MemoryError as error:
         least = options["frames_per_slice"] or 1, "never" if options["offload"] == "never" else "always"
-        frames, dtype = len(targets) + method.insert, model.unet.conv_in.weight.dtype
+        frames, dtype = len(poses) + method.insert, model.unet.conv_in.weight.dtype
         size = (side // model.vae.config.factor for side in run.frames.shape[1:3])
         peak = sampling_peak(model, frames, *size, dtype, options["guidance"], *least)
         raise MemoryError(f"{error}; {frames} frames need about {peak / 1e9:.1f} GB") from None

@@ -347,9 +347,8 @@ class UpBlock(nn.Module):
         above = widths[max(level - 1, 0)]  # the last skip was made by the finer level
         inputs = [below] + [width] * (layers - 1)
         skips = [width] * (layers - 1) + [above]
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(config, x + skip, width) for x, skip in zip(inputs, skips)
-        )
+        resnets = (ResnetBlock2D(config, x + skip, width) for x, skip in zip(inputs, skips))
+        self.resnets = nn.ModuleList(resnets)
         if level < len(widths) - 1:
             self.attentions = nn.ModuleList(Transformer2DModel(config, width) for _ in range(layers))
         if level > 0:

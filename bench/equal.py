@@ -24,9 +24,8 @@ SLICED, OFFLOADED = Slicing(2**13), Slicing(2**13, offload=True)  # one frame of
 LOSS_SCALE = 1024  # keeps float16 gradients above the smallest numbers; exact, as a power of two
 # For training, as `compute_device` has it: some gradients of cuDNN's attention are not numbers. The backward pass
 # belongs inside, because activations that it recomputes must be those of the forward pass.
-without_cudnn_attention = partial(
-    sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-)
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+without_cudnn_attention = partial(sdpa_kernel, KERNELS)
 
 
 def without_weights(
@@ -126,8 +125,6 @@ def difference(check: str, device: torch.device, dtype: torch.dtype, config: UNe
     torch.backends.cudnn.allow_tf32 = False
     compute, way = CHECKS[check]
     found, exact = compute(small_model(config, device, dtype), way), reference(compute, config)
-    differences = [
-        (ours.float().cpu() - theirs).abs().max() / theirs.abs().max()
-        for ours, theirs in zip(found, exact, strict=True)
-    ]
+    pairs = ((ours.float().cpu(), theirs) for ours, theirs in zip(found, exact, strict=True))
+    differences = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in pairs]
     return torch.stack(differences).max().item()

@@ -34,7 +34,7 @@ from demo.puppet import clip
 from device import compute_device
 from metrics.figures import psnr
 from poses.source import uniform_frames
-from safe.files import replacing
+from safe.files import write_json
 from safe.process import keep_freed_memory
 from train import autocast_loss
 from unet import BasicTransformerBlock, UNetConfig
@@ -60,9 +60,7 @@ def kept(name: str, compute: Callable[[], dict]) -> dict:
     path = WORK / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = compute()
-        with replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, compute())
     return json.loads(path.read_text())
 
 
@@ -140,9 +138,8 @@ def fine_tune(model, inputs: Inputs, rate: float, public: bool) -> dict[str, flo
     trained = list(prepare_training(model).values())
     start = [parameter.detach().clone() for parameter in trained]
     both, ours = nn.ModuleList([model.unet, model.controlnet]), set(map(id, trained))
-    frozen = [
-        parameter.requires_grad_(public) for parameter in both.parameters() if id(parameter) not in ours
-    ]
+    others = (parameter for parameter in both.parameters() if id(parameter) not in ours)
+    frozen = [parameter.requires_grad_(public) for parameter in others]
     optimizer = torch.optim.AdamW(trained, lr=rate)
     sizes = []
     for step in tqdm(range(method.training_steps(TRAINING_FRAMES)), desc=f"rate {rate:g}", leave=False):
@@ -185,12 +182,14 @@ def tuning(times: int, puppet: int, rate: float, public: bool) -> dict[str, floa
 def contributions(model, compute: Callable[[], Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The loss, and for each key-frame attention its output and the residual stream that this is added to."""
     found, streams, handles = [], [], []
+
+    def keep(output: Tensor) -> None:
+        found.append((output.float(), streams[-1].float()))
+
     for block in nn.ModuleList([model.unet, model.controlnet]).modules():
         if isinstance(block, BasicTransformerBlock):
             enter = block.register_forward_pre_hook(lambda _, args: streams.append(args[0].detach()))
-            leave = block.attn1.register_forward_hook(
-                lambda _, args, out: found.append((out.detach().float(), streams[-1].float()))
-            )
+            leave = block.attn1.register_forward_hook(lambda _, args, out: keep(out.detach()))
             handles += [enter, leave]
     loss = compute()  # under autograd, where every layer gets all frames at once
     for handle in handles:
@@ -215,10 +214,8 @@ def first_step(model, inputs: Inputs) -> dict[str, dict[str, float]]:
             parameter.data.copy_(weights)
         torch.optim.AdamW(trained, lr=rate).step()
         loss_after, after = contributions(model, compute)
-        changes = [
-            ((new - old).norm() / stream.norm()).item()
-            for (new, _), (old, stream) in zip(after, before, strict=True)
-        ]
+        pairs = zip(after, before, strict=True)
+        changes = [((new - old).norm() / stream.norm()).item() for (new, _), (old, stream) in pairs]
         losses = {"before": loss.item(), "after": loss_after.item()}
         results[f"{rate:g}"] = losses | {"change": statistics.mean(changes)}
     return results

@@ -86,10 +86,8 @@ def measure(rounds: int = 5, frames: int = 16, side: int = 32, steps: int = 2) -
             walls.append(max(wall for wall, _ in found))
             processors.append(sum(processor for _, processor in found))
         ratios.append((walls[0] / walls[1], processors[1] / processors[0]))
-        print(
-            f"{walls[0]:.1f} s alone, {walls[1]:.1f} s of two; processor time {ratios[-1][1]:.2f} times",
-            flush=True,
-        )
+        took = f"{walls[0]:.1f} s alone, {walls[1]:.1f} s of two"
+        print(f"{took}; processor time {ratios[-1][1]:.2f} times", flush=True)
     faster, more = (statistics.median(each) for each in zip(*ratios))
     print(f"medians: {faster:.2f} times as fast, {more:.2f} times the processor time")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.common import GIGA, ROOT, table
-from safe.files import replacing
+from safe.files import replacing, write_json
 
 NOT_INSTALLED, DOES_NOT_FIT, CPU = "not installed", "does not fit", "CPU rehearsal"
 HEADER = """# GPUs, measured
@@ -90,8 +90,7 @@ class Rows:
         """What is not installed may be there next time, and is not kept."""
         kept = {key: row for key, row in self.known.items() if row.get("reason") != NOT_INSTALLED}
         sections = self._sections() | {self.title: self.section | {"rows": kept}}
-        with replacing(self.file) as unfinished:
-            unfinished.write_text(json.dumps(sections, indent=1) + "\n")
+        write_json(self.file, sections)
 
     def write_report(self, tables: list[Table]) -> None:
         """Puts the GPU's section into the Markdown file, in place of its older one. Other sections stay."""

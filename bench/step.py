@@ -63,10 +63,8 @@ def public_code(widths: tuple[int, ...], video: bool) -> Implementation:
 
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768, "attention_head_dim": 8}
     with torch.device("meta"):
-        unet, controlnet = (
-            UNet(**sizes),
-            ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes),
-        )
+        unet = UNet(**sizes)
+        controlnet = ControlNetModel(conditioning_embedding_out_channels=HINTS, **sizes)
 
     def step(x: Tensor, timestep: int, context: Tensor, hint: Tensor) -> Tensor:
         context = context.expand(1 if video else len(x), -1, -1)

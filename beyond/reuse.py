@@ -25,9 +25,7 @@ def reuse_deep_maps(every: int, steps: int) -> Callable[..., Tensor]:
     deep: WeakKeyDictionary[Context, Tensor | Offloaded] = WeakKeyDictionary()
     whole = set(ddim_timesteps(steps)[::every])
 
-    def predict(
-        model, latents: Tensor, timestep: int, context: Context, hints: Tensor | Offloaded
-    ) -> Tensor:
+    def predict(model, latents: Tensor, timestep: int, context: Context, hints) -> Tensor:
         if timestep not in whole and context in deep:
             return by_finest_level(model, latents, timestep, context, hints, deep[context])
 
@@ -44,13 +42,11 @@ def reuse_deep_maps(every: int, steps: int) -> Callable[..., Tensor]:
     return predict
 
 
+Map = Tensor | Offloaded
+
+
 def by_finest_level(
-    model,
-    latents: Tensor,
-    timestep: int,
-    context: Context,
-    hints: Tensor | Offloaded,
-    deep: Tensor | Offloaded,
+    model, latents: Tensor, timestep: int, context: Context, hints: Map, deep: Map
 ) -> Tensor:
     """`predict_noise`, given the map `deep` that the decoder's finest level gets from below."""
     unet, x = model.unet, latents.to(**network_inputs(model))

@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from metrics.pictures import FAINT, GAP, INK, LINE
-from metrics.pictures import PAPER as BACKGROUND
+from metrics.pictures import FAINT, LINE
+from pictures.sheets import GAP, INK
+from pictures.sheets import PAPER as BACKGROUND
 
 CELL, TITLE, CAPTION = 192, 30, 22  # pixels: a picture's width, and the heights of what is written above
 HEAT = (250, 204, 21)

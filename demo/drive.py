@@ -50,9 +50,8 @@ def drive(subject: int, driver: int, run: Path, sample_options: list[str]) -> tu
         suffix, option = ("_literal", "--no-retarget") if way == "literal" else ("", "--retarget")
         options = option, "--ddim-steps", 20, *sample_options
         result = sample.main(sampling(run, "poses.source.poses.json", way, *options))
-        metrics |= compare(result, scene, suffix) | {
-            "pixels_off" + suffix: joints_off(poses, scene.true_poses)
-        }
+        metrics |= compare(result, scene, suffix)
+        metrics["pixels_off" + suffix] = joints_off(poses, scene.true_poses)
         rows |= {f"{way} pose": [draw_pose(pose, SIZE, SIZE) for pose in poses], way: result}
     return metrics, rows
 
@@ -68,22 +67,18 @@ def joints_off(poses: Sequence[Pose], truth: Sequence[Pose]) -> float:
     """The mean distance, in pixels of SIZE, of the body's joints that both have."""
     followed, true = (np.stack([pose.body for pose in each]) for each in (poses, truth))
     both = is_seen(followed.reshape(-1, 3)) & is_seen(true.reshape(-1, 3))
-    return SIZE * float(
-        np.linalg.norm((followed - true).reshape(-1, 3)[both, :2], axis=1).mean(dtype=float)
-    )
+    apart = np.linalg.norm((followed - true).reshape(-1, 3)[both, :2], axis=1)
+    return SIZE * float(apart.mean(dtype=float))
 
 
 def trembling(poses: Sequence[Pose], pixels: float, seed: int) -> list[Pose]:
     """The poses with normal noise of so many pixels of SIZE in x and in y of each point."""
     random = np.random.default_rng(seed)
-    noises = (
-        {n: random.normal(0, pixels / SIZE, p.shape) * (1, 1, 0) for n, p in vars(pose).items()}
-        for pose in poses
-    )
-    return [
-        Pose(**{name: (part + noise[name]).astype(np.float32) for name, part in vars(pose).items()})
-        for pose, noise in zip(poses, noises)
-    ]
+
+    def moved(part: np.ndarray) -> np.ndarray:
+        return (part + random.normal(0, pixels / SIZE, part.shape) * (1, 1, 0)).astype(np.float32)
+
+    return [Pose(*map(moved, vars(pose).values())) for pose in poses]
 
 
 def shortened(poses: Sequence[Pose], bones: Sequence[tuple[int, int]], share: float) -> list[Pose]:

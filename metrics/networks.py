@@ -350,10 +350,10 @@ def find_weights(part: str, folder: Path | None) -> Path:
     except (OSError, RuntimeError, HTTPError) as error:  # the second is hf_xet's
         home = file.url if of_web else f"{constants.ENDPOINT}/{file.repo}"
         reason = str(error).strip().split("\n")[0]
-        raise OSError(
-            f"{file.path} ({file.megabytes} MB) is not here and could not be fetched from {home} "
-            f"({reason}); put it into a folder and give that as --weights"
-        ) from None
+        told = (
+            f"{file.path} ({file.megabytes} MB) is not here and could not be fetched from {home} ({reason})"
+        )
+        raise OSError(f"{told}; put it into a folder and give that as --weights") from None
 
 
 def load_network(

@@ -3,8 +3,9 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-PAPER, INK, FAINT, LINE = (24, 24, 27), (212, 212, 216), (63, 63, 70), (96, 165, 250)
-GAP = 8  # pixels
+from pictures.sheets import INK, PAPER, contact_sheet
+
+FAINT, LINE = (63, 63, 70), (96, 165, 250)
 
 
 def plot(curves: dict[str, np.ndarray], width: int = 960, panel: int = 220) -> Image.Image:
@@ -38,20 +39,7 @@ def plot(curves: dict[str, np.ndarray], width: int = 960, panel: int = 220) -> I
 def worst_frames(
     result: np.ndarray, truth: np.ndarray, quality: np.ndarray, count: int = 8, height: int = 192
 ) -> Image.Image:
-    """A strip of the frames of lowest quality (F,), in dB, worst first: truth above, result below."""
-    font = ImageFont.load_default(size=max(12, height // 12))
-    line, width = round(1.6 * font.size), round(height * truth.shape[2] / truth.shape[1])
-    worst = np.argsort(quality, kind="stable")[:count].tolist()
-    margin = 2 * GAP + round(font.getlength("result"))
-    *lefts, right = range(margin, margin + (len(worst) + 1) * (width + GAP), width + GAP)
-    strip = Image.new("RGB", (right, line + 2 * (height + GAP)), PAPER)
-    ink = ImageDraw.Draw(strip)
-    for top, label, frames in ((line, "truth", truth), (line + height + GAP, "result", result)):
-        ink.text((GAP, top + height // 2), label, INK, font, anchor="lm")
-        for left, index in zip(lefts, worst):
-            frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.LANCZOS)
-            strip.paste(frame, (left, top))
-    for left, index in zip(lefts, worst):
-        title = f"{index}: {quality[index]:.1f} dB"
-        ink.text((left + width // 2, line // 2), title, INK, font, anchor="mm")
-    return strip
+    """A sheet of the frames of lowest quality (F,), in dB, worst first: truth above, result below."""
+    worst = np.argsort(quality, kind="stable")[:count]
+    titles = [f"{index}: {quality[index]:.1f} dB" for index in worst]
+    return contact_sheet({"truth": truth[worst], "result": result[worst]}, count, height, titles)

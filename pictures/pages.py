@@ -93,14 +93,12 @@ def run_data(folder: Path, settings: dict, frames: np.ndarray, poses: Sequence[P
     """What the page of a run shows, from its folder and what it was trained on."""
     height, width = frames.shape[1:3]
     facts = [f"{len(frames)} training frames", f"{width} × {height}", f"{settings['steps']} steps"]
+    now = f"python sample.py --run {shlex.quote(str(folder))} --poses POSES"
     data = page_data(folder, settings, frames, poses) | {"kind": "run", "title": folder.resolve().name}
     return data | {
         "kicker": "PoseCrafter run",
         "facts": [*facts, f"learning rate {settings['learning_rate']:g}"],
-        "commands": [
-            ["The command", command],
-            ["Now", f"python sample.py --run {shlex.quote(str(folder))} --poses POSES"],
-        ],
+        "commands": [["The command", command], ["Now", now]],
         "settings": [[words(name), told(settings[name])] for name in FIELDS if name in settings],
         "footer": f"Poses that do not fit the frames train a wrong model. Made from {settings['clip']}.",
     }

@@ -9,12 +9,16 @@ PAPER, INK, GAP = (24, 24, 27), (212, 212, 216), 8
 
 
 def contact_sheet(
-    rows: dict[str, Sequence[np.ndarray]], columns: int = 8, cell_height: int = 192
+    rows: dict[str, Sequence[np.ndarray]],
+    columns: int = 8,
+    cell_height: int = 192,
+    titles: Sequence[str] | None = None,
 ) -> Image.Image:
     """A picture of several clips, one under the other, to compare at a glance.
 
     `rows` maps a label to frames, uint8 RGB (H, W, 3), of any size and number. Each row shows up to `columns` of
-    its frames, evenly spaced from first to last, `cell_height` pixels high and under their numbers.
+    its frames, evenly spaced from first to last, `cell_height` pixels high and under their titles (default: their
+    numbers).
     Raises ValueError for a row without frames.
     """
     for label, frames in rows.items():
@@ -37,7 +41,8 @@ def contact_sheet(
             frame = Image.fromarray(frames[index])
             width = round(cell_height * frame.width / frame.height)
             centre = margin + column * (cell_width + GAP) + cell_width // 2
-            ink.text((centre, top - line // 2), str(index), INK, font, anchor="mm")
+            title = titles[index] if titles else str(index)
+            ink.text((centre, top - line // 2), title, INK, font, anchor="mm")
             cell = frame.resize((width, cell_height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (centre - width // 2, top))
     return sheet

@@ -220,10 +220,16 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
                 break
         else:
             bodies.append(piece)
-    bodies = [body for body in bodies if is_seen(body).sum() >= 3 and not is_scrap(body, bodies)]
+    bodies = [body for body in bodies if is_seen(body).sum() >= 3 and has_disc(body)]
+    bodies = [body for body in bodies if not is_scrap(body, bodies)]
     if len(bodies) > MOST_PEOPLE:
         raise Crowded(f"{len(bodies)} people")
     return bodies
+
+
+def has_disc(piece: np.ndarray) -> bool:
+    """Whether a disc shows that a piece of a skeleton is no stripe that happens to have a limb's colour, nor a hand."""
+    return bool((np.delete(piece[:, 2], LEFT_KNEE) == 1).any())
 
 
 def is_scrap(piece: np.ndarray, bodies: list[np.ndarray]) -> bool:
@@ -235,8 +241,7 @@ def is_scrap(piece: np.ndarray, bodies: list[np.ndarray]) -> bool:
 
 def belongs(ink: Ink, piece: np.ndarray, body: np.ndarray) -> bool:
     """Whether a piece of a skeleton completes a body: both (18, 3) in pixels."""
-    # Without a disc, the piece may be the ends of some stripe that happens to have a limb's colour.
-    if (is_seen(piece) & is_seen(body)).any() or not (piece[:, 2] == 1).any():
+    if (is_seen(piece) & is_seen(body)).any() or not has_disc(piece):
         return False
     distance = np.linalg.norm(piece[is_seen(piece), None, :2] - body[is_seen(body), :2], axis=2).min()
     if distance > 0.5 * extent(body) + 2 * ink.radius:

@@ -79,15 +79,9 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
     hue = np.where(high == red, from_red % 6, hue)  # 0 to 6
     coloured, bright = (high > BLACK) & (chroma > 0.5 * high), high > 0.75 * 255
     body_hue, bone_hue = np.rint(hue * 3).astype(int) % 18, np.rint(hue / 0.3).astype(int) % 20
-    return Ink(
-        radius,
-        margin,
-        joint=np.where(coloured & bright, body_hue, -1),
-        limb=np.where(coloured & ~bright & (body_hue < 17), body_hue, -1),
-        bone=np.where(coloured & bright, bone_hue, -1),
-        white=(low > 130) & ~coloured,
-        black=high <= BLACK,
-    )
+    joint, bone = (np.where(coloured & bright, each, -1) for each in (body_hue, bone_hue))
+    limb = np.where(coloured & ~bright & (body_hue < 17), body_hue, -1)
+    return Ink(radius, margin, joint, limb, bone, white=(low > 130) & ~coloured, black=high <= BLACK)
 
 
 def label_components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

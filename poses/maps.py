@@ -344,9 +344,7 @@ def find_faces(net: Callable, crops: Sequence[Tensor], side: int) -> np.ndarray:
     The port also returns the background's highest pixel and closes the gaps of missing points; we do not.
     """
     seen = torch.stack([network_input(grey_levels(crop), side, side) for crop in crops])
-    sizes, resize = (
-        [crop.shape[:2] for crop in crops],
-        partial(F.interpolate, mode="bilinear", align_corners=True),
-    )
+    sizes = [crop.shape[:2] for crop in crops]
+    resize = partial(F.interpolate, mode="bilinear", align_corners=True)
     maps = [resize(each, size)[0] for each, size in zip(net(seen)[:, None, :70], sizes)]
     return np.stack([highest_pixels(each, *size) for each, size in zip(maps, sizes)])

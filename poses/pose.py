@@ -107,17 +107,13 @@ def save_poses(path: str | Path, poses: Sequence[Pose], width: int, height: int,
 def poses_text(poses: Sequence[Pose], width: int, height: int, **said: str) -> str:
     """Poses as a JSON list of OpenPose frames, each with `said`, in pixels of a `width` x `height` canvas."""
 
-    def person(pose: Pose) -> dict[str, list[float]]:
+    def people(pose: Pose) -> list[dict[str, list[float]]]:
         pixels = {KEYS[name][0]: part * (width, height, 1) for name, part in vars(pose).items()}
-        return {key: part.round(3).ravel().tolist() for key, part in pixels.items()}
+        person = {key: part.round(3).ravel().tolist() for key, part in pixels.items()}
+        return [person] if any(is_seen(part).any() for part in vars(pose).values()) else []
 
     size = {"canvas_width": width, "canvas_height": height} | said
-    frames = [{"people": [] if _is_empty(pose) else [person(pose)], **size} for pose in poses]
-    return json.dumps(frames, separators=(",", ":"))
-
-
-def _is_empty(pose: Pose) -> bool:
-    return not any(is_seen(part).any() for part in vars(pose).values())
+    return json.dumps([{"people": people(pose), **size} for pose in poses], separators=(",", ":"))
 
 
 # ---- Drawing ------------------------------------------------------------------------------------

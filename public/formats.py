@@ -128,10 +128,9 @@ def unpickle(path: Path, zipped: bool) -> dict[str, Tensor]:
     for _ in range(3):  # not for ever: a dictionary may hold itself
         if isinstance(contents, dict) and "state_dict" in contents:
             contents = contents["state_dict"]
-    if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents):
-        raise ValueError(f"{path}: holds no tensors by name; use another file")
+    contents = contents if isinstance(contents, dict) else {}
     tensors = {name: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
-    if not tensors:
+    if not tensors or not all(isinstance(name, str) for name in contents):
         raise ValueError(f"{path}: holds no tensors by name; use another file")
     check_tensors(path, tensors, sizes)
     return tensors
@@ -212,10 +211,7 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], sizes: set[int] | None
             raise ValueError(f"{path}: {name!r:.100} is no plain tensor; use another file of the model")
         needed, stored = tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()
         claimed += needed
+        elsewhere = sizes and stored and stored not in sizes
         # Twice: two names may mean the same numbers, and do so for tied weights.
-        if (
-            needed > stored
-            or (sizes and stored and stored not in sizes)
-            or claimed > 2 * path.stat().st_size
-        ):
+        if needed > stored or elsewhere or claimed > 2 * path.stat().st_size:
             raise ValueError(f"{path}: {name!r:.100} claims more numbers than are stored; fetch it again")

@@ -136,14 +136,11 @@ def change_of(
     if missing := {"down", "up"} - names.keys():
         other = next(iter(names.values()))
         raise ValueError(f"{file.path}: holds {other}, but no matrix {min(missing)}; fetch it again")
-    down, up = file.shapes[names["down"]], file.shapes[names["up"]]
-    rank = down[0] if down else 0
-    for name, found, expected in (
-        (names["down"], down, (rank, *shape[1:])),
-        (names["up"], up, (shape[0], rank, *(1 for _ in shape[2:]))),
-    ):
-        if told := misfit(found, expected):
-            raise ValueError(f"{file.path}: {name} is {told}; it is a LoRA of another model")
+    rank = (file.shapes[names["down"]] or (0,))[0]
+    expected = {"down": (rank, *shape[1:]), "up": (shape[0], rank, *(1 for _ in shape[2:]))}
+    for kind, sizes in expected.items():
+        if told := misfit(file.shapes[names[kind]], sizes):
+            raise ValueError(f"{file.path}: {names[kind]} is {told}; it is a LoRA of another model")
     if not rank:
         raise ValueError(f"{file.path}: {names['down']} is empty; fetch it again")
     if "alpha" in names:

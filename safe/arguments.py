@@ -11,11 +11,7 @@ from pathlib import Path
 
 # Where to compute, best first; "auto" takes the first that is there (`safe.devices.choose_device`).
 DEVICES = ("auto", "cuda", "mps", "cpu")
-DEVICE = {
-    "choices": DEVICES,
-    "default": "auto",
-    "help": "where to compute (default: auto, the first there)",
-}
+DEVICE = {"choices": DEVICES, "default": "auto", "help": "where to compute (default: the first there)"}
 
 
 def number(text: str, kind: type, low: float = 0, high: float = math.inf) -> float:

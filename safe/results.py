@@ -78,11 +78,10 @@ def not_ours(out: Path) -> list[str]:
         return [f"{files[0]}, beside which lies no report {report.name} of a result"]
     if not (hashes := read_hashes(report)):
         return [f"{report}, which is no report of a result, or was changed"]
-    wrong = [
-        f"{file}, which is not the file that {report.name} says was written"
-        for file in files[:-1]
-        if not file.is_file() or file_hash(file) != hashes.get(file.name)
-    ]
+    changed = (
+        each for each in files[:-1] if not each.is_file() or file_hash(each) != hashes.get(each.name)
+    )
+    wrong = [f"{file}, which is not the file that {report.name} says was written" for file in changed]
     others = hashes.keys() - {out.with_suffix(ending).name for ending in endings}
     return wrong + [f"{report}, which is the report of {other}" for other in others]
 
@@ -111,13 +110,9 @@ def report_of(
         "reference": run.settings["frames"][k],
     }
     hashes = {path: file_hash(path) for path in set(weights.values())}
-    named = {
-        "model": Path(run.settings["model"]),
-        "run": run.folder.resolve(),
-        "poses": args.poses.resolve(),
-    }
     manifest = {"version": VERSION, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    manifest |= {name: path.name for name, path in named.items()} | told
+    manifest |= {"model": Path(run.settings["model"]).name, "run": run.folder.resolve().name}
+    manifest |= {"poses": args.poses.resolve().name} | told
     manifest["weights"] = {name: f"{path.name} {hashes[path]}" for name, path in weights.items()}
     told |= {name: run.settings[name] for name in ("learning_rate", "learning_rate_from")}
     return told | {"run": str(run.folder), "poses": str(args.poses), "manifest": manifest}
@@ -165,8 +160,11 @@ def verify(path: Path) -> bool:
     elif hashes:
         found = f"WAS CHANGED after it was written: {report.name} has another SHA-256"
     else:
-        why = "is no report, or was changed itself" if report.exists() else "is not beside it"
-        found = f"whether it was changed cannot be said: {report.name} {why}"
+        damaged, missing = (
+            f"{report} is no report, or was changed itself",
+            f"its report {report.name} is not beside it",
+        )
+        found = f"whether it was changed cannot be said: {damaged if report.exists() else missing}"
     print(f"{path}: {found}")
     return same
 

@@ -15,9 +15,10 @@ from safe.footage import survey
 RATE = 48_000  # samples per second
 
 
-def has_sound(path: Path) -> bool:
+def has_sound(path: str | Path) -> bool:
     """Whether this is a video, or another file, with a sound track."""
-    with suppress(av.FFmpegError), av.open(str(path.resolve()), metadata_errors="replace") as container:
+    path = str(Path(path).resolve())
+    with suppress(av.FFmpegError), av.open(path, metadata_errors="replace") as container:
         return bool(container.streams.audio)
     return False
 
