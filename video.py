@@ -88,11 +88,6 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> tuple
     return frames, clip.fps
 
 
-def count_frames(path: str | Path) -> int:
-    """How many frames `read_frames` would read. Raises and prints what `open_clip` does."""
-    return len(open_clip(path))
-
-
 print_once = cache(print)
 
 

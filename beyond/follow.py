@@ -52,7 +52,7 @@ def follow(
         moved = retarget(targets, run.poses, width / height)
     except ValueError as error:
         raise ValueError(f"{args.poses}: {error}; --no-retarget follows it literally") from None
-    if args.retarget is None and within_noise(ratios, targets, moved, width / height):
+    if args.retarget is None and is_noise(ratios, targets, moved, width / height):
         own = "these are the person's proportions, as far as can be measured"
         remark(f"{own}: followed literally; --retarget overrules that")
         return targets, None, remarks
@@ -105,9 +105,7 @@ def distances(a: Pose, b: Pose, aspect: float) -> np.ndarray:
     return np.linalg.norm((a.body - b.body)[both, :2] * (aspect, 1), axis=1)
 
 
-def within_noise(
-    ratios: dict[str, float], poses: Sequence[Pose], moved: Sequence[Pose], aspect: float
-) -> bool:
+def is_noise(ratios: dict[str, float], poses: Sequence[Pose], moved: Sequence[Pose], aspect: float) -> bool:
     """Whether retargeting found only what two clips of one person differ by."""
     logs = np.log([ratio for name, ratio in ratios.items() if name != "scale"])
     apart = np.concatenate([distances(*pair, aspect) for pair in zip(poses, moved)])

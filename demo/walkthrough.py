@@ -24,7 +24,7 @@ from checkpoint import Model
 from demo.drawing import captioned, crossed, false_colours, framed, heated, number, outlined, sheet, shrunk
 from demo.scene import PROMPT, Scene, Trial, fine_tune, from_the_knees_up, load_demo, set_scene
 from metrics.figures import frame_psnr
-from metrics.pictures import PAPER as BACKGROUND
+from pictures.sheets import PAPER as BACKGROUND
 from posecrafter import PAPER, ddim_timesteps, decode_latents, embed_hints, encode_prompt, generate
 from poses.parts import convex_hull, face_and_hands, latent_points
 from poses.pose import Pose, draw_pose, is_seen, pose_distance

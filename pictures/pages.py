@@ -17,7 +17,7 @@ from PIL import Image
 
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen
 from poses.source import Driver, uniform_frames
-from safe.files import alone_with, finish_set, read_json, read_text, replacing, replacing_set
+from safe.files import alone_with, finish_set, read_json, replacing, replacing_set
 from safe.provenance import SYNTHETIC
 from safe.results import REPORT, endings_of, not_ours, write_report
 from safe.settings import FIELDS, inputs_of
@@ -27,7 +27,6 @@ PAGE = ".html"
 TEMPLATE = Path(__file__).with_name("page.html")
 START, END = '<script type="application/json" id="data">', "</script>"
 EMBEDDED = 24_000_000  # bytes: a larger video stays beside the page, which then needs it
-LARGEST_PAGE = 200_000_000  # bytes
 MOST_FRAMES, THUMBNAIL = 24, 256  # training frames on a page, and how high they are in pixels
 
 
@@ -40,7 +39,7 @@ def fill(data: dict) -> str:
 
 def read_data(page: Path) -> dict:
     """The data of a page that `fill` made. Raises OSError and ValueError."""
-    _, _, rest = read_text(page, LARGEST_PAGE).partition(START)
+    _, _, rest = page.read_text("utf-8").partition(START)
     data = json.loads(rest.partition(END)[0] or "null")
     if not isinstance(data, dict):
         raise ValueError(f"{page}: no page of a result")
@@ -171,9 +170,8 @@ def footage_of(path: Path, run, driver: Driver, fps: float) -> dict[str, str] | 
         print(f"{source}: not shown on the page: {error}")
         return None
     placing = cover(*frames.shape[1:3], height, width)
-    about = "the training clip itself" if own else "whose poses are followed"
-    name = "truth" if own else "driver"
-    return encoded(name, about, (fit_frame(frame, placing) for frame in frames), fps)
+    names = ("truth", "the training clip itself") if own else ("driver", "whose poses are followed")
+    return encoded(*names, (fit_frame(frame, placing) for frame in frames), fps)
 
 
 def encoded(name: str, about: str, frames: Iterable[np.ndarray], fps: float) -> dict[str, str] | None:

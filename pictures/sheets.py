@@ -12,7 +12,7 @@ def contact_sheet(
     rows: dict[str, Sequence[np.ndarray]],
     columns: int = 8,
     cell_height: int = 192,
-    titles: Sequence[str] | None = None,
+    titles: Sequence[str] = (),
 ) -> Image.Image:
     """A picture of several clips, one under the other, to compare at a glance.
 

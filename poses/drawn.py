@@ -12,7 +12,7 @@ from poses.ink import (
     BLACK,
     Ink,
     find_ground,
-    has_its_colours,
+    has_colours,
     label_components,
     put_on_black,
     read_ink,
@@ -228,7 +228,7 @@ def read_bodies(ink: Ink) -> list[np.ndarray]:
 
 
 def has_disc(piece: np.ndarray) -> bool:
-    """Whether a disc shows that a piece of a skeleton is no stripe that happens to have a limb's colour, nor a hand."""
+    """Whether a disc shows that this is neither a hand nor a stripe that happens to have a limb's colour."""
     return bool((np.delete(piece[:, 2], LEFT_KNEE) == 1).any())
 
 
@@ -478,7 +478,7 @@ def is_drawn(frames: np.ndarray) -> bool:
     paper = find_ground(sampled(frames))
     frames = [put_on_black(frame, *paper) for frame in sampled(frames)]
     frames = [frame for frame in frames if (frame > BLACK).any()]  # others show nobody
-    fitting = [frame for frame in frames if has_its_colours(frame)]
+    fitting = [frame for frame in frames if has_colours(frame)]
     if len(fitting) <= 0.5 * len(frames):
         return False
     try:

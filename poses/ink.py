@@ -101,7 +101,7 @@ def label_components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([x, y], axis=1), label
 
 
-def has_its_colours(frame: np.ndarray) -> bool:
+def has_colours(frame: np.ndarray) -> bool:
     """Whether a frame (H, W, 3) is mostly black and the rest has the colours of a drawing."""
     ink, bright = read_ink(frame, 1), (frame.max(axis=2) > BLACK).sum()
     limbs = (ink.limb >= 0).sum()

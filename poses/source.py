@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from poses.pose import Pose, load_poses, save_poses
-from video import Clip, count_frames, open_clip, read_frames
+from video import Clip, open_clip, read_frames
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_driver(
         poses = follow(path, people, canvas, person)[within.start : within.stop]
         return Driver(poses, within, len(people), canvas, None)
 
-    total = count_frames(path)
+    total = len(open_clip(path))
     within = check_range(path, within, total, length)
     clip = open_clip(path, within)
     canvas, fps = clip.shape[1:3], clip.fps

@@ -66,12 +66,10 @@ def public_files(parts: Iterable[str], half: bool) -> dict[str, Path]:
         if all(files[0].cached() for files in wanted.values()) or hub_answers():
             return {part: files[0].cached() or download(files) for part, files in wanted.items()}
     missing = [files[0] for files in wanted.values() if not files[0].cached()]
-    raise OSError(
-        f"no connection to {constants.ENDPOINT}, and not downloaded yet: {', '.join(map(str, missing))} "
-        f"({size_of(missing)}, to be cached in {constants.HF_HUB_CACHE}); fetch them with `python "
-        "checkpoint.py --download` where there is a connection, and copy that folder here; `--model demo` "
-        "works without"
-    )
+    told = f"no connection to {constants.ENDPOINT}, and not downloaded yet: {', '.join(map(str, missing))}"
+    there = f"{size_of(missing)}, to be cached in {constants.HF_HUB_CACHE}"
+    advice = "where there is a connection, and copy that folder here; `--model demo` works without"
+    raise OSError(f"{told} ({there}); fetch them with `python checkpoint.py --download` {advice}")
 
 
 def hub_answers() -> bool:

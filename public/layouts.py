@@ -9,18 +9,15 @@ from public.formats import TensorFile
 
 # Each row: how one of our names begins, which are the diffusers layout's, and how the original one does, given the
 # groups that match. There a UNet's layers are numbered through, three to a level.
-KINDS = {"resnets": 0, "attentions": 1}
+KINDS, KIND = {"resnets": 0, "attentions": 1}, "(resnets|attentions)"
 LDM_UNET = [
     (r"conv_in", lambda: "input_blocks.0.0"),
     (r"time_embedding.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
-    (
-        r"down_blocks.(\d).(resnets|attentions).(\d)",
-        lambda i, k, j: f"input_blocks.{3 * i + j + 1}.{KINDS[k]}",
-    ),
+    (rf"down_blocks.(\d).{KIND}.(\d)", lambda i, k, j: f"input_blocks.{3 * i + j + 1}.{KINDS[k]}"),
     (r"down_blocks.(\d).downsamplers.0.conv", lambda i: f"input_blocks.{3 * i + 3}.0.op"),
     (r"mid_block.resnets.(\d)", lambda i: f"middle_block.{2 * i}"),
     (r"mid_block.attentions.0", lambda: "middle_block.1"),
-    (r"up_blocks.(\d).(resnets|attentions).(\d)", lambda i, k, j: f"output_blocks.{3 * i + j}.{KINDS[k]}"),
+    (rf"up_blocks.(\d).{KIND}.(\d)", lambda i, k, j: f"output_blocks.{3 * i + j}.{KINDS[k]}"),
     (r"up_blocks.0.upsamplers.0", lambda: "output_blocks.2.1"),  # this level has no transformer
     (r"up_blocks.(\d).upsamplers.0", lambda i: f"output_blocks.{3 * i + 2}.2"),
     (r"conv_norm_out", lambda: "out.0"),

@@ -108,7 +108,8 @@ def read_run_settings(folder: Path) -> dict:
         if name == "layout" and found.get(name, 0) > LAYOUT:
             made_by = f"made by PoseCrafter {found.get('version', 'of a later version')}"
             raise ValueError(f"{path}: {made_by}, which this one ({VERSION}) cannot read; use that one")
-    if missing := [name for name in FIELDS if name in needed(found) and name not in found]:
+    needed = FIELDS.keys() if "layout" in found else NEEDED_ONCE
+    if missing := [name for name in FIELDS if name in needed and name not in found]:
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))} ({made_by_whom(found)}); {advice}")
     return {"learning_rate_from": "unknown"} | {name: found[name] for name in FIELDS if name in found}
 
@@ -118,10 +119,6 @@ def refuse_others(folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if path.name[0] != "."}
     if "settings.json" not in names and (others := names - {"poses"}):
         raise ValueError(f"{folder}: holds {min(others)}, so it is no run; choose another with --run")
-
-
-def needed(settings: dict) -> set[str]:
-    return set(FIELDS) if "layout" in settings else NEEDED_ONCE
 
 
 def made_by_whom(settings: dict) -> str:

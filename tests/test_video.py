@@ -10,7 +10,7 @@ from PIL import Image
 from pictures.sheets import contact_sheet
 from poses.pose import Pose, place_pose
 from safe.sound import add_sound, has_sound
-from video import count_frames, fit, fit_frame, read_frames, save_image, write_video
+from video import fit, fit_frame, open_clip, read_frames, save_image, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -44,7 +44,7 @@ def test_an_uneven_video_is_read_by_its_times_at_its_average_rate(tmp_path, capf
     times = np.array([0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16])
     make_video(path, clip(), times / 12)
     shown, rate = levels(path), read_frames(path)[1]
-    assert 8 <= rate <= 9 and count_frames(path) == len(shown) == 12
+    assert 8 <= rate <= 9 and len(open_clip(path)) == len(shown) == 12
     stored = np.interp(shown, range(12), times) / 12  # when the frames that are read were shown
     assert np.abs(stored - np.arange(12) / rate).max() < 1 / rate
     said, nothing = capfd.readouterr()
@@ -99,7 +99,7 @@ def test_a_flash_and_its_click_stay_together(tmp_path, extension, spacing, pictu
     fps = read_frames(source)[1]
     for start in (0, 7):
         result = tmp_path / f"result{start}.mp4"
-        followed, _ = read_frames(source, range(start, count_frames(source)))
+        followed, _ = read_frames(source, range(start, len(open_clip(source))))
         write_video(result, followed, fps)
         add_sound(result, source, start / fps, len(followed) / fps)
         again, fps_again = read_frames(result)
@@ -185,7 +185,7 @@ def test_a_video_s_name_does_not_matter(tmp_path, monkeypatch, name):
     make_video(
         tmp_path / name, clip(), np.arange(12) / 12, claimed=12, container=container, **codecs.get(name, {})
     )
-    assert count_frames(name) == 12
+    assert len(open_clip(name)) == 12
     frames, fps = read_frames(name, [11, 3, 11])
     assert round(fps) == 12
     np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), 20 + 16 * np.array([11, 3, 11]), atol=8)
@@ -332,9 +332,9 @@ def test_a_video_that_is_cut_off_says_how_many_frames_are_missing(tmp_path, capf
             add_sound(cut, tmp_path / "sound.mkv", 0, 2)
     else:
         make_video(cut, noise, np.arange(24) / 12, sound, claimed=12)
-    assert count_frames(cut) == 24 and not any(capfd.readouterr())
+    assert len(open_clip(cut)) == 24 and not any(capfd.readouterr())
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    count = count_frames(cut)
+    count = len(open_clip(cut))
     (line,), nothing = (text.splitlines() for text in capfd.readouterr())
     words = (
         f"cut.{extension}: cut off or damaged: {count} frames can be read, about {24 - count} frames are"
@@ -351,7 +351,7 @@ def test_cases_of_videos_cut_off(capfd):
     assert len(frames) == 3 and "3 frames can be read, about 9 frames are missing" in said.out
     assert not said.err
     for name in ("cut50.mp4", "audio_only.mp4"):
-        for read in (read_frames, count_frames):
+        for read in (read_frames, open_clip):
             with pytest.raises(OSError, match=rf"{name}: not a readable video"):
                 read(CASES / name)
     assert not any(capfd.readouterr())
@@ -364,7 +364,7 @@ def test_cases_of_videos_cut_off(capfd):
 )
 def test_videos_as_cameras_write_them_are_read_upright_and_whole(name, shape, capfd):
     path = CASES / f"{name}.mp4"
-    assert read_frames(path)[0].shape == (12, *shape, 3) and count_frames(path) == 12
+    assert read_frames(path)[0].shape == (12, *shape, 3) and len(open_clip(path)) == 12
     said = capfd.readouterr()
     assert not said.err and ("not evenly spaced in time" in said.out) == (name == "vfr")
 
@@ -444,7 +444,7 @@ def test_images_that_make_no_clip_are_named(tmp_path, monkeypatch):
         read_frames(tmp_path)
     (tmp_path / "2.png").unlink()
     (tmp_path / "._1.png").write_bytes(b"what a Mac leaves on other disks")
-    assert count_frames(tmp_path) == len(read_frames(tmp_path)[0]) == 1
+    assert len(open_clip(tmp_path)) == len(read_frames(tmp_path)[0]) == 1
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(OSError, match=r"1\.png: not a readable image"):
         read_frames(tmp_path)
@@ -566,4 +566,4 @@ def test_a_sheet_is_saved_whole(tmp_path):
 def test_what_is_no_footage_is_called_by_its_name(tmp_path, content, words, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(OSError, match=rf"{name}: not .*{words}"):
-        count_frames(tmp_path / name)
+        len(open_clip(tmp_path / name))
