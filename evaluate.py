@@ -209,11 +209,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if pictures:
         save_image(pictures[0], plot({METRICS[name][0]: by_frame[name] for name in ("psnr", "ssim")}))
         save_image(pictures[1], worst_frames(result, truth, by_frame["psnr"]))
-    series = {name: values.tolist() for name, values in by_frame.items()}
-    measurement = {"number": number, "inputs": inputs, "metrics": figures, "left_out": left_out} | {
-        "by_frame": {name: [x if np.isfinite(x) else None for x in each] for name, each in series.items()},
-        "pictures": [picture.name for picture in pictures],
-    }
+    series = {name: np.where(np.isfinite(each), each, None).tolist() for name, each in by_frame.items()}
+    measurement = {"number": number, "inputs": inputs, "metrics": figures, "left_out": left_out}
+    measurement |= {"by_frame": series, "pictures": [picture.name for picture in pictures]}
     written = write_measurement(args.result, result, measured, measurement)
     titles = {name: f"{title} ({better} is better)" for name, (title, better, *_) in METRICS.items()}
     page = add_figures(args.result, titles, truth)

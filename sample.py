@@ -12,8 +12,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     args = sampling_arguments()
     before_torch()
 
-import argparse
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ from video import VIDEOS_WRITTEN, save_image, write_video
 MOVED_ONCE = {"name": "body", "editor": METHODS["body"].editor}
 
 
-def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
+def choose_method(args: Namespace, settings: dict, prompt: str) -> tuple[Method, str]:
     """The method that the options make, and whose choice its name is.
 
     A prompt of one's own wants something else than the training frames show. So nothing is held to them then, and
@@ -84,7 +84,7 @@ def choose_method(args: argparse.Namespace, settings: dict, prompt: str) -> tupl
     return method, "--method" if args.method else "the model's default"
 
 
-def read_targets(args: argparse.Namespace, run: Run) -> tuple[Driver, list[Pose], dict | None, list[str]]:
+def read_targets(args: Namespace, run: Run) -> tuple[Driver, list[Pose], dict | None, list[str]]:
     """The driver; its poses on the run's canvas as they will be followed, how they were retargeted, and remarks.
 
     The driver covers the canvas as the training frames did. Raises ValueError for frames without a person.
@@ -147,13 +147,7 @@ def reference_psnr(model: Model, made: Generated, reference: np.ndarray) -> floa
 
 
 def write_result(
-    args: argparse.Namespace,
-    out: Path,
-    run: Run,
-    driver: Driver,
-    poses: list[Pose],
-    made: Iterator,
-    report: dict,
+    args: Namespace, out: Path, run: Run, driver: Driver, poses: list[Pose], made: Iterator, report: dict
 ) -> np.ndarray:
     """Writes the video while it is decoded, then poses, sheet and report, as one set. Returns the frames."""
     height, width = run.frames.shape[1:3]
@@ -190,7 +184,7 @@ def write_result(
     return frames
 
 
-def main(args: argparse.Namespace) -> np.ndarray | None:
+def main(args: Namespace) -> np.ndarray | None:
     """Does what the command line says; returns the frames (F, H, W, 3) uint8, as before compression."""
     run = load_run(args.run or newest_run())
     recall_loras(run.settings)  # here, before poses are looked for, one that has changed is told
@@ -202,7 +196,7 @@ def main(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def make_result(
-    args: argparse.Namespace, out: Path, run: Run, prompt: str, method: Method, method_from: str
+    args: Namespace, out: Path, run: Run, prompt: str, method: Method, method_from: str
 ) -> np.ndarray | None:
     """`main`, once it is clear what is to be made and where."""
     driver, targets, ratios, remarks = read_targets(args, run)

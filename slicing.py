@@ -107,10 +107,7 @@ def spans(length: int, numbers: int) -> Iterator[slice]:
 
 
 def by_frames(
-    layer: Callable[..., Tensor],
-    *maps: "Tensor | Offloaded",
-    into: Tensor | None = None,
-    whole: bool = False,
+    layer: Callable, *maps: "Tensor | Offloaded", into: Tensor | None = None, whole: bool = False
 ) -> Tensor:
     """`layer(*maps)` for a layer to which every frame is an image by itself: maps (N, ...) -> (N, ...).
 

@@ -13,10 +13,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     args = training_arguments()
     before_torch()
 
-import argparse
 import math
 import shlex
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ FIRST_STEPS = 5  # after so many the loss tells whether the learning rate is far
 FIXED_TIMESTEPS = 125, 375, 625, 875  # of the losses on fixed noises
 
 
-def choose_frames(args: argparse.Namespace, count: int) -> list[int]:
+def choose_frames(args: Namespace, count: int) -> list[int]:
     """The training frames' indices in a clip of `count` frames, uniformly from the range asked for."""
     usable = args.range or range(count)
     if usable.stop > count:
@@ -66,7 +66,7 @@ def choose_frames(args: argparse.Namespace, count: int) -> list[int]:
     return uniform_frames(usable, args.frames)
 
 
-def read_training_frames(args: argparse.Namespace, cache: Path) -> tuple[Clip, list[Pose]]:
+def read_training_frames(args: Namespace, cache: Path) -> tuple[Clip, list[Pose]]:
     """The training frames, which are read when they are needed, and their poses.
 
     Without `--poses` they are found in the clip itself, and kept in the folder `cache`. Raises ValueError for too
@@ -235,9 +235,7 @@ def train(
     return training
 
 
-def settings_of(
-    args: argparse.Namespace, model: Model, frames: np.ndarray, poses: list[Pose], clip: Clip
-) -> dict:
+def settings_of(args: Namespace, model: Model, frames: np.ndarray, poses: list[Pose], clip: Clip) -> dict:
     """Everything that a run depends on, as `settings.json` has it; `frames` are those of the clip, on canvas."""
     height, width = frames.shape[1:3]
     paths = {name: getattr(args, name) for name in ("clip", "poses", "controlnet", "vae")}
@@ -259,7 +257,7 @@ def settings_of(
     return {name: path and str(path) for name, path in paths.items()} | options | settings
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     folder = args.run or Path("runs") / name_of(args.clip)
     if args.poses_are and not args.poses:
         raise ValueError(f"--poses-are {args.poses_are}: says what --poses is, which is not given")
@@ -267,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
         make_run(args, folder)
 
 
-def make_run(args: argparse.Namespace, folder: Path) -> None:
+def make_run(args: Namespace, folder: Path) -> None:
     refuse_finished(folder)
     remember_loras(args.lora)  # here, before poses are looked for, a missing file is told
     locate_parts(args.model, args.controlnet, args.vae)

@@ -118,14 +118,10 @@ class Bench:
             taken["taken, GB"] = (self.free - torch.cuda.mem_get_info(self.device)[0]) / GIGA
         return taken
 
-    def once(self, work: Callable[[], object]) -> float:
-        """Seconds of one run."""
-        return seconds(work, self.device)
-
     def seconds(self, work: Callable[[], object]) -> float:
         """Median of 3 runs after one to warm up; of 1 run where that takes more than 20 seconds."""
-        runs = 3 if self.once(work) < 20 else 1
-        return statistics.median(self.once(work) for _ in range(runs))
+        runs = 3 if seconds(work, self.device) < 20 else 1
+        return statistics.median(seconds(work, self.device) for _ in range(runs))
 
     def first_and_further(self, work: Callable[[int], object]) -> tuple[float, float]:
         """Seconds of one step, with what is done once, and of every further step."""
@@ -303,7 +299,7 @@ def fill_compiled(bench: Bench, row: dict) -> None:
         with torch._dynamo.config.patch(recompile_limit=len(blocks)):
             for block in blocks:
                 block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
-            row["first step, s"] = bench.once(step)
+            row["first step, s"] = seconds(step, bench.device)
             row["difference"] = ((step() - expected).abs().max() / expected.abs().max()).item()
             row["seconds"] = bench.seconds(step)
         row["against uncompiled"] = row["seconds"] / before

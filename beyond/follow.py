@@ -4,8 +4,8 @@ Poses say whose they are: JSON that this program writes has `proportions_of` in 
 frames. Of files that do not say, the poses themselves tell.
 """
 
-import argparse
 import io
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -27,9 +27,7 @@ SAME = 0.005  # canvas heights: how far keypoints of one frame lie apart when th
 NOISE, NOISE_OF_PLACE = 1.04, 0.01
 
 
-def follow(
-    args: argparse.Namespace, run, driver: Driver
-) -> tuple[list[Pose], dict[str, float] | None, list[str]]:
+def follow(args: Namespace, run, driver: Driver) -> tuple[list[Pose], dict[str, float] | None, list[str]]:
     """The poses, on a `Run`'s canvas, as they will be followed; the ratios if they were retargeted; remarks.
 
     Prints the remarks, which say what was done. Raises ValueError where targets cannot be retargeted.
@@ -75,7 +73,7 @@ def on_canvas(driver: Driver, run) -> list[Pose]:
     return [place_pose(pose, *placement) for pose in driver.poses]
 
 
-def is_own(args: argparse.Namespace, run, driver: Driver) -> bool:
+def is_own(args: Namespace, run, driver: Driver) -> bool:
     """Whether poses are of the run's clip or of a result of it, or were edited from one of these."""
     path = args.poses
     if path.resolve() in inputs_of(run.settings) or says_whose(path) == {mark_of(run.frames)}:

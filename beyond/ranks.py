@@ -186,7 +186,7 @@ def take_part(main: Callable[[argparse.Namespace], object], args: argparse.Names
             signal.signal(each, signal.SIG_DFL)
     try:
         _store = meet()
-        choose_card(int(os.environ.get("LOCAL_RANK", 0)))
+        choose_card(args)
         if first or begun():
             main(args)
     except SystemExit:
@@ -213,10 +213,11 @@ def meet() -> dist.Store:
     return store
 
 
-def choose_card(number: int) -> None:
-    """Makes a card what PyTorch means by "cuda", where there are any. Raises ValueError for too few cards."""
-    if not torch.cuda.is_available():
+def choose_card(args: argparse.Namespace) -> None:
+    """Makes a card of its own what PyTorch means by "cuda", if cards are used. Raises ValueError for too few."""
+    if not torch.cuda.is_available() or args.device not in ("auto", "cuda"):
         return
+    number = int(os.environ.get("LOCAL_RANK", 0))
     if number >= (cards := torch.cuda.device_count()):
         raise ValueError(f"this machine has {cards} graphics cards; give --nproc-per-node {cards} at most")
     torch.cuda.set_device(number)

@@ -166,7 +166,7 @@ def draw_sheet(path: Path, work: Path, done: Sequence[dict[str, Trial]]) -> None
     for row, trial in [named for trials in done[:2] for named in trials.items()]:
         clips[f"{trial.identity}: {trial.dance}, truth"] = shown(set_scene(trial).truth)
         clips[f"{trial.identity}: {row}"] = np.load(cell_path(work, trial))["frames"]
-    save_image(path, contact_sheet(clips, cell_height=128))
+    save_image(path, contact_sheet(clips, height=128))
 
 
 def report(args: argparse.Namespace) -> None:

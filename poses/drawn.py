@@ -8,16 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from poses.ink import (
-    BLACK,
-    Ink,
-    find_ground,
-    has_colours,
-    label_components,
-    put_on_black,
-    read_ink,
-    sampled,
-)
+from poses.ink import BLACK, Ink, components, find_ground, has_colours, put_on_black, read_ink, sampled
 from poses.people import extent
 from poses.pose import HAND_EDGES, LIMBS, Pose, is_seen, place_pose
 
@@ -94,7 +85,7 @@ def find_discs(ink: Ink) -> list[np.ndarray]:
 
 def find_limbs(ink: Ink) -> list[tuple[int, np.ndarray, int]]:
     """What is seen of limbs, the longest first: which limb, its ends (2, 2), in either order, and its pixels."""
-    pixels, labels = label_components(ink.limb)
+    pixels, labels = components(ink.limb)
     order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
     pieces = np.flatnonzero(counts >= max(4, 0.5 * ink.radius**2))
     if len(pieces) > MOST_MARKS:

@@ -84,7 +84,7 @@ def read_ink(frame: np.ndarray, radius: float) -> Ink:
     return Ink(radius, margin, joint, limb, bone, white=(low > 130) & ~coloured, black=high <= BLACK)
 
 
-def label_components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (N, 2), as (x, y), of the classes of a map (H, W) whose border is -1, no class; and labels (N,) that
     those share which are connected, each to those of its 8 neighbours that have its class.
     """

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +73,7 @@ def spellings(part: str, layer: str) -> set[str]:
     return {prefix + name.replace(".", "_") for prefix in prefixes for name in names}
 
 
-def read_loras(
-    loras: Sequence[LoRA], networks: Mapping[str, nn.Module]
-) -> dict[str, dict[str, list[Change]]]:
+def read_loras(loras: Sequence[LoRA], networks: dict[str, nn.Module]) -> dict[str, dict[str, list[Change]]]:
     """What LoRAs change: {part: {name of a tensor: changes}}, of the UNet and the text encoder.
 
     networks: those parts among others, perhaps on the meta device

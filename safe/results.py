@@ -87,17 +87,11 @@ def not_ours(out: Path) -> list[str]:
 
 
 def report_of(
-    args: argparse.Namespace,
-    run,
-    prompt: str,
-    method,
-    k: int,
-    guidance_until: int,
-    weights: dict[str, Path],
+    args: argparse.Namespace, run, prompt: str, method, k: int, guidance_until: int, files: dict[str, Path]
 ) -> dict:
     """How a result is made, from training frame k of a `Run` by a `Method`: the report's beginning.
 
-    weights: the files that the networks were filled from. The manifest goes to strangers, so it names no folders.
+    files: those that the networks were filled from. The manifest goes to strangers, so it names no folders.
     """
     told = {name: getattr(args, name) for name in ("guidance", "ddim_steps", "reuse", "seed")}
     told |= {name: getattr(method, name) for name in ("start", "replay", "fixed_point")} | {
@@ -109,11 +103,11 @@ def report_of(
         "inserted": method.insert,
         "reference": run.settings["frames"][k],
     }
-    hashes = {path: file_hash(path) for path in set(weights.values())}
+    hashes = {path: file_hash(path) for path in set(files.values())}
     manifest = {"version": VERSION, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     manifest |= {"model": Path(run.settings["model"]).name, "run": run.folder.resolve().name}
     manifest |= {"poses": args.poses.resolve().name} | told
-    manifest["weights"] = {name: f"{path.name} {hashes[path]}" for name, path in weights.items()}
+    manifest["weights"] = {name: f"{path.name} {hashes[path]}" for name, path in files.items()}
     told |= {name: run.settings[name] for name in ("learning_rate", "learning_rate_from")}
     return told | {"run": str(run.folder), "poses": str(args.poses), "manifest": manifest}
 

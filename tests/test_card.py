@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import card, equal
-from bench.measure import TINY, Bench
+from bench.measure import TINY
 from bench.report import Rows, describe
 
 pytestmark = pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_second_run_measures_nothing_again(rehearsal, copied, monkeypatch):
     def measure(*args):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(Bench, "once", measure)
+    monkeypatch.setattr("bench.measure.seconds", measure)
     monkeypatch.setattr(equal, "difference", measure)
     monkeypatch.setattr("bench.measure.run", measure)
     run(copied)
@@ -119,7 +119,7 @@ def test_a_row_that_does_not_fit_says_so_beside_its_prediction(copied, monkeypat
 
     forget(copied, "c a step, AdamW included")
     forget(copied, "e matrix product")
-    monkeypatch.setattr(Bench, "once", once)
+    monkeypatch.setattr("bench.measure.seconds", once)
     run(copied)
     row = stored(copied)["c a step, AdamW included"]
     assert row["reason"] == "does not fit" and row["predicted, GB"] > 0
@@ -131,7 +131,7 @@ def test_an_error_that_is_no_lack_of_memory_is_not_hidden(copied, monkeypatch):
         raise RuntimeError("illegal memory access")
 
     forget(copied, "e matrix product")
-    monkeypatch.setattr(Bench, "once", once)
+    monkeypatch.setattr("bench.measure.seconds", once)
     with pytest.raises(RuntimeError, match="illegal"):
         run(copied)
     assert "e matrix product" not in stored(copied)

@@ -1,5 +1,6 @@
 """Whose poses are followed as they are, and whose are retargeted."""
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from beyond.follow import distances, follow
+from beyond.follow import distances, follow, says_whose
 from beyond.hands import bring_hands
 from demo.motion import motion
 from demo.puppet import pose_of, random_puppet
@@ -114,6 +115,14 @@ def test_own_poses_are_retargeted_where_that_is_asked_for(tmp_path):
     clip = dance(0, 0)
     save_poses(tmp_path / "poses.json", clip, SIZE, SIZE)
     assert followed(tmp_path / "poses.json", run_of(clip), retarget=True)[1]
+
+
+@pytest.mark.parametrize("wrap", [lambda frames: [frames], lambda frames: {"frames": frames}])
+def test_a_mark_counts_in_every_layout_that_is_read(tmp_path, wrap):
+    path = tmp_path / "poses.json"
+    save_poses(path, dance(0, 0), SIZE, SIZE, proportions_of="0123456789ab")
+    path.write_text(json.dumps(wrap(json.loads(path.read_text()))))
+    assert says_whose(path) == {"0123456789ab"}
 
 
 def test_the_mark_changes_no_hash_of_a_run(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -627,3 +628,17 @@ def test_strips_are_refused_before_anything_is_looked_for(height, width):
     frames = np.zeros((1, height, width, 3), np.uint8)
     with pytest.raises(ValueError, match=f"frames of {width}x{height} pixels are too long and narrow"):
         find_poses(nets, frames)
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [([os.devnull], "is neither a file nor a folder"), (["clip.mp4", "--person", "0"], "'0'")],
+)
+def test_what_cannot_be_a_clip_or_a_person_is_told_at_once(given, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["openpose.py", *given])
+    with pytest.raises(SystemExit, match="2"):
+        openpose.parse_arguments()
+    assert told in capsys.readouterr().err

@@ -22,7 +22,7 @@ from test_networks import filled, random, worst
 import posecrafter
 import sample
 from beyond.pseudo import HELD
-from beyond.ranks import Share, evenly, in_ranks, share_frames
+from beyond.ranks import Share, choose_card, evenly, in_ranks, share_frames
 from checkpoint import load_model
 from command import sampling_arguments
 from controlnet import ControlNet
@@ -79,6 +79,15 @@ def sharing(frames: int, work: Callable[[Share], object]) -> Callable[[], object
     """`work` with the process's share of a clip of so many frames, for `together`."""
     result = []
     return lambda: (in_ranks(lambda args: result.append(work(share_frames(frames))))(None), *result)[-1]
+
+
+def test_only_processes_that_compute_on_cards_need_one_each(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    choose_card(SimpleNamespace(device="cpu"))
+    with pytest.raises(ValueError, match="give --nproc-per-node 1 at most"):
+        choose_card(SimpleNamespace(device="auto"))
 
 
 # ---- The same result ----------------------------------------------------------------------------

@@ -526,7 +526,7 @@ def test_a_fit_that_cannot_be_is_refused():
 def test_a_contact_sheet_shows_evenly_spaced_frames_of_every_row():
     red = [np.full((10, 10, 3), (10 * index, 0, 0), np.uint8) for index in range(21)]
     green = [np.full((10, 20, 3), (0, 250, 0), np.uint8)] * 2
-    sheet = np.asarray(contact_sheet({"red": red, "green": green}, columns=3, cell_height=40))
+    sheet = np.asarray(contact_sheet({"red": red, "green": green}, columns=3, height=40))
     assert sheet.shape[0] > 2 * 40 and sheet.shape[1] > 3 * 80  # as wide as the widest row's cells
 
     def size_of(colour):
@@ -546,7 +546,7 @@ def test_a_row_without_frames_is_named():
 
 
 def test_a_sheet_is_saved_whole(tmp_path):
-    sheet = contact_sheet({"clip": clip(4)}, cell_height=48)
+    sheet = contact_sheet({"clip": clip(4)}, height=48)
     save_image(tmp_path / "sheet.png", sheet)
     assert np.array_equal(read_frames(tmp_path / "sheet.png")[0][0], np.asarray(sheet))
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
