@@ -271,3 +271,10 @@ def mistaken(head: bytes) -> str | None:
     start = head[:64].lstrip().lower()
     told = (what for starts, what in MISTAKEN.items() if start.startswith(tuple(map(bytes.lower, starts))))
     return next(told, None if head else "the file is empty")
+
+
+def read_text(path: Path, largest: int) -> str:
+    """What a text file holds. Raises OSError, and ValueError for what is no text, or above `largest` bytes."""
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: {size / 1e6:.0f} MB is too large for a file of this kind")
+    return path.read_text("utf-8")
