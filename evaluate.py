@@ -25,7 +25,7 @@ from metrics.networks import I3D, LPIPS, Inception, load_network
 from metrics.pictures import plot, worst_frames
 from openpose import load_openpose
 from pictures.pages import add_figures
-from poses.pose import Pose, place_pose
+from poses.pose import Pose
 from poses.source import read_driver
 from public.places import model_path
 from safe.arguments import DEVICE, parse_canvas, parse_range, path
@@ -74,9 +74,7 @@ def read_poses(args: argparse.Namespace, frames: int, *size: int) -> tuple[list[
 
     def placed(path: Path, within: range | None, canvas: tuple[int, int] | None) -> list[Pose]:
         """canvas: the (height, width) of the video that they were found in, for a file that does not say."""
-        driver = read_driver(path, "json", within, canvas=canvas)
-        placing = cover(*driver.canvas, *size).placement
-        return [place_pose(pose, *placing) for pose in driver.poses]
+        return read_driver(path, "json", within, canvas=canvas).on_canvas(*size)
 
     asked = trained = []
     if args.poses:

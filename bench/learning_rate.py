@@ -182,14 +182,12 @@ def tuning(times: int, puppet: int, rate: float, public: bool) -> dict[str, floa
 def contributions(model, compute: Callable[[], Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The loss, and for each key-frame attention its output and the residual stream that this is added to."""
     found, streams, handles = [], [], []
-
-    def keep(output: Tensor) -> None:
-        found.append((output.float(), streams[-1].float()))
-
     for block in nn.ModuleList([model.unet, model.controlnet]).modules():
         if isinstance(block, BasicTransformerBlock):
             enter = block.register_forward_pre_hook(lambda _, args: streams.append(args[0].detach()))
-            leave = block.attn1.register_forward_hook(lambda _, args, out: keep(out.detach()))
+            leave = block.attn1.register_forward_hook(
+                lambda _, args, out: found.append((out.detach().float(), streams[-1].float()))
+            )
             handles += [enter, leave]
     loss = compute()  # under autograd, where every layer gets all frames at once
     for handle in handles:

@@ -15,11 +15,10 @@ import numpy as np
 from beyond.hands import bring_hands
 from beyond.retarget import proportions, retarget
 from poses.openpose_json import unfold
-from poses.pose import Pose, is_seen, name_frames, place_pose
+from poses.pose import Pose, is_seen, name_frames
 from poses.source import Driver, read_driver
 from safe.files import read_json
 from safe.settings import inputs_of, mark_of
-from video import cover
 
 SAME = 0.005  # canvas heights: how far keypoints of one frame lie apart when they come from one search for poses
 # What two clips of one puppet differ by, found with errors of 0.6 of 192 pixels: the root mean square of the
@@ -39,7 +38,7 @@ def follow(args: Namespace, run, driver: Driver) -> tuple[list[Pose], dict[str, 
         remarks.append(text)
 
     height, width = run.frames.shape[1:3]
-    targets, brought = bring_hands(on_canvas(driver, run), width / height)
+    targets, brought = bring_hands(driver.on_canvas(height, width), width / height)
     if brought:
         frames = name_frames([driver.within.start + frame for frame in brought])
         remark(f"hands that were not at their wrists are brought there: in frames {frames}")
@@ -66,13 +65,6 @@ def in_words(ratios: dict[str, float]) -> str:
     return ", ".join([*told, f"overall x{ratios['scale']:.2f}"])
 
 
-def on_canvas(driver: Driver, run) -> list[Pose]:
-    """The driver's poses on the canvas of a `Run`, which it covers as the training frames did."""
-    height, width = run.frames.shape[1:3]
-    placement = cover(*driver.canvas, height, width).placement
-    return [place_pose(pose, *placement) for pose in driver.poses]
-
-
 def is_own(args: Namespace, run, driver: Driver) -> bool:
     """Whether poses are of the run's clip or of a result of it, or were edited from one of these."""
     path = args.poses
@@ -82,10 +74,11 @@ def is_own(args: Namespace, run, driver: Driver) -> bool:
         with redirect_stdout(io.StringIO()):  # all remarks were made already
             driver = read_driver(path, args.poses_are, person=args.person, canvas=args.canvas)
     # In the training frames they have the training poses, but for some that were edited.
-    aspect, poses = run.frames.shape[2] / run.frames.shape[1], on_canvas(driver, run)
+    height, width = run.frames.shape[1:3]
+    poses = driver.on_canvas(height, width)
     numbered = zip(run.settings["frames"], run.poses)
     there = [(poses[n - driver.within.start], pose) for n, pose in numbered if n in driver.within]
-    apart = [distances(*pair, aspect) for pair in there]
+    apart = [distances(*pair, width / height) for pair in there]
     same = [len(each) > 2 and np.median(each) < SAME for each in apart]
     return len(same) > 1 and 2 * sum(same) >= len(same)
 

@@ -27,7 +27,7 @@ def reuse_deep_maps(every: int, steps: int) -> Callable[..., Tensor]:
 
     def predict(model, latents: Tensor, timestep: int, context: Context, hints) -> Tensor:
         if timestep not in whole and context in deep:
-            return by_finest_level(model, latents, timestep, context, hints, deep[context])
+            return finest_level(model, latents, timestep, context, hints, deep[context])
 
         def keep(block, inputs: tuple, made: Tensor) -> None:
             deep[context] = stored(made)
@@ -45,9 +45,7 @@ def reuse_deep_maps(every: int, steps: int) -> Callable[..., Tensor]:
 Map = Tensor | Offloaded
 
 
-def by_finest_level(
-    model, latents: Tensor, timestep: int, context: Context, hints: Map, deep: Map
-) -> Tensor:
+def finest_level(model, latents: Tensor, timestep: int, context: Context, hints: Map, deep: Map) -> Tensor:
     """`predict_noise`, given the map `deep` that the decoder's finest level gets from below."""
     unet, x = model.unet, latents.to(**network_inputs(model))
     if isinstance(hints, Tensor):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from poses.pose import place_pose, pose_distance
+from poses.pose import pose_distance
 from poses.source import Driver, read_driver
-from video import VIDEOS_WRITTEN, cover, open_clip
+from video import VIDEOS_WRITTEN, open_clip
 
 LARGEST = 1280  # pixels of the longer side
 
@@ -35,6 +35,5 @@ def closest_frames(run: Path, driver: Driver) -> list[int]:
     if not (run / "frames.poses.json").is_file():
         raise FileNotFoundError(f"{run}: no run; make one with: python train.py CLIP")
     known = read_driver(run / "frames.poses.json", "json")
-    placement = cover(*driver.canvas, *known.canvas).placement
-    placed = [place_pose(pose, *placement) for pose in driver.poses]
+    placed = driver.on_canvas(*known.canvas)
     return [min(range(known.total), key=lambda i: pose_distance(known.poses[i], pose)) for pose in placed]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from poses.pose import Pose, load_poses, save_poses
-from video import Clip, open_clip, read_frames
+from poses.pose import Pose, load_poses, place_pose, save_poses
+from video import Clip, cover, open_clip, read_frames
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Driver:
     total: int  # frames in the whole source
     canvas: tuple[int, int]  # (height, width)
     fps: float | None  # frames per second; a JSON file does not say
+
+    def on_canvas(self, height: int, width: int) -> list[Pose]:
+        """The poses on another canvas, which theirs covers as `cover` has it."""
+        placement = cover(*self.canvas, height, width).placement
+        return [place_pose(pose, *placement) for pose in self.poses]
 
 
 def read_driver(

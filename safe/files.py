@@ -208,7 +208,8 @@ def take(lock: Path, flags: int) -> int | None:
                 import fcntl
 
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # other errors: network folders without locks, where work must be possible
+        except OSError as error:
+            # Other errors are of network folders without locks, where work must be possible all the same.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 os.close(handle)
                 return None

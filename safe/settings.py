@@ -55,9 +55,8 @@ def loras(value: object) -> bool:
     """Whether these are the files of LoRAs with their weights and hashes; null for none."""
     kinds = {"file": str, "weight": float, "sha256": str}
     given = value if isinstance(value, list) and value else [] if value is None else [None]
-    return all(
-        isinstance(each, dict) and {name: type(each[name]) for name in each} == kinds for each in given
-    )
+    objects = (each if isinstance(each, dict) else {} for each in given)
+    return all({name: type(each[name]) for name in each} == kinds for each in objects)
 
 
 TEXT: Field = "text", text

@@ -737,7 +737,7 @@ def test_flipped_bits_in_a_pickle_are_told_too(tmp_path):
 def test_what_is_no_file_of_weights_is_told(tmp_path):
     path = tmp_path / "vae.safetensors"
     for content, told in [
-        ("", "truncated, corrupt or no"),
+        ("", "the file is empty"),
         ("<!DOCTYPE html><html>Sign in</html>", "a web page"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
         ("just some text, long enough to be a header of safetensors", "truncated, corrupt or no"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from beyond.reuse import by_finest_level, reuse_deep_maps
+from beyond.reuse import finest_level, reuse_deep_maps
 from checkpoint import load_model
 from posecrafter import predict_noise, sample
 from slicing import Slicing, slices, stored
@@ -39,7 +39,7 @@ def test_the_finest_level_with_a_steps_own_deep_map_is_the_whole_step(model, cli
     with slices(way):
         whole = predict_noise(model, latents, 501, context, hints)
         hook.remove()
-        torch.testing.assert_close(by_finest_level(model, latents, 501, context, hints, *deep), whole)
+        torch.testing.assert_close(finest_level(model, latents, 501, context, hints, *deep), whole)
 
 
 @pytest.mark.parametrize("guidance, whole", [(1, 3), (3, 6)])
