@@ -14,7 +14,6 @@ import numpy as np
 
 from beyond.hands import bring_hands
 from beyond.retarget import proportions, retarget
-from poses.openpose_json import unfold
 from poses.pose import Pose, is_seen, name_frames
 from poses.source import Driver, read_driver
 from safe.files import read_json
@@ -87,6 +86,8 @@ def says_whose(path: Path) -> set[str]:
     """What the frames of a JSON file that was read already say of their proportions, "None" for nothing."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return set()
+    from poses.openpose_json import unfold  # as in `read_driver`
+
     return {str(frame.get("proportions_of")) for frame in unfold(read_json(path))}
 
 

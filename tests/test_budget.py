@@ -10,7 +10,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 60
 # The paper's road: the top level, and what of `poses/` following JSON poses imports.
 BESIDE_THE_ROAD = ("evaluate.py", "edit.py")
 # The whole house may grow by what is new, but not by saying things twice.
-ROAD, HOUSE = 3900, 15_400
+ROAD, HOUSE = 3900, 15_250
 
 
 def lines(file: Path) -> int:
