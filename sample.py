@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from beyond.follow import follow
 from beyond.plan import print_plan, sampling_peak
 from beyond.pseudo import HELD_UNTIL, METHODS, STILL, background_change, hold_to_pseudo_video
-from beyond.ranks import decode, in_ranks, share_frames
+from beyond.ranks import decode, in_ranks, is_first, share_frames
 from beyond.reuse import reuse_deep_maps
 from checkpoint import Model, find_parts, load_model, read_settings
 from device import compute_device, describe
@@ -191,7 +192,8 @@ def main(args: Namespace) -> np.ndarray | None:
     prompt = run.settings["prompt"] if args.prompt is None else args.prompt
     method, method_from = choose_method(args, run.settings, prompt)
     out = args.out or run.folder / "samples" / f"{name_of(args.poses)}.mp4"
-    with claiming(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)]):
+    claimed = claiming(out, VIDEOS_WRITTEN, [args.poses, *inputs_of(run.settings)])
+    with claimed if is_first() else nullcontext():
         return make_result(args, out, run, prompt, method, method_from)
 
 

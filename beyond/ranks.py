@@ -229,6 +229,11 @@ def begun() -> bool:
     return _store.get("begun") == b"yes"
 
 
+def is_first() -> bool:
+    """Whether this process looks for poses and writes the result: the first of several, or the only one."""
+    return _store is None or dist.get_rank() == 0
+
+
 def share_frames(frames: int) -> Share | None:
     """This process's share of a clip of so many frames; None where it is the only process.
 

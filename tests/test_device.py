@@ -1,5 +1,6 @@
 """Where networks are computed, and how memory is kept."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,9 @@ def test_every_command_takes_a_device_by_the_same_names(tmp_path, machine):
 
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "openpose"])
 def test_commands_let_the_cpu_do_what_apples_gpu_cannot_and_importing_them_changes_nothing(script):
+    environment = os.environ.copy()
+    for name in ("PYTORCH_ENABLE_MPS_FALLBACK", "THP_MEM_ALLOC_ENABLE"):  # which other tests may have set
+        environment.pop(name, None)
     program = f"""
 import os, runpy, sys
 import safe.process
@@ -160,7 +164,7 @@ print(*changed & {{"PYTORCH_ENABLE_MPS_FALLBACK", "THP_MEM_ALLOC_ENABLE"}})
     for name, expected in (("__main__", 2), ("imported", 0)):
         done = subprocess.run(
             [sys.executable, "-c", program.replace("NAME", repr(name))],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=ROOT, capture_output=True, text=True, check=True, env=environment,
         )  # fmt: skip
         assert len(done.stdout.split()) == expected, done.stdout
 

@@ -365,7 +365,8 @@ def filling(disk: Path, name: str):
     @contextmanager
     def wrapper(path: Path):
         with naming(path):
-            if path.name == name:
+            # A video's name is also that of its lock, which is taken before.
+            if path.name == name and (path.suffix != ".mp4" or any(disk.glob(".*.lock"))):
                 fill(disk)
             yield
 
