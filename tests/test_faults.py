@@ -429,7 +429,7 @@ def result(workplace, trained, small_disk) -> Path:
 
 # By the names of the files: while the first is written nothing lies there, while the last is all others do.
 @pytest.mark.parametrize(
-    "ending", [pytest.param(".mp4", marks=pytest.mark.slow), ".poses.json", ".png", ".json"]
+    "ending", [pytest.param(".mp4", marks=pytest.mark.slow), ".poses.json", ".png", ".html", ".json"]
 )
 def test_a_full_disk_leaves_the_old_result_whole(
     workplace, trained, small_disk, result, monkeypatch, ending
