@@ -281,17 +281,9 @@ def test_torchrun_makes_the_video_of_one_process(trained, tmp_path):  # noqa: F8
     options = [str(each) for each in (*SAMPLE[1:], "--run", trained)]
     launchers = {"alone": [], "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]}
     for name, launcher in launchers.items():
-        line = [
-            sys.executable,
-            *launcher,
-            str(ROOT / "sample.py"),
-            *options,
-            "--out",
-            str(tmp_path / f"{name}.mp4"),
-        ]
-        done = subprocess.run(
-            line, cwd=workplace_of(sampling_arguments(options)), capture_output=True, text=True
-        )
+        line = [sys.executable, *launcher, ROOT / "sample.py", *options, "--out", tmp_path / f"{name}.mp4"]
+        folder = workplace_of(sampling_arguments(options))
+        done = subprocess.run(list(map(str, line)), cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     alone, two = (read_frames(tmp_path / f"{name}.mp4")[0].astype(int) for name in launchers)
     assert np.abs(alone - two).max() <= 8, "both are compressed"
